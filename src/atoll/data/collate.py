@@ -1,0 +1,164 @@
+"""Tokenized samples to batches: packed end to end in one row, or padded to one length.
+
+A packed row holds no padding, so no work is spent on it. Positions restart at each sample, and that is how transformers
+and `atoll.models.fast` know where one sample ends: no token attends to another sample's. Families that keep a recurrent
+state or compute positions for themselves cannot be packed; `packable` finds out by running the model.
+
+Shapes: B rows, T positions. A sample is (input_ids, labels), both int32 [n]; labels[i] is the target token at position
+i, as in transformers, and IGNORE where there is no loss. `Batch.targets` does the shift, once, for every objective.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atoll.errors import AtollError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Sample = tuple[np.ndarray, np.ndarray]
+
+IGNORE = -100
+"""The label of a position without loss, as in torch and transformers."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples ready for a model: `input_ids`, `labels`, `position_ids` are long [B, T].
+
+    `lengths` holds the number of tokens of each sample in the order given; `packed` says whether they share one row.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...]
+    packed: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(self.lengths)
+
+    @property
+    def targets(self) -> Tensor:
+        """The token to predict at each position, long [B, T]: the next label; IGNORE at the last of a sample."""
+        targets = torch.full_like(self.labels, IGNORE)
+        starts = self.position_ids[:, 1:] == 0
+        targets[:, :-1] = self.labels[:, 1:].masked_fill(starts, IGNORE)
+        return targets
+
+    @property
+    def owners(self) -> Tensor:
+        """The sample each position belongs to, long [B, T] (padding belongs to the sample before it)."""
+        return ((self.position_ids == 0).flatten().cumsum(0) - 1).view_as(self.position_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+        )
+
+
+def pack(samples: Sequence[Sample]) -> Batch:
+    """Lay samples end to end in one row [1, sum of n], positions restarting at 0 in each.
+
+    >>> one, two = np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)
+    >>> batch = pack([(one, one), (two, two)])
+    >>> batch.position_ids.tolist(), batch.targets.tolist()
+    ([[0, 1, 2, 0, 1]], [[6, 7, -100, 9, -100]])
+    """
+    lengths = _lengths(samples)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    ids, labels = (np.concatenate([sample[part] for sample in samples]) for part in (0, 1))
+    return Batch(_row(ids), _row(labels), _row(positions), lengths, packed=True)
+
+
+def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """One row per sample [B, longest n], padded on the right with `pad_id` (no label there).
+
+    Padding after the sample is invisible to a causal model, so no attention mask is needed.
+
+    >>> one, two = np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)
+    >>> pad([(one, one), (two, two)], pad_id=0).input_ids.tolist()
+    [[5, 6, 7], [8, 9, 0]]
+    """
+    lengths = _lengths(samples)
+    ids = np.full((len(samples), max(lengths)), pad_id, np.int64)
+    labels = np.full_like(ids, IGNORE)
+    for row, (sample_ids, sample_labels) in enumerate(samples):
+        ids[row, : lengths[row]] = sample_ids
+        labels[row, : lengths[row]] = sample_labels
+    positions = np.broadcast_to(np.arange(max(lengths)), ids.shape).copy()
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), lengths, packed=False)
+
+
+def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
+    lengths = tuple(len(ids) for ids, _ in samples)
+    if not lengths or min(lengths) == 0:
+        raise AtollError(
+            "a batch needs at least one sample, and each sample at least one token",
+            found=f"lengths {list(lengths)}",
+            remedy="leave empty samples out when tokenizing",
+        )
+    return lengths
+
+
+def _row(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))[None]
+
+
+def packable(model: nn.Module) -> bool:
+    """Whether samples packed in one row get from `model` what they get alone, asked of the model, not of a list.
+
+    Three forward passes over five tokens. The second sample must not change with the first (nearly to the bit, as the
+    shapes are the same), and must be close to what it is alone (other shapes, other rounding).
+    """
+    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
+    if not takes_positions or getattr(causal_lm, "_is_stateful", False):
+        return False
+    first, other, second = (_probe(tokens) for tokens in ([1, 2, 3], [4, 3, 1], [2, 4]))
+    with _evaluating(model), torch.no_grad():
+        after_first = _logits(model, pack([first, second]))[-2:]
+        after_other = _logits(model, pack([other, second]))[-2:]
+        alone = _logits(model, pack([second]))
+    size = alone.abs().max()
+    unaware = bool((after_first - after_other).abs().max() <= 1e-5 * size)
+    return unaware and bool((after_first - alone).abs().max() <= 0.05 * size)
+
+
+def _probe(tokens: list[int]) -> Sample:
+    ids = np.array(tokens, np.int32)
+    return ids, ids
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    batch = batch.to(next(model.parameters()).device)
+    output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    logits: Tensor = output.logits[0].float()
+    return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; each module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,1 @@
+"""What one client does between a broadcast and its update: objectives, batches, local steps."""

@@ -1,0 +1,204 @@
+"""Cross-entropy of a causal language model at the positions that have a label, and nowhere else.
+
+The head (output embedding) of a small model costs as much as several layers, and its logits more memory than all of
+them. So the model runs with its head set aside: hidden states are gathered at labeled positions first, then go through
+the head a chunk at a time. With a frozen head the gradient of each token's loss is formed while its logits are at hand
+(the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, but kept per token, so that any weighting of tokens
+works); a head that trains is recomputed chunk by chunk in the backward pass.
+
+Some families change the logits after the head (Gemma caps them, Cohere and Granite scale them). The model itself shows
+what it does: known numbers go in where the head was, and what comes out says what was done to them.
+
+Fine-tuning on answers (SFT) and causal language modeling differ only in the label mask made when tokenizing: both are
+`cross_entropy`.
+
+Shapes: B rows, T positions, L labeled positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll.data.collate import IGNORE, Batch
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits formed at a time (64 MiB in fp32)."""
+
+Elementwise = Callable[[Tensor], Tensor]
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """The sum of the token losses (fp32 scalar) and how many there are; causal LM and SFT alike.
+
+    The sum, not the mean: only the caller knows what to divide by (accumulation, weights by example).
+    """
+    losses, _ = token_losses(model, batch)
+    return losses.sum(), losses.numel()
+
+
+def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss at each labeled position, fp32 [L], and the sample it belongs to, long [L] (index into batch.lengths).
+
+    Runs any transformers causal LM, plain or wrapped by PEFT; positions are in the order of the batch.
+    """
+    targets = batch.targets
+    keep = targets != IGNORE
+    rows, head = _run_without_head(model, batch, keep)
+    return chunked_cross_entropy(rows, targets[keep], head), batch.owners[keep]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states [n, D] to logits [n, V]: the model's own head and what the family does to logits after it."""
+
+    module: nn.Module
+    after: Elementwise
+    vocabulary: int
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.after(self.module(rows))
+
+    def trained(self) -> tuple[Tensor, ...]:
+        """Its parameters that train: none in most LoRA runs, the tied embedding in a full-parameter one."""
+        return tuple(p for p in self.module.parameters() if p.requires_grad)
+
+
+def chunked_cross_entropy(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """-log softmax(head(rows))[targets], fp32 [L], from at most CHUNK_ELEMENTS logits at a time."""
+    losses: Tensor = _ChunkedCrossEntropy.apply(rows, targets, head, *head.trained())  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient of losses[i] reaches rows[i] alone: formed in the forward pass, weighted in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, targets: Tensor, head: Head, *trained: Tensor) -> Tensor:
+        losses = rows.new_empty(len(rows), dtype=torch.float32)
+        row_grads = torch.empty_like(rows) if ctx.needs_input_grad[0] and not trained else None
+        for part in _chunks(len(rows), head):
+            chunk = rows[part].detach().requires_grad_(row_grads is not None)
+            with torch.set_grad_enabled(row_grads is not None):
+                logits = head(chunk)
+            losses[part], logit_grads = _loss_and_gradient(logits.detach(), targets[part], row_grads is not None)
+            if row_grads is not None:
+                (row_grads[part],) = torch.autograd.grad(logits, chunk, logit_grads)
+        ctx.head, ctx.trained = head, trained
+        ctx.save_for_backward(*(rows, targets) if trained else (row_grads,))
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.trained:
+            (row_grads,) = ctx.saved_tensors
+            return (row_grads * loss_grads[:, None].to(row_grads.dtype), None, None)
+        rows, targets = ctx.saved_tensors
+        row_grads, *head_grads = _recompute(rows, targets, loss_grads, ctx.head, ctx.trained)
+        return (row_grads, None, None, *head_grads)
+
+
+def _recompute(
+    rows: Tensor, targets: Tensor, loss_grads: Tensor, head: Head, trained: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of sum(losses * loss_grads) to `rows` [L, D] and to each tensor of `trained`, chunk by chunk."""
+    row_grads, totals = torch.empty_like(rows), tuple(torch.zeros_like(p) for p in trained)
+    for part in _chunks(len(rows), head):
+        chunk = rows[part].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = head(chunk)
+        _, logit_grads = _loss_and_gradient(logits.detach(), targets[part], True, loss_grads[part, None])
+        row_grads[part], *grads = torch.autograd.grad(logits, (chunk, *trained), logit_grads)
+        for total, grad in zip(totals, grads, strict=True):
+            total += grad
+    return row_grads, *totals
+
+
+def _chunks(rows: int, head: Head) -> Iterator[slice]:
+    """Equal parts, each of at most CHUNK_ELEMENTS logits."""
+    most = max(1, CHUNK_ELEMENTS // head.vocabulary)
+    size = -(-rows // -(-rows // most)) if rows else 1
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _loss_and_gradient(
+    logits: Tensor, targets: Tensor, with_gradient: bool, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Losses fp32 [n] of `logits` [n, V], and their gradient to the logits (softmax - one-hot) times `scale` [n, 1]."""
+    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
+    at_target = targets[:, None]
+    losses = -log_p.gather(1, at_target).squeeze(1)
+    if not with_gradient:
+        return losses, None
+    grads = log_p.exp_()
+    grads.scatter_add_(1, at_target, torch.full_like(losses, -1.0)[:, None])
+    if scale is not None:
+        grads *= scale
+    return losses, grads.to(logits.dtype)
+
+
+def _run_without_head(model: nn.Module, batch: Batch, keep: Tensor) -> tuple[Tensor, Head]:
+    """Hidden states [L, D] where `keep` [B, T] is true, and the head that makes logits of them."""
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    gathered: list[Tensor] = []
+    probe = torch.linspace(-4, 4, 9, device=keep.device)[None]
+
+    def gather(hidden: Tensor) -> Tensor:
+        gathered.append(hidden[keep])
+        return probe
+
+    with _forward_replaced(module, gather):
+        came_out = _forward(model, batch)
+    after = _after_head(model, probe, came_out)
+    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+    if after is None:
+        return _forward(model, batch)[keep], Head(nn.Identity(), _unchanged, vocabulary)
+    return gathered[0], Head(module, after, vocabulary)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Elementwise) -> Iterator[None]:
+    """`module` computes `forward` inside the block."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model returns as logits. Positions go with packed rows only: not every family takes them."""
+    positions = {"position_ids": batch.position_ids} if batch.packed else {}
+    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **positions).logits
+    return logits
+
+
+def _after_head(model: nn.Module, probe: Tensor, came_out: Tensor) -> Elementwise | None:
+    """What the family does to logits after the head, from what became of `probe`: nothing, or a scale and a cap.
+
+    None where it is something else: the model must then make all its logits itself.
+    """
+    if torch.equal(came_out, probe):
+        return _unchanged
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
+    uncapped = came_out if cap is None else torch.atanh(came_out / cap) * cap
+    scale = float((uncapped * probe).sum() / (probe * probe).sum())
+    after = partial(_scale_and_cap, scale=round(scale, 6), cap=cap)
+    return after if torch.allclose(after(probe), came_out, rtol=1e-4) else None
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _scale_and_cap(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """cap * tanh(scale * logits / cap): Gemma (cap), Granite and Cohere (scale)."""
+    scaled = logits if scale == 1 else logits * scale
+    return scaled if cap is None else torch.tanh(scaled / cap) * cap

@@ -1,0 +1,1 @@
+"""Models: loading, what trains and travels, and faster parts for local training."""
