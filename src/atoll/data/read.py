@@ -1,0 +1,319 @@
+"""What a client holds, as records: chat, prompt and completion, or plain text; checked, counted, never all in memory.
+
+A source is a file, a folder of files, or a Hugging Face `datasets` directory. In a folder, files named `train` and
+`test` (also validation, dev, eval, held_out) name the two splits; otherwise a held-out share is split off by a hash of
+each record's content, so that the same text never lies on both sides, whatever the order and the number of copies.
+
+Two kinds of mistake are told apart. What makes the source unreadable (not JSON, not UTF-8, no known columns, mixed
+formats, wrong types) stops with its place: guessing would train on the wrong thing. What is wrong with one record (no
+answer, empty text) leaves that record out; `Report` counts it under its reason, with the place of the first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from atoll.data.files import READERS, Row, rows
+from atoll.errors import AtollError, closest
+
+Form = Literal["chat", "prompt_completion", "text"]
+Split = Literal["train", "test"]
+Message = dict[str, Any]
+
+COLUMNS: dict[Form, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The columns that make a format; the first format whose columns are all there is the one."""
+
+FORMS = " | ".join(" + ".join(columns) for columns in COLUMNS.values())
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+NO_ANSWER = "no answer"
+NO_PROMPT = "no prompt"
+EMPTY_TEXT = "empty text"
+ALSO_HELD_OUT = "also in the held-out split"
+
+_TEST_NAME = re.compile(r"(test|validation|valid|val|dev|eval|held[-_]?out)([-_.].*)?$", re.IGNORECASE)
+
+
+class Record(NamedTuple):
+    """One record: the `messages` of a chat (prompt and completion make two, plain text one without a role).
+
+    `row` counts the rows of the source from 0 in reading order, those left out included: it addresses `column`.
+    """
+
+    form: Form
+    messages: list[Message]
+    split: Split
+    row: int
+    place: str
+
+
+@dataclass
+class Report:
+    """What became of a source's records: `left_out` maps a reason to (how many, the first one's place)."""
+
+    form: str = ""
+    read: int = 0
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unused_columns: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """Records that were read and not left out."""
+        return self.read - sum(count for count, _ in self.left_out.values())
+
+    @property
+    def usable(self) -> bool:
+        """Whether anything is left to train or evaluate on; a client without is left out by the caller."""
+        return self.kept > 0
+
+    def leave_out(self, reason: str, place: str) -> None:
+        """Count one record under `reason`, keeping the place of the first."""
+        count, first = self.left_out.get(reason, (0, place))
+        self.left_out[reason] = (count + 1, first)
+
+    def __str__(self) -> str:
+        """One line a reason.
+
+        >>> report = Report("text", read=3)
+        >>> report.leave_out(EMPTY_TEXT, "notes.jsonl:2")
+        >>> print(report)
+        2 of 3 records kept (text)
+        1 left out: empty text, first at notes.jsonl:2
+        """
+        head = f"{self.kept} of {self.read} records kept ({self.form})"
+        return "\n".join(
+            [head, *(f"{count} left out: {why}, first at {place}" for why, (count, place) in self.left_out.items())]
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A client's data: its files in reading order, the split each names, and the share held out where none is named."""
+
+    path: Path
+    files: tuple[tuple[Path, Split | None], ...]
+    held_out: float = 0.1
+
+
+def open_source(path: str | Path, held_out: float = 0.1) -> Source:
+    """Find the data files at `path`: a file, a folder of files, or a `datasets` directory.
+
+    Args:
+        path: the file or folder.
+        held_out: the share of records kept for evaluation where no file is named for it, in [0, 1).
+
+    Raises:
+        AtollError: nothing there, or nothing that can be read.
+    """
+    path = Path(path)
+    if not 0 <= held_out < 1:
+        raise AtollError("the held-out share is out of range", found=held_out, allowed="at least 0, less than 1")
+    if not path.exists():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        remedy = closest(path.name, near) if near else "check the path"
+        raise AtollError("there is no such file or folder", where=str(path), remedy=remedy)
+    return Source(path, _splits(_files(path)), held_out)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        found = [path] if path.suffix.lower() in READERS else []
+    elif (path / "dataset_dict.json").is_file():
+        found = sorted(part for part in path.iterdir() if _is_saved(part))
+    else:
+        found = [path] if _is_saved(path) else sorted(p for p in path.iterdir() if p.suffix.lower() in READERS)
+    if not found:
+        names = [path.name] if path.is_file() else sorted(part.name for part in path.iterdir())
+        raise AtollError(
+            "no data files",
+            where=str(path),
+            found=", ".join(names[:10]) or "an empty folder",
+            allowed=f"{', '.join(READERS)}, or a folder written by datasets' save_to_disk",
+        )
+    return found
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def _splits(files: list[Path]) -> tuple[tuple[Path, Split | None], ...]:
+    """Held-out files first: training records are compared with them. Nothing but held-out names names nothing."""
+    tests = [file for file in files if _TEST_NAME.match(file.name)]
+    trains = [file for file in files if file not in tests]
+    if not tests or not trains:
+        return tuple((file, None) for file in files)
+    return (*((file, "test") for file in tests), *((file, "train") for file in trains))
+
+
+def records(source: Source, report: Report) -> Iterator[Record]:
+    """The usable records of `source`, one at a time; `report` is filled on the way and is complete at the end.
+
+    Raises:
+        AtollError: the source cannot be read for what it is: see the file's head.
+    """
+    form: Form | None = None
+    held_out: set[int] = set()
+    for path, named in source.files:
+        for place, row in rows(path):
+            form = form or _recognize(row, place, report)
+            report.read += 1
+            content = _content(form, row, place)
+            where = place.removeprefix(f"{source.path.parent}/")  # a report holds for a copy of the data elsewhere
+            if isinstance(content, str):
+                report.leave_out(content, where)
+                continue
+            digest = _digest(content)
+            split = named or ("test" if digest < source.held_out * 2**64 else "train")
+            if named == "test":
+                held_out.add(digest)
+            elif named == "train" and digest in held_out:
+                report.leave_out(ALSO_HELD_OUT, where)
+                continue
+            yield Record(form, content, split, report.read - 1, where)
+
+
+def column(source: Source, name: str) -> list[Any]:
+    """The value of column `name` for every row of `source`, in reading order: what partitioners go by.
+
+    Raises:
+        AtollError: a row has no such column.
+    """
+    values = []
+    for path, _ in source.files:
+        for place, row in rows(path):
+            if name not in row:
+                raise AtollError("no such column", where=place, found=name, remedy=closest(name, row))
+            values.append(row[name])
+    return values
+
+
+def _recognize(row: Row, place: str, report: Report) -> Form:
+    form = _form(row)
+    if form is None:
+        raise AtollError(
+            "the format of the records is not recognized",
+            where=place,
+            found=f"columns {', '.join(map(str, row)) or '(none)'}",
+            allowed=FORMS,
+            remedy=_rename(row, place),
+        )
+    report.form = form
+    report.unused_columns = tuple(name for name in row if name not in COLUMNS[form])
+    return form
+
+
+def _form(row: Row) -> Form | None:
+    return next((form for form, columns in COLUMNS.items() if all(name in row for name in columns)), None)
+
+
+def _rename(row: Row, place: str) -> str:
+    known = [name for columns in COLUMNS.values() for name in columns]
+    near = {name: get_close_matches(str(name).lower(), known, n=1, cutoff=0.6) for name in row if name not in known}
+    hints = [f"did you mean '{match[0]}' where it says '{name}'?" for name, match in near.items() if match]
+    if ".csv:" in place:
+        hints.append("the first line of a CSV names its columns, such as prompt,completion")
+    return "; ".join(hints) or "rename the columns"
+
+
+def _content(form: Form, row: Row, place: str) -> list[Message] | str:
+    """The record's messages, or the reason to leave it out."""
+    found = _form(row)
+    if found != form and (found or not any(name in row for name in COLUMNS[form])):
+        raise AtollError(
+            "formats are mixed",
+            where=place,
+            found=f"{found or 'no known format'} (columns {', '.join(map(str, row))})",
+            allowed=f"{form} as in the records before it",
+            remedy="put each format into a file of its own, or convert to one",
+        )
+    return _CHECKS[form](row, place)
+
+
+def _chat(row: Row, place: str) -> list[Message] | str:
+    messages = row["messages"]
+    if isinstance(messages, str):  # a CSV cell can only hold a chat as JSON text
+        messages = _parsed(messages, place)
+    if not isinstance(messages, list):
+        raise _wrong_type("messages", messages, "a list of {role, content}", place)
+    chat = [_message(message, f"{place}, message {number}") for number, message in enumerate(messages, 1)]
+    answers = [message for message in chat if message["role"] == "assistant"]
+    if not answers or not all(_answered(message) for message in answers):
+        return NO_ANSWER
+    return chat
+
+
+def _message(message: object, place: str) -> Message:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise _wrong_type("a message", message, "{role, content}", place)
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise AtollError(
+            "unknown role", where=place, found=role, allowed=", ".join(ROLES), remedy=closest(str(role), ROLES)
+        )
+    if not isinstance(content, str | None):
+        raise _wrong_type("content", content, "a string", place)
+    # columnar files fill keys that a message does not have with None
+    return {key: value for key, value in message.items() if value is not None} | {"content": content or ""}
+
+
+def _answered(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _prompt_completion(row: Row, place: str) -> list[Message] | str:
+    prompt, completion = _string(row, "prompt", place), _string(row, "completion", place)
+    if not completion.strip():
+        return NO_ANSWER
+    if not prompt.strip():
+        return NO_PROMPT
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def _text(row: Row, place: str) -> list[Message] | str:
+    text = _string(row, "text", place)
+    return [{"content": text}] if text.strip() else EMPTY_TEXT
+
+
+_CHECKS: dict[Form, Callable[[Row, str], list[Message] | str]] = {
+    "chat": _chat,
+    "prompt_completion": _prompt_completion,
+    "text": _text,
+}
+
+
+def _string(row: Row, name: str, place: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str | None):
+        raise _wrong_type(name, value, "a string", place)
+    return value or ""
+
+
+def _parsed(text: str, place: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise _wrong_type("messages", text, "a JSON list of {role, content}", place) from None
+
+
+def _wrong_type(what: str, value: object, allowed: str, place: str) -> AtollError:
+    return AtollError(
+        f"{what} has the wrong type", where=place, found=f"{type(value).__name__}: {str(value)[:60]}", allowed=allowed
+    )
+
+
+def _digest(messages: list[Message]) -> int:
+    """64 bits of the content's hash, uniform: a share p of them lies below p * 2^64."""
+    plain = json.dumps(messages, sort_keys=True, default=str).encode()
+    return int.from_bytes(blake2b(plain, digest_size=8).digest())

@@ -1,0 +1,256 @@
+"""A client's records to token samples, once: later runs map the result into memory.
+
+The cache is named by the content that made it - data, tokenizer, template, context, objective, this code's version - so
+a changed file or template is never answered with old tokens, and an unchanged one never tokenized again. Records are
+read, tokenized and written a batch at a time; memory does not grow with the data.
+
+Samples longer than the context are left out and counted for `sft` (a truncated answer teaches to break off), and cut
+into windows for `causal_lm`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.cache import content_hash, file_hash, once
+from atoll.data.answers import PLAIN, ChatFormat, Spans
+from atoll.data.files import content
+from atoll.data.read import NO_ANSWER, Record, Report, Source, open_source, records
+from atoll.data.tokens import TokenDataset, TokenWriter, load
+from atoll.errors import AtollError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Objective = Literal["sft", "causal_lm"]
+
+VERSION = 1
+"""Raise it when the same input gives other tokens or another layout."""
+
+TOO_LONG = "longer than the context"
+TOO_SHORT = "a single token"
+
+BATCH_CHARACTERS = 500_000
+"""Text tokenized at a time: a few MB of tokens, enough to keep the tokenizer's threads busy."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A client's token samples, what became of its records, and the name of the content (a hash)."""
+
+    train: TokenDataset
+    test: TokenDataset
+    report: Report
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One record's tokens, int32 [length], and which of them have a loss, bool [length]."""
+
+    ids: NDArray[np.int32]
+    labelled: NDArray[np.bool_]
+    record: Record
+
+
+def prepare(
+    source: Source | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    objective: Objective = "sft",
+    *,
+    cache_root: Path,
+) -> Prepared:
+    """Tokenize a client's data, or map what an earlier call made of the same content.
+
+    Args:
+        source: a path, or what `open_source` found there.
+        tokenizer: a fast tokenizer, with or without a chat template.
+        context: the longest sample, in tokens.
+        objective: `sft` puts the loss on answers only; `causal_lm` on every token.
+        cache_root: the folder under which `tokens/` is kept.
+
+    Returns:
+        Both splits may be empty: see `report.usable`.
+
+    Raises:
+        AtollError: the source cannot be read, or does not fit the objective.
+    """
+    source = source if isinstance(source, Source) else open_source(source)
+    fingerprint = _fingerprint(source, tokenizer, context, objective)
+    folder = once(
+        cache_root / "tokens" / fingerprint, lambda partial: _write(partial, source, tokenizer, context, objective)
+    )
+    return Prepared(load(folder / "train"), load(folder / "test"), _read_report(folder), fingerprint)
+
+
+def _write(
+    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, context: int, objective: Objective
+) -> None:
+    report = Report()
+    with TokenWriter(folder / "train") as train, TokenWriter(folder / "test") as test:
+        for encoded in encode(records(source, report), tokenizer, objective, report):
+            writer = train if encoded.record.split == "train" else test
+            for start, stop in fit(encoded, context, objective, report):
+                writer.add(encoded.ids[start:stop], encoded.labelled[start:stop], encoded.record.row)
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
+
+
+def _read_report(folder: Path) -> Report:
+    stored = json.loads((folder / "report.json").read_text())
+    left_out = {reason: (count, place) for reason, (count, place) in stored["left_out"].items()}
+    return Report(stored["form"], stored["read"], left_out, tuple(stored["unused_columns"]))
+
+
+def encode(
+    found: Iterable[Record], tokenizer: PreTrainedTokenizerBase, objective: Objective, report: Report
+) -> Iterator[Encoded]:
+    """Tokenize records, a batch at a time, with the loss where the objective puts it.
+
+    A prompt and its completion are a user's and an assistant's turn if the tokenizer has a chat template, else one
+    text. Plain text, and a completion without a template, are closed with the end-of-sequence token. A conversation
+    that the template refuses is counted in `report`.
+
+    Raises:
+        AtollError: the tokenizer cannot say where its tokens stand; plain text for `sft`.
+    """
+    if not tokenizer.is_fast:
+        raise AtollError(
+            "the tokenizer does not say where its tokens stand in the text",
+            found=type(tokenizer).__name__,
+            allowed="a fast tokenizer (tokenizer.json)",
+        )
+    chat = ChatFormat(tokenizer)
+    for batch in _batches(found):
+        written = [
+            (record, *text) for record in batch if (text := _written(record, tokenizer, chat, objective, report))
+        ]
+        if written:
+            yield from _encode(written, tokenizer, objective)
+
+
+def _encode(
+    written: list[tuple[Record, str, Spans]], tokenizer: PreTrainedTokenizerBase, objective: Objective
+) -> Iterator[Encoded]:
+    form = written[0][0].form
+    templated = bool(tokenizer.chat_template) and form != "text"  # a template writes special tokens itself
+    closed = not templated and form != "chat"
+    tokens: Any = tokenizer(
+        [text for _, text, _ in written],
+        add_special_tokens=not templated,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    for (record, _, spans), ids, offsets in zip(written, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        labelled = np.ones(len(ids), bool) if objective == "causal_lm" else _in_spans(offsets, spans)
+        ids, labelled = _close(ids, labelled, tokenizer.eos_token_id) if closed else (ids, labelled)
+        yield Encoded(np.asarray(ids, np.int32), labelled, record)
+
+
+def _written(
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, objective: Objective, report: Report
+) -> tuple[str, Spans] | None:
+    """The record's text and the spans of its answers; None if the template refuses it."""
+    from jinja2 import TemplateError
+
+    if record.form == "text":
+        if objective == "sft":
+            raise AtollError(
+                "plain text has no answers to train on",
+                where=record.place,
+                found="records with 'text', objective sft",
+                allowed="messages, or prompt and completion",
+                remedy="use the objective causal_lm",
+            )
+        return record.messages[0]["content"], []
+    if record.form == "prompt_completion" and not tokenizer.chat_template:
+        prompt, completion = (message["content"] for message in record.messages)
+        return prompt + completion, [(len(prompt), len(prompt + completion))]
+    try:
+        return chat.answers(record.messages)
+    except TemplateError as error:
+        report.leave_out(f"refused by the chat template ({error})", record.place)
+        return None
+
+
+def _in_spans(offsets: list[tuple[int, int]], spans: Spans) -> NDArray[np.bool_]:
+    """Which tokens hold a character of a span, bool [length].
+
+    Tokenizers that trim offsets report a token of blanks as empty: it gets what lies between it and the token before.
+    """
+    bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    start, stop = bounds[:, 0], bounds[:, 1]
+    start = np.where(start == stop, np.concatenate([[0], stop[:-1]]), start)
+    labelled = np.zeros(len(bounds), bool)
+    for first, last in spans:
+        labelled |= (start < last) & (stop > first)
+    return labelled
+
+
+def _close(ids: list[int], labelled: NDArray[np.bool_], eos: int | None) -> tuple[list[int], NDArray[np.bool_]]:
+    if eos is None:
+        return ids, labelled
+    if not ids or ids[-1] != eos:
+        ids, labelled = [*ids, eos], np.append(labelled, True)
+    labelled[-1] = True
+    return ids, labelled
+
+
+def _batches(found: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in found:
+        batch.append(record)
+        size += sum(len(message["content"]) for message in record.messages)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def fit(encoded: Encoded, context: int, objective: Objective, report: Report) -> list[tuple[int, int]]:
+    """The ranges of tokens to keep: the whole sample, windows of `context`, or none, counted in `report`.
+
+    A window of a single token predicts nothing and is dropped.
+    """
+    length = len(encoded.ids)
+    if length < 2:
+        reason = TOO_SHORT
+    elif objective == "causal_lm":
+        edges = [*range(0, length, context), length]
+        return [(start, stop) for start, stop in pairwise(edges) if stop - start > 1]
+    elif length > context:
+        reason = TOO_LONG
+    elif not encoded.labelled.any():
+        reason = NO_ANSWER
+    else:
+        return [(0, length)]
+    report.leave_out(reason, encoded.record.place)
+    return []
+
+
+def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, context: int, objective: str) -> str:
+    facts: list[Any] = [VERSION, source.path.name, source.held_out, context, objective, *_identity(tokenizer)]
+    for path, split in source.files:
+        facts += [(str(part.relative_to(source.path.parent)), split, file_hash(part)) for part in content(path)]
+    return content_hash(json.dumps(facts))
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What decides a tokenizer's output: its definition, without the truncation and padding of its last call."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    kept = {key: value for key, value in definition.items() if key not in ("truncation", "padding")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return [content_hash(json.dumps(kept)), special, tokenizer.chat_template or PLAIN]

@@ -1,0 +1,172 @@
+"""Token samples on disk: flat arrays, memory-mapped, written as they come.
+
+A split of n samples and t tokens is five .npy files: `ids` int32 [t], `mask` uint8 [t / 8 rounded up] (one bit a token:
+is there a loss?), `offsets` int64 [n + 1] (where each sample starts in `ids`), and per sample `rows` int64 [n] (the row
+of the source it came from) and `labelled` int32 [n] (its tokens with a loss). Reading a sample touches its own pages
+only, so a data set larger than memory costs what is used of it, and processes share the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from atoll.data.collate import IGNORE, Sample
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset(Sequence[Sample]):
+    """Samples (input_ids, labels), both int32 [length]; labels hold the token where there is a loss and -100 elsewhere.
+
+    `chosen` holds the positions of these samples among those on disk, int64 [n].
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    offsets: Ints
+    all_rows: Ints
+    all_labelled: NDArray[np.int32]
+    chosen: Ints
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One sample for an integer; the samples of a slice as a dataset."""
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        at = self.chosen[index]
+        start, stop = int(self.offsets[at]), int(self.offsets[at + 1])
+        ids = np.array(self.ids[start:stop])
+        bits = np.unpackbits(self.mask[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
+        return ids, np.where(bits, ids, np.int32(IGNORE))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def select(self, indices: Sequence[int] | Ints) -> TokenDataset:
+        """The samples at `indices`, without copying tokens: a simulated client's share."""
+        return replace(self, chosen=self.chosen[np.asarray(indices, dtype=np.int64)])
+
+    @property
+    def rows(self) -> Ints:
+        """The row of the source each sample came from, int64 [n]."""
+        return self.all_rows[self.chosen]
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each sample, int64 [n]."""
+        return self.offsets[self.chosen + 1] - self.offsets[self.chosen]
+
+    @property
+    def labelled(self) -> NDArray[np.int32]:
+        """Tokens with a loss of each sample, int32 [n]."""
+        return self.all_labelled[self.chosen]
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return int(self.lengths.sum())
+
+    @property
+    def labelled_tokens(self) -> int:
+        """All tokens with a loss."""
+        return int(self.labelled.sum())
+
+
+def load(folder: Path) -> TokenDataset:
+    """Memory-map what a `TokenWriter` has written."""
+    ids, mask, offsets, rows, labelled = (
+        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _DTYPES
+    )
+    return TokenDataset(ids, mask, offsets, rows, labelled, np.arange(len(rows), dtype=np.int64))
+
+
+class TokenWriter:
+    """Writes samples one at a time into `folder`; complete when the `with` block ends.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "train"
+        >>> with TokenWriter(folder) as writer:
+        ...     writer.add(np.array([7, 8, 9]), np.array([False, True, True]), row=0)
+        >>> ids, labels = load(folder)[0]
+        >>> ids.tolist(), labels.tolist()
+        ([7, 8, 9], [-100, 8, 9])
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._stack = ExitStack()
+        self._arrays = {
+            name: self._stack.enter_context(_Growing(folder / f"{name}.npy", dtype)) for name, dtype in _DTYPES.items()
+        }
+        self._arrays["offsets"].extend(np.zeros(1))
+        self._bits = np.zeros(0, bool)
+        self._tokens = 0
+
+    def add(self, ids: NDArray[Any], labelled: NDArray[np.bool_], row: int) -> None:
+        """Append one sample: ids [length], labelled bool [length], the row of the source it came from."""
+        self._tokens += len(ids)
+        self._arrays["ids"].extend(ids)
+        self._arrays["offsets"].extend(np.array([self._tokens]))
+        self._arrays["rows"].extend(np.array([row]))
+        self._arrays["labelled"].extend(np.array([labelled.sum()]))
+        bits = np.concatenate([self._bits, labelled])
+        whole = len(bits) // 8 * 8
+        self._arrays["mask"].extend(np.packbits(bits[:whole]))
+        self._bits = bits[whole:]
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._stack:
+            self._arrays["mask"].extend(np.packbits(self._bits))
+
+
+_DTYPES: dict[str, Any] = {
+    "ids": np.int32,
+    "mask": np.uint8,
+    "offsets": np.int64,
+    "rows": np.int64,
+    "labelled": np.int32,
+}
+
+
+class _Growing:
+    """A one-dimensional .npy file that grows; its header, in which numpy leaves room, gets the length at the end."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self.length = 0
+        self.file: BinaryIO = path.open("wb")
+        self._header()
+
+    def extend(self, values: NDArray[Any]) -> None:
+        self.file.write(values.astype(self.dtype).tobytes())
+        self.length += len(values)
+
+    def _header(self) -> None:
+        descr = npy.dtype_to_descr(self.dtype)
+        npy.write_array_header_1_0(self.file, {"descr": descr, "fortran_order": False, "shape": (self.length,)})
+
+    def __enter__(self) -> _Growing:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.file:
+            self.file.seek(0)
+            self._header()
