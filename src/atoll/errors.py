@@ -24,7 +24,9 @@ class AtollError(Exception):
         remedy: the next thing to do, as a command where there is one.
     """
 
-    def __init__(self, what: str, *, where: str = "", found: object = "", allowed: object = "", remedy: str = "") -> None:
+    def __init__(
+        self, what: str, *, where: str = "", found: object = "", allowed: object = "", remedy: str = ""
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.details = {"where": where, "found": str(found), "allowed": str(allowed), "remedy": remedy}

@@ -1,0 +1,1 @@
+"""Aggregators: many updates become one."""

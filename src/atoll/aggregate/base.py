@@ -1,0 +1,45 @@
+"""An aggregator: how the updates of a round become one.
+
+    init(like) -> total      add(total, vector, weights) -> total      finish(total) -> update
+
+The total is a flat dict of tensors. For a sum it can be added to another total (an all-reduce, a relay), masked by secure
+aggregation, or noised before anything is divided, because the weights ride inside it as entries of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from atoll.params import Params
+
+Weights = Mapping[str, float]
+"""An aggregation weight per group of parameters; 0 for a group that the client does not hold."""
+
+ALL = "all"
+"""The one group of a space whose parameters everybody holds."""
+
+
+class Aggregator(Protocol):
+    """How the updates of a round become one. `converse` in round.py is the only caller of `add`."""
+
+    @property
+    def summable(self) -> bool:
+        """Whether totals may be added to each other: by an all-reduce, a relay, or behind a mask."""
+        ...
+
+    def groups(self, like: Params) -> set[str]:
+        """The groups for which a reply must bring a weight."""
+        ...
+
+    def init(self, like: Params) -> Params:
+        """An empty total for updates of the names and shapes of `like`."""
+        ...
+
+    def add(self, total: Params, vector: Params, weights: Weights) -> Params:
+        """Takes one update in. May reuse the tensors of `total`."""
+        ...
+
+    def finish(self, total: Params) -> Params:
+        """The aggregated update; parameters that nobody contributed to are left out."""
+        ...

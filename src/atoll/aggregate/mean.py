@@ -1,0 +1,58 @@
+"""The weighted mean, streaming: one total in memory, however many clients.
+
+    update[p] = sum_k w_k[g(p)] update_k[p] / sum_k w_k[g(p)],      g(p): the group of parameter p
+
+Source: McMahan et al. 2017 (arXiv 1602.05629), Algorithm 1, with w_k = n_k; one weight per group as in the survey's
+federated multimodal framework, where a client without images has weight 0 for the image connector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from atoll.aggregate.base import ALL, Weights
+from atoll.params import Params
+
+WEIGHT = "#weight/"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """See `mean`."""
+
+    group_of: Callable[[str], str] = lambda name: ALL
+    summable = True
+
+    def groups(self, like: Params) -> set[str]:
+        """Every group that a parameter is in."""
+        return {self.group_of(name) for name in like}
+
+    def init(self, like: Params) -> Params:
+        """Zeros, in float32 at least, and a weight of zero per group."""
+        total = {
+            name: torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for name, x in like.items()
+        }
+        weights = {WEIGHT + group: torch.zeros((), dtype=torch.float64) for group in self.groups(like)}
+        return total | weights
+
+    def add(self, total: Params, vector: Params, weights: Weights) -> Params:
+        """total += weight * vector, in place; the weights are summed beside it."""
+        for name, x in vector.items():
+            total[name].add_(x, alpha=weights[self.group_of(name)])
+        for group, weight in weights.items():
+            total[WEIGHT + group] += weight
+        return total
+
+    def finish(self, total: Params) -> Params:
+        """Divides by the summed weights. Groups that nobody held are left out."""
+        weights = {name.removeprefix(WEIGHT): float(w) for name, w in total.items() if name.startswith(WEIGHT)}
+        sums = {name: x for name, x in total.items() if not name.startswith(WEIGHT)}
+        return {n: x.div_(weights[self.group_of(n)]) for n, x in sums.items() if weights[self.group_of(n)] > 0}
+
+
+def mean() -> Mean:
+    """The weighted mean of the updates (FedAvg's aggregation)."""
+    return Mean()

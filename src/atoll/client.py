@@ -1,0 +1,161 @@
+"""A client: task -> work -> payload. The same code in a simulation and behind a hospital's wall.
+
+What persists between rounds (error-feedback residuals, SCAFFOLD's control variates) is client state, kept in two versions:
+the committed one, and the pending one that the last task made. The server acknowledges in its next task which reply it has
+taken in for good; only then does pending become committed. So a server that dies and starts again from its checkpoint
+finds the clients where it left them: no residual is applied twice, none is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from atoll.aggregate.base import Weights
+from atoll.exchange import Reply, Task
+from atoll.keys import key
+from atoll.params import Params, nested, under
+from atoll.stream import Stream
+from atoll.transforms.chain import Payload
+
+
+class Done(NamedTuple):
+    """What a client's work comes to."""
+
+    updates: Mapping[str, Params]
+    weights: Weights
+    metrics: Mapping[str, float]
+    state: Params
+
+
+Work = Callable[[Mapping[str, Params], Any, Params, Task], Done]
+"""(params per stream, the client's data, its state, the task) -> Done. Pure but for the model it trains in."""
+
+
+class WorkFailed(Exception):
+    """The work cannot give an update: the reason goes to the server as a refusal."""
+
+
+class Store(Protocol):
+    """Keeps a client's state in two versions."""
+
+    def settle(self, acknowledged: str | None) -> Params:
+        """Commits the pending version if it is the acknowledged one, drops it otherwise; gives the committed state."""
+        ...
+
+    def pend(self, task: str, state: Params) -> None:
+        """Keeps the state that `task` made, until it is acknowledged or not."""
+        ...
+
+
+@dataclass
+class MemoryStore:
+    """Client state in memory."""
+
+    committed: tuple[str | None, Params] = (None, {})
+    pending: tuple[str | None, Params] = (None, {})
+
+    def settle(self, acknowledged: str | None) -> Params:
+        """See `Store`."""
+        if acknowledged is not None and acknowledged == self.pending[0]:
+            self.committed = self.pending
+        if acknowledged != self.committed[0]:
+            raise WorkFailed(f"client state is lost: the server counts on {acknowledged}, here is {self.committed[0]}")
+        self.pending = (None, {})
+        return self.committed[1]
+
+    def pend(self, task: str, state: Params) -> None:
+        """See `Store`."""
+        self.pending = (task, state)
+
+
+@dataclass
+class FileStore:
+    """Client state in one safetensors file, replaced atomically: both versions change together or not at all.
+
+    `settle` writes nothing: until the next `pend` the file decides the same way again.
+    """
+
+    path: Path
+    versions: MemoryStore = field(default_factory=MemoryStore)
+
+    def settle(self, acknowledged: str | None) -> Params:
+        """See `Store`."""
+        self.versions = self._read()
+        return self.versions.settle(acknowledged)
+
+    def pend(self, task: str, state: Params) -> None:
+        """See `Store`."""
+        self.versions.pend(task, state)
+        flat = nested("committed", self.versions.committed[1]) | nested("pending", state)
+        tasks = json.dumps({"committed": self.versions.committed[0], "pending": task})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}")
+        save_file({name: x.contiguous() for name, x in flat.items()}, partial, metadata={"tasks": tasks})
+        os.replace(partial, self.path)
+
+    def _read(self) -> MemoryStore:
+        if not self.path.exists():
+            return MemoryStore()
+        with safe_open(self.path, framework="pt") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+            tasks = json.loads(file.metadata()["tasks"])
+        return MemoryStore(*((tasks[at], under(at, flat)) for at in ("committed", "pending")))
+
+
+@dataclass
+class Client:
+    """One client: its data, its works by kind of task, and the state it keeps.
+
+    The model that works train in may be shared by many simulated clients: whatever a work needs of it, it writes first.
+    """
+
+    name: str
+    plan: str
+    streams: Sequence[Stream]
+    works: Mapping[str, Work]
+    data: Any
+    store: Store = field(default_factory=MemoryStore)
+
+    def handle(self, task: Task) -> Reply:
+        """Does the task. Whatever the client cannot do comes back as a reply with a refusal, never as an exception."""
+        started = time.perf_counter()
+        reply = partial(Reply, task.id, self.name, self.plan, task.broadcast.round)
+        try:
+            if task.plan != self.plan or task.kind not in self.works:
+                raise WorkFailed(f"no work of kind '{task.kind}' for plan {task.plan} here")
+            payloads, done = self._work(task)
+        except WorkFailed as error:
+            return reply(refusal=str(error), seconds=time.perf_counter() - started)
+        return reply(
+            payloads=payloads,
+            weights=done.weights,
+            metrics=done.metrics,
+            keeps_state=bool(done.state),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _work(self, task: Task) -> tuple[dict[str, Payload], Done]:
+        params = {s.name: s.down.decode(task.broadcast.payloads[s.name]) for s in self.streams}
+        kept = self.store.settle(task.acknowledged)
+        done = self.works[task.kind](params, self.data, under("work", kept), task)
+        payloads: dict[str, Payload] = {}
+        state = nested("work", done.state)
+        for stream in self.streams:
+            if (update := done.updates.get(stream.name)) is None:
+                continue
+            before = under(stream.name, kept) or stream.up.init(update)
+            after, payloads[stream.name] = stream.up.encode(before, update, key(task.key, stream.name))
+            state |= nested(stream.name, after)
+        if state:
+            self.store.pend(task.id, state)
+        return payloads, done._replace(state=state)

@@ -1,0 +1,167 @@
+"""The conversation of one round, written without I/O.
+
+An exchange is a generator. It yields what it wants done and never does it:
+
+    Send(tasks)       hand these to the clients
+    Wait()            -> the next Reply or Dropped, sent back into the generator
+    Accepted(...)     a reply counts: add its contributions to the totals
+    Refused(...)      a reply does not count, and why
+    Dropped(...)      a client will not answer
+
+A plain round is one Send and many Waits. Secure aggregation is several of those, one after the other. Both are driven by
+`converse` in round.py, in a simulation and over a network alike. (After httpx's auth_flow.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from atoll import wire
+from atoll.aggregate.base import Weights
+from atoll.params import Params
+from atoll.transforms.chain import Payload
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the server sends at the start of a round: a payload per stream, the same for the whole cohort."""
+
+    round: int
+    payloads: Mapping[str, Payload]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire for one client."""
+        return sum(wire.size(payload) for payload in self.payloads.values())
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a client is asked to do, as plain data. The client rebuilds the work from the plan."""
+
+    kind: str
+    client: str
+    plan: str
+    """Hash of the plan that both ends must have."""
+    broadcast: Broadcast
+    """The base version: the params that the work starts from."""
+    key: int
+    sent: float = 0.0
+    """When it was sent, on the fleet's clock."""
+    acknowledged: str | None = None
+    """The client's last task whose reply the server has taken in for good; see client.py."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What a phase of an exchange needs beside the params: public keys, lists of survivors."""
+
+    @property
+    def id(self) -> str:
+        """Names the task within its run."""
+        return f"{self.kind}:{self.broadcast.round}:{self.client}"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers."""
+
+    task: str
+    client: str
+    plan: str
+    round: int
+    """The round of the broadcast that the work started from."""
+    payloads: Mapping[str, Payload] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str = ""
+    """Why the client did not do the task; empty if it did."""
+    keeps_state: bool = False
+    """Whether the client made a new version of its state, which it commits when the server acknowledges this task."""
+    seconds: float = 0.0
+    """How long the work took, on the client's own clock."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return sum(wire.size(payload) for payload in self.payloads.values())
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one reply adds to the total of one stream."""
+
+    vector: Params
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Send:
+    """Hand these tasks to their clients."""
+
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait for the next reply."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A reply counts."""
+
+    reply: Reply
+    contributions: Mapping[str, Contribution]
+    staleness: int = 0
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A reply does not count."""
+
+    client: str
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A client will not answer this task."""
+
+    client: str
+    task: str
+    reason: str = "no answer"
+
+
+Verdict = Accepted | Refused | Dropped
+Event = Reply | Dropped
+Exchange = Generator[Send | Wait | Verdict, Event | None, None]
+Receive = Callable[[Reply], Accepted | Refused]
+Closing = Callable[[int, int], bool]
+"""(replies accepted, tasks still out) -> whether the round stops waiting."""
+
+
+class MakeExchange(Protocol):
+    """What a plan holds: makes the round's exchange from its tasks."""
+
+    def __call__(self, tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closed: Closing) -> Exchange:
+        """`in_flight` are tasks of earlier rounds that may still be answered."""
+        ...
+
+
+def plain(tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closed: Closing) -> Exchange:
+    """One phase: send the tasks, take the replies as they come, stop when the closing rule says so."""
+    yield Send(tasks)
+    out = {task.id for task in (*in_flight, *tasks)}
+    accepted = 0
+    while out and not closed(accepted, len(out)):
+        event = yield Wait()
+        assert event is not None
+        if event.task not in out:
+            yield Refused(event.client, event.task, "not expected: answered before, or never asked")
+            continue
+        out.discard(event.task)
+        verdict = receive(event) if isinstance(event, Reply) else event
+        accepted += isinstance(verdict, Accepted)
+        yield verdict

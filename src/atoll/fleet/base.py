@@ -1,0 +1,37 @@
+"""A fleet: where clients run, and how tasks get there. All I/O of a round is behind these six functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from atoll.exchange import Event, Task
+from atoll.params import Params
+
+
+class Fleet(Protocol):
+    """Where clients run."""
+
+    def clients(self) -> list[str]:
+        """Who may be asked now, in a fixed order."""
+        ...
+
+    def now(self) -> float:
+        """The fleet's clock in seconds: the time of day over a network, virtual in a simulation."""
+        ...
+
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Hands tasks to their clients; does not wait."""
+        ...
+
+    def receive(self) -> Event:
+        """Waits for the next answer to any task that is out, or word that none will come."""
+        ...
+
+    def reduce(self, total: Params) -> Params:
+        """Sums a total over all processes that drive this run: itself where one server hears everybody."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of whatever it holds. Tasks that are out stay unanswered."""
+        ...

@@ -1,0 +1,107 @@
+"""A fleet that misbehaves on purpose, around any other: test a recipe against the faults that it will meet.
+
+Faults are drawn by key, so a run with faults repeats exactly. Rates are per task:
+
+    drop       the task never reaches its client
+    lose       the client works, its answer never arrives (its state is pending and stays so)
+    corrupt    the answer arrives with a flipped byte or a value that is no number
+    duplicate  the answer arrives twice
+    delay      the task takes `delay_seconds` longer (virtual time)
+
+`kill_at` ends the whole process with SIGKILL right after the client of the named task has worked, before anybody hears of
+it: what a power cut does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Le
+
+from atoll.exchange import Dropped, Event, Reply, Task
+from atoll.fleet.base import Fleet
+from atoll.keys import rng
+from atoll.params import Params
+
+Rate = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass
+class FaultFleet:
+    """See the module's text."""
+
+    inner: Fleet
+    drop: Rate = 0.0
+    lose: Rate = 0.0
+    corrupt: Rate = 0.0
+    duplicate: Rate = 0.0
+    delay: Rate = 0.0
+    delay_seconds: float = 10.0
+    kill_at: str = ""
+    seed: int = 0
+    _queue: deque[Event] = field(default_factory=deque)
+
+    def clients(self) -> list[str]:
+        """The inner fleet's."""
+        return self.inner.clients()
+
+    def now(self) -> float:
+        """The inner fleet's."""
+        return self.inner.now()
+
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Passes tasks on, but for those it drops or delays."""
+        for task in tasks:
+            if self._strikes("drop", task.id):
+                self._queue.append(Dropped(task.client, task.id, "fault: the task was dropped"))
+            else:
+                late = self.delay_seconds if self._strikes("delay", task.id) else 0.0
+                self.inner.submit([replace(task, sent=task.sent + late)])
+
+    def receive(self) -> Event:
+        """The inner fleet's next answer, or what the faults make of it."""
+        if self._queue:
+            return self._queue.popleft()
+        event = self.inner.receive()
+        if event.task == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not isinstance(event, Reply):
+            return event
+        if self._strikes("lose", event.task):
+            return Dropped(event.client, event.task, "fault: the answer was lost")
+        if self._strikes("duplicate", event.task):
+            self._queue.append(event)
+        return _corrupted(event, self.seed) if self._strikes("corrupt", event.task) else event
+
+    def reduce(self, total: Params) -> Params:
+        """The inner fleet's."""
+        return self.inner.reduce(total)
+
+    def close(self) -> None:
+        """The inner fleet's."""
+        self.inner.close()
+
+    def _strikes(self, fault: str, task: str) -> bool:
+        rate: float = getattr(self, fault)
+        return rate > 0 and bool(rng(self.seed, fault, task).random() < rate)
+
+
+def _corrupted(reply: Reply, seed: int) -> Reply:
+    """One value of one payload becomes infinite, or, where values are integers, loses its neighbors."""
+    draw = rng(seed, "corrupted", reply.task)
+    payloads = dict(reply.payloads)
+    if not payloads:
+        return reply
+    stream = sorted(payloads)[draw.integers(len(payloads))]
+    main = dict(payloads[stream].main)
+    name = sorted(main)[draw.integers(len(main))]
+    whole = main[name].flatten()
+    main[name] = torch.full_like(whole, torch.inf) if whole.is_floating_point() else whole[: len(whole) // 2]
+    payloads[stream] = payloads[stream]._replace(main=main)
+    return replace(reply, payloads=payloads)

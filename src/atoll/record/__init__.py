@@ -1,0 +1,1 @@
+"""The record of a run: typed events, checkpoints, and the card."""

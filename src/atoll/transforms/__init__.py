@@ -1,0 +1,1 @@
+"""Transforms: what happens to an update between the client's work and the server's sum."""

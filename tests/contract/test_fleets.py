@@ -1,0 +1,159 @@
+"""One contract for every fleet, and what a round makes of faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import SITES, START, fedavg_work, rounds, toy_fleet, toy_plan
+
+from atoll.client import Done
+from atoll.exchange import Dropped, Refused
+from atoll.fleet.faults import FaultFleet
+from atoll.params import equal
+from atoll.round import broadcast, initial
+from atoll.schedule import poisson, synchronous
+from atoll.stream import UPDATE, Stream
+from atoll.transforms.chain import Chain
+from atoll.transforms.quantize import int8
+
+EVERY = {"inprocess": lambda fleet: fleet, "faults": lambda fleet: FaultFleet(fleet)}
+every_fleet = pytest.mark.parametrize("wrap", EVERY.values(), ids=EVERY.keys())
+
+
+@every_fleet
+def test_answers_every_task_once(wrap):
+    plan = toy_plan()
+    fleet = wrap(toy_fleet(plan, fedavg_work()))
+    tasks, _ = broadcast(plan, initial(plan, START), fleet.clients(), fleet.now())
+    fleet.submit(tasks)
+    replies = [fleet.receive() for _ in tasks]
+    assert sorted(reply.task for reply in replies) == sorted(task.id for task in tasks)
+    assert all(reply.nbytes > 0 and reply.weights for reply in replies)
+    fleet.close()
+
+
+@every_fleet
+def test_gives_the_result_of_the_first_fleet(wrap):
+    plan = toy_plan(schedule=synchronous(cohort=2))
+    first = rounds(plan, toy_fleet(plan, fedavg_work()), 4)
+    other = rounds(plan, wrap(toy_fleet(plan, fedavg_work())), 4)
+    assert equal(first.params[UPDATE], other.params[UPDATE])
+
+
+@every_fleet
+def test_its_clock_does_not_go_back(wrap):
+    plan = toy_plan()
+    fleet = wrap(toy_fleet(plan, fedavg_work()))
+    times = [fleet.now()]
+    state = None
+    for _ in range(3):
+        state = rounds(plan, fleet, 1, state)
+        times.append(fleet.now())
+    assert times == sorted(times)
+
+
+def with_faults(plan=None, work=None, **faults):
+    plan, heard = plan or toy_plan(), []
+    fleet = FaultFleet(toy_fleet(plan, work or fedavg_work()), **faults)
+    return rounds(plan, fleet, 6, observe=heard.append), heard
+
+
+def test_a_dropped_client_leaves_the_mean_of_the_others():
+    state, heard = with_faults(drop=0.4)
+    assert any(isinstance(verdict, Dropped) for verdict in heard)
+    assert state.round == 6
+    assert all(torch.isfinite(x).all() for x in state.params[UPDATE].values())
+
+
+def test_a_duplicate_counts_once():
+    twice, heard = with_faults(duplicate=1.0)
+    once, _ = with_faults()
+    assert equal(twice.params[UPDATE], once.params[UPDATE])
+    assert sum(isinstance(verdict, Refused) for verdict in heard) > 0
+    assert all("answered before" in verdict.reason for verdict in heard if isinstance(verdict, Refused))
+
+
+@pytest.mark.parametrize("up", [Chain(), Chain((int8(4),))], ids=["float", "int8"])
+def test_a_corrupt_update_is_refused_with_the_reason_and_the_round_goes_on(up):
+    plan = toy_plan(streams=(Stream(up=up),))
+    state, heard = with_faults(plan, corrupt=1.0)
+    assert all(isinstance(verdict, Refused) and verdict.reason for verdict in heard)
+    assert equal(state.params[UPDATE], START), "nobody contributed, so nothing moved"
+
+
+def test_a_client_whose_every_answer_is_lost_changes_nothing_but_time():
+    state, heard = with_faults(lose=1.0)
+    assert equal(state.params[UPDATE], START)
+    assert all(isinstance(verdict, Dropped) for verdict in heard)
+
+
+def test_a_delay_takes_virtual_time():
+    calm, late = with_faults()[0], with_faults(delay=1.0, delay_seconds=7.0)[0]
+    assert late.clock == calm.clock + 6 * 7.0
+    assert equal(calm.params[UPDATE], late.params[UPDATE])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda d: d._replace(updates={UPDATE: {"a": torch.tensor([torch.nan]), "b": torch.zeros(1)}}), "not finite"),
+        (lambda d: d._replace(updates={UPDATE: {"a": torch.zeros(1)}}), "names do not match"),
+        (lambda d: d._replace(updates={UPDATE: {"a": torch.zeros(2), "b": torch.zeros(1)}}), "has the shape"),
+        (lambda d: d._replace(updates={}), "lacks the stream"),
+        (lambda d: d._replace(weights={"all": -1.0}), "at least 0"),
+        (lambda d: d._replace(weights={"all": float("nan")}), "finite number"),
+        (lambda d: d._replace(weights={"al": 1.0}), "are needed"),
+    ],
+)
+def test_what_a_wrong_reply_gets(spoil, reason):
+    inner = fedavg_work()
+
+    def work(params, data, state, task):
+        done: Done = inner(params, data, state, task)
+        return spoil(done) if task.client == "south" else done
+
+    state, heard = with_faults(work=work)
+    refused = [verdict for verdict in heard if isinstance(verdict, Refused)]
+    assert len(refused) == 6
+    assert all(verdict.client == "south" and reason in verdict.reason for verdict in refused)
+    kept = {name: data for name, data in SITES.items() if name != "south"}
+    plan = toy_plan()
+    expected = rounds(plan, toy_fleet(plan, fedavg_work(), kept), 6)
+    assert equal(state.params[UPDATE], expected.params[UPDATE])
+
+
+def test_a_reply_for_another_plan_is_refused():
+    plan = toy_plan()
+    fleet = toy_fleet(replace(plan, hash="other"), fedavg_work())
+    heard = []
+    rounds(plan, fleet, 1, observe=heard.append)
+    assert all(isinstance(verdict, Refused) for verdict in heard)
+
+
+def test_poisson_sampling_takes_each_client_at_its_rate():
+    clients = [f"c{i}" for i in range(40)]
+    sample = poisson(0.3).sample
+    taken = [sample(clients, [], key) for key in range(500)]
+    sizes = [len(cohort) for cohort in taken]
+    assert abs(sum(sizes) / 500 - 12) < 1
+    assert len(set(sizes)) > 5, "the size of a Poisson cohort varies"
+
+
+def test_a_round_with_nobody_changes_nothing():
+    plan = toy_plan(schedule=poisson(1e-9))
+    heard = []
+    state = rounds(plan, toy_fleet(plan, fedavg_work()), 2, observe=heard.append)
+    assert not heard
+    assert equal(state.params[UPDATE], START)
+
+
+def test_uniform_sampling_draws_without_replacement_and_by_key():
+    clients = [f"c{i}" for i in range(10)]
+    sample = synchronous(cohort=4).sample
+    cohorts = [sample(clients, [], key) for key in range(200)]
+    assert all(len(set(cohort)) == 4 for cohort in cohorts)
+    assert sample(clients, [], 5) == sample(clients, [], 5)
+    counts = {client: sum(client in cohort for cohort in cohorts) for client in clients}
+    assert max(counts.values()) < 2 * min(counts.values())
