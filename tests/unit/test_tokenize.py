@@ -343,6 +343,20 @@ def test_every_input_changes_the_fingerprint(prepared: Prepare) -> None:
     assert len({result.fingerprint for result in results}) == len(results)
 
 
+def test_a_tokenizer_that_changes_between_calls_changes_the_fingerprint(prepared: Prepare) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = byte_tokenizer()
+    fingerprints = {prepared(ROWS, tokenizer).fingerprint}
+    tokenizer.add_tokens(["it is"])
+    fingerprints.add(prepared(ROWS, tokenizer).fingerprint)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    fingerprints.add(prepared(ROWS, tokenizer).fingerprint)
+    tokenizer.chat_template = TEMPLATES["smollm2"][0]
+    fingerprints.add(prepared(ROWS, tokenizer).fingerprint)
+    assert len(fingerprints) == 4
+
+
 def test_a_failed_call_leaves_nothing_behind(prepared: Prepare, tmp_path: Path) -> None:
     with pytest.raises(AtollError, match="mixed"):
         prepared([*ROWS, {"text": "x"}])
@@ -399,3 +413,18 @@ def test_a_sample_may_be_changed_without_changing_the_file(prepared: Prepare) ->
     before = ids.tolist()
     ids[:] = 0
     assert data[0][0].tolist() == before
+
+
+@pytest.mark.real
+def test_smollm2_learns_the_answer_and_where_it_ends(tmp_path: Path) -> None:
+    from atoll.models.load import load_model
+
+    _, tokenizer = load_model("smollm2-135m")
+    chat = turns("What is 2 + 2?", " It is 4,\n\nor 四.", "Thanks!", "You're welcome.")
+    source = open_source(write(tmp_path / "a.jsonl", [{"messages": chat}]), held_out=0.0)
+    [sample] = prepare(source, tokenizer, 256, cache_root=tmp_path).train
+    assert "helpful AI assistant named SmolLM" in tokenizer.decode(sample[0])
+    assert labelled_runs(sample, tokenizer) == [chat[1]["content"] + "<|im_end|>", chat[3]["content"] + "<|im_end|>"]
+    prompt = tokenizer.apply_chat_template(chat[:3], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert sample[0][: len(ids)].tolist() == ids  # what generation starts from is what training conditioned on
