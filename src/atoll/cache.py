@@ -1,0 +1,184 @@
+"""The cache: folders that are either complete or absent, named by what is in them.
+
+Models and data that are fetched or computed once live under `home()`. A folder is filled beside its final place and
+renamed when complete, so that a killed process leaves no half folder and a second process never reads one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from atoll.errors import AtollError
+
+Say = Callable[[str], None]
+"""Told one line before each step that takes longer than about 2 seconds."""
+
+
+def quiet(line: str) -> None:
+    """The `Say` that says nothing."""
+
+
+def home() -> Path:
+    """The root of the cache: `$ATOLL_HOME`, or `~/.cache/atoll`. The folder need not exist yet."""
+    chosen = os.environ.get("ATOLL_HOME")
+    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "atoll"
+
+
+def content_hash(*parts: bytes | str | Path) -> str:
+    """Name content by its bytes: 32 hex digits, BLAKE2b-128 over each part's length and bytes.
+
+    A `Path` stands for the bytes of that file, read in blocks, whatever its name.
+
+    >>> content_hash("ab", "c") == content_hash(b"ab", b"c"), content_hash("ab", "c") == content_hash("a", "bc")
+    (True, False)
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(_digest(part))
+    return total.hexdigest()
+
+
+def _digest(part: bytes | str | Path) -> bytes:
+    if isinstance(part, Path):
+        with part.open("rb") as file:
+            return hashlib.file_digest(file, hashlib.blake2b).digest()
+    return hashlib.blake2b(part.encode() if isinstance(part, str) else part).digest()
+
+
+def file_hash(path: Path) -> str:
+    """`content_hash(path)`, remembered for as long as the file's place, size and time of change stay the same.
+
+    Hashing a model of several GB takes seconds; a plan has less.
+    """
+    status = path.stat()
+    facts = [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns]
+    note = home() / "hashes" / f"{content_hash(json.dumps(facts))}.txt"
+    if note.is_file() and (known := note.read_text().strip()):
+        return known
+    found = content_hash(path)
+    write_file(note, found.encode())
+    return found
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or all of the new, also after a kill."""
+    with _plain_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            partial.write_bytes(content)
+            _sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def once(target: Path, build: Callable[[Path], None]) -> Path:
+    """The folder `target`, filled by `build(folder)` if it is not there yet. Of many processes one builds, others wait.
+
+    Example:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> folder = once(root / "a", lambda folder: (folder / "x").write_text("1") and None)
+        >>> once(root / "a", lambda folder: 1 / 0) == folder, (folder / "x").read_text()
+        (True, '1')
+    """
+    if not target.is_dir():
+        with _locked(target):
+            if not target.is_dir():
+                with _filled(target) as partial:
+                    build(partial)
+    return target
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Files and folders are on disk (fsync) before the rename. Where `target` is already there it stays, because a folder
+    of the cache is named by its content. Leftovers of killed processes are removed. Processes that fill the same target
+    take turns; `once` spares the later ones the work.
+
+    Raises:
+        AtollError: the disk is full, or the cache cannot be written.
+    """
+    with _locked(target), _filled(target) as partial:
+        yield partial
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise `AtollError` unless the disk below `folder` has `needed` bytes free."""
+    there = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise _disk_full(folder, found=f"{free / 1e6:.0f} MB free", allowed=f"{needed / 1e6:.0f} MB for {what}")
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the target's lock file. The kernel lets go of it when the process dies, however it dies."""
+    with _plain_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _filled(target: Path) -> Iterator[Path]:
+    """`atomic_folder` for the holder of the lock, to whom every other partial folder is a leftover."""
+    for leftover in target.parent.glob(f".{target.name}.*.partial"):
+        shutil.rmtree(leftover)
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    with _plain_errors(target.parent):
+        partial.mkdir()
+        try:
+            yield partial
+            if not target.is_dir():
+                _sync_tree(partial)
+                partial.rename(target)
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """Turn the system's errors about a disk into ones that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(folder, found=str(error), allowed="") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and str(folder) in str(error.filename):
+            remedy = "set ATOLL_HOME to a folder that can be written"
+            raise AtollError("cannot write to the cache", where=str(folder), found=str(error), remedy=remedy) from error
+        raise
+
+
+def _disk_full(folder: Path, *, found: str, allowed: str) -> AtollError:
+    remedy = f"free some space, or set ATOLL_HOME to a folder on another disk (now {home()})"
+    return AtollError("no space on disk", where=str(folder), found=found, allowed=allowed, remedy=remedy)

@@ -1,0 +1,141 @@
+"""What a model's name in a recipe stands for, and the identity of its content.
+
+    smollm2-135m     a preset (models/presets.py)
+    tiny:llama       a random tiny model (models/tiny.py)
+    ./folder         a folder with config.json, *.safetensors and a tokenizer
+    org/name         a model on the hub; org/name@revision pins a commit or a tag
+
+The identity names the content, not the place: caches, plans and checkpoints are keyed by it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.cache import Say, content_hash, file_hash, quiet
+from atoll.errors import AtollError, closest
+from atoll.models.presets import PRESETS, carrier_folder, preset_identity
+from atoll.models.tiny import FAMILIES
+
+HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+HUB_TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model"]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A resolved name.
+
+    Args:
+        name: as written in the recipe.
+        kind: "preset", "tiny", "folder" or "hub".
+        location: the preset, the family, the absolute folder, or the hub id.
+        identity: 32 hex digits of the content; equal identities mean equal params and tokenizer.
+        revision: the commit, for a hub model.
+    """
+
+    name: str
+    kind: str
+    location: str
+    identity: str
+    revision: str = ""
+
+
+def resolve(name: str) -> ModelRef:
+    """Find out what `name` stands for, without loading or converting anything.
+
+    Raises:
+        AtollError: nothing goes by that name here, or it is a folder that holds no model.
+
+    Example:
+        >>> resolve("tiny:llama").kind, resolve("smollm2-135m").location
+        ('tiny', 'smollm2-135m')
+    """
+    if name.startswith("tiny:"):
+        return _tiny(name)
+    if name in PRESETS and PRESETS[name].carrier:
+        return ModelRef(name, "preset", name, preset_identity(name))
+    if name in PRESETS:
+        return _hub(name, PRESETS[name].hub_id)
+    if name.startswith(("/", "./", "../", "~")) or Path(name).is_dir():
+        return _folder(name)
+    if name.count("/") == 1:
+        return _hub(name, name)
+    raise AtollError(
+        "there is no such model",
+        found=name,
+        allowed=f"{', '.join(PRESETS)}; tiny:FAMILY; ./folder; org/name on the hub",
+        remedy=closest(name, PRESETS),
+    )
+
+
+def folder_of(ref: ModelRef, say: Say = quiet) -> Path:
+    """The local folder with the model's files; fetches and converts what is not there yet. Not for tiny models."""
+    if ref.kind == "preset":
+        return carrier_folder(ref.location, say)
+    if ref.kind == "hub":
+        say(f"fetching {ref.location} from the hub, unless it is in the hub's cache")
+        return _snapshot(ref)
+    return Path(ref.location)
+
+
+def _tiny(name: str) -> ModelRef:
+    family = name.removeprefix("tiny:")
+    if family not in FAMILIES:
+        raise AtollError("unknown family of tiny models", found=family, remedy=closest(family, FAMILIES))
+    return ModelRef(name, "tiny", family, content_hash("tiny", family, json.dumps(FAMILIES[family], sort_keys=True)))
+
+
+def _folder(name: str) -> ModelRef:
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        raise AtollError("there is no such folder", where=str(folder), found=name)
+    params = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file():
+        raise AtollError(
+            "the folder holds no model: config.json is missing", where=str(folder), found=_contents(folder)
+        )
+    if not params:
+        remedy = "save the model with save_pretrained, which writes safetensors; pickled files (*.bin) are not read"
+        raise AtollError("the folder holds no *.safetensors", where=str(folder), found=_contents(folder), remedy=remedy)
+    files = [folder / "config.json", *params, *sorted(folder.glob("tokenizer*"))]
+    return ModelRef(name, "folder", str(folder), content_hash(*(f"{file.name} {file_hash(file)}" for file in files)))
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "an empty folder"
+
+
+def _hub(name: str, hub_id: str) -> ModelRef:
+    """Ask for config.json alone: its place in the hub's cache tells the commit."""
+    from huggingface_hub import hf_hub_download
+
+    hub_id, _, revision = hub_id.partition("@")
+    try:
+        config = hf_hub_download(hub_id, "config.json", revision=revision or None)
+    except Exception as error:  # the hub's client raises its own, httpx's and OSError
+        raise _not_there(name, hub_id, error) from error
+    commit = Path(config).parent.name
+    return ModelRef(name, "hub", hub_id, content_hash("hub", hub_id, commit), commit)
+
+
+def _snapshot(ref: ModelRef) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = HUB_FILES + HUB_TOKENIZER_FILES
+    try:
+        return Path(snapshot_download(ref.location, revision=ref.revision, allow_patterns=patterns))
+    except Exception as error:  # as above
+        raise _not_there(ref.name, ref.location, error) from error
+
+
+def _not_there(name: str, hub_id: str, error: Exception) -> AtollError:
+    return AtollError(
+        "cannot get the model from the hub",
+        where=name,
+        found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+        remedy=f"where there is a network: hf download {hub_id} --local-dir model; here: model: ./model. "
+        "Without a hub, model: smollm2-135m comes from the package index",
+    )
