@@ -66,6 +66,17 @@ def test_tokens_are_marked_and_give_the_text_back(shown: Preview) -> None:
     assert "".join(token.text for token in first if token.labelled) == "four é 漢!<|im_end|>"
 
 
+def test_tokens_keep_the_spaces_that_a_decoder_drops_at_the_start(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"▁two": 0, "▁is": 1, "▁even": 2, "?": 3}, unk_token="?"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    write(tmp_path / "a.jsonl", [{"prompt": "two is", "completion": " even"}])
+    [sample] = preview(tmp_path, PreTrainedTokenizerFast(tokenizer_object=core), 64).shown
+    assert [(token.text, token.labelled) for token in sample] == [("two", False), (" is", False), (" even", True)]
+
+
 def test_the_terminal_shows_every_fact_and_the_samples(shown: Preview) -> None:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(shown))

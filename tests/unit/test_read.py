@@ -234,7 +234,7 @@ def test_a_json_array_gets_a_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_bytes_that_are_not_utf8_are_named_by_offset(tmp_path: Path, name: str) -> None:
-    head = b'{"text": "fine"}\n{"text": "caf' if name.endswith("jsonl") else b"text\nfine\ncaf"
+    head = b'{"text": "\xc3\xa9"}\n{"text": "caf' if name.endswith("jsonl") else b"text\n\xc3\xa9\ncaf"
     path = tmp_path / name
     path.write_bytes(head + b'\xe9"}\n')
     error = fails(path)

@@ -167,6 +167,13 @@ def test_what_precedes_an_answer_is_the_prompt_a_model_is_given(name: str, conte
             assert text[:start] == form.render(chat[:number], prompt=True)
 
 
+@pytest.mark.parametrize("name", ["llama3", "gemma"])
+def test_blanks_that_the_template_trims_do_not_move_the_loss(name: str, prepared: Prepare) -> None:
+    tokenizer = tokenizer_for(name)
+    [sample] = prepared([{"messages": turns(" q ", "\n a", "r\n", "b  ")}], tokenizer).train
+    assert labelled_runs(sample, tokenizer) == ["a" + ENDS[name], "b" + ENDS[name]]
+
+
 def test_the_system_prompt_of_the_template_stays_and_carries_no_loss(prepared: Prepare) -> None:
     tokenizer = tokenizer_for("smollm2")
     [sample] = prepared([{"prompt": "2+2?", "completion": "4"}], tokenizer).train
@@ -312,7 +319,8 @@ def test_the_second_call_does_not_tokenize(prepared: Prepare, monkeypatch: pytes
     tokenizer = byte_tokenizer()
     rows = [*ROWS, {"prompt": "q", "completion": ""}]
     first = prepared(rows, tokenizer, held_out=0.3)
-    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)  # leaves its settings in the tokenizer
+    tokenizer = byte_tokenizer()  # the same, but for the settings that a call leaves in it
+    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("tokenized again")
@@ -325,6 +333,12 @@ def test_the_second_call_does_not_tokenize(prepared: Prepare, monkeypatch: pytes
     assert len(second.test) > 0
     for one, other in ((first.train, second.train), (first.test, second.test)):
         assert [ids.tolist() for ids, _ in one] == [ids.tolist() for ids, _ in other]
+
+
+def test_the_cache_is_at_home_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOLL_HOME", str(tmp_path / "home"))
+    result = prepare(write(tmp_path / "a.jsonl", ROWS), byte_tokenizer(), 256)
+    assert (tmp_path / "home" / "tokens" / result.fingerprint / "report.json").is_file()
 
 
 def test_every_input_changes_the_fingerprint(prepared: Prepare) -> None:

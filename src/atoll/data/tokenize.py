@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.cache import content_hash, file_hash, once
+from atoll.cache import content_hash, file_hash, home, once
 from atoll.data.answers import PLAIN, ChatFormat, Spans
 from atoll.data.files import content
 from atoll.data.read import NO_ANSWER, Record, Report, Source, open_source, records
@@ -67,8 +67,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     objective: Objective = "sft",
-    *,
-    cache_root: Path,
+    cache_root: Path | None = None,
 ) -> Prepared:
     """Tokenize a client's data, or map what an earlier call made of the same content.
 
@@ -77,7 +76,7 @@ def prepare(
         tokenizer: a fast tokenizer, with or without a chat template.
         context: the longest sample, in tokens.
         objective: `sft` puts the loss on answers only; `causal_lm` on every token.
-        cache_root: the folder under which `tokens/` is kept.
+        cache_root: the folder under which `tokens/` is kept; `atoll.cache.home()` if not given.
 
     Returns:
         Both splits may be empty: see `report.usable`.
@@ -87,9 +86,8 @@ def prepare(
     """
     source = source if isinstance(source, Source) else open_source(source)
     fingerprint = _fingerprint(source, tokenizer, context, objective)
-    folder = once(
-        cache_root / "tokens" / fingerprint, lambda partial: _write(partial, source, tokenizer, context, objective)
-    )
+    target = (cache_root or home()) / "tokens" / fingerprint
+    folder = once(target, lambda partial: _write(partial, source, tokenizer, context, objective))
     return Prepared(load(folder / "train"), load(folder / "test"), _read_report(folder), fingerprint)
 
 
@@ -188,11 +186,10 @@ def _written(
 def _in_spans(offsets: list[tuple[int, int]], spans: Spans) -> NDArray[np.bool_]:
     """Which tokens hold a character of a span, bool [length]; one that straddles its edge does.
 
-    Tokenizers that trim offsets report a token of blanks as empty: it gets what lies between it and the token before.
+    Tokenizers that trim blanks out of offsets report a token of blanks as an empty range at its end: it is inside, too.
     """
     bounds = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))  # twice as fast as np.array here
     start, stop = bounds[::2], bounds[1::2]
-    start = np.where(start == stop, np.concatenate([[0], stop[:-1]]), start)
     labelled = np.zeros(len(offsets), bool)
     for first, last in spans:
         labelled |= (start < last) & (stop > first)
