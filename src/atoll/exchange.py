@@ -3,7 +3,7 @@
 An exchange is a generator. It yields what it wants done and never does it:
 
     Send(tasks)       hand these to the clients
-    Wait()            -> the next Reply or Dropped, sent back into the generator
+    Wait(tasks)       -> the next Reply or Dropped for one of these, sent back into the generator
     Accepted(...)     a reply counts: add its contributions to the totals
     Refused(...)      a reply does not count, and why
     Dropped(...)      a client will not answer
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from atoll import wire
@@ -31,7 +32,7 @@ class Broadcast:
     round: int
     payloads: Mapping[str, Payload]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes on the wire for one client."""
         return sum(wire.size(payload) for payload in self.payloads.values())
@@ -81,7 +82,7 @@ class Reply:
     seconds: float = 0.0
     """How long the work took, on the client's own clock."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes on the wire."""
         return sum(wire.size(payload) for payload in self.payloads.values())
@@ -104,7 +105,9 @@ class Send:
 
 @dataclass(frozen=True)
 class Wait:
-    """Wait for the next reply."""
+    """Wait for the next answer to one of these tasks (by id)."""
+
+    tasks: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def plain(tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, cl
     out = {task.id for task in (*in_flight, *tasks)}
     accepted = 0
     while out and not closed(accepted, len(out)):
-        event = yield Wait()
+        event = yield Wait(frozenset(out))
         assert event is not None
         if event.task not in out:
             yield Refused(event.client, event.task, "not expected: answered before, or never asked")

@@ -46,6 +46,8 @@ class RoundPlan:
     streams: tuple[Stream, ...]
     schedule: Schedule = field(default_factory=synchronous)
     exchange: MakeExchange = plain
+    population: frozenset[str] | None = None
+    """Who may be sampled; everybody in the fleet if None."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class State:
     outer: dict[str, Params]
     down: dict[str, Params]
     clock: float = 0.0
+    bytes_down: int = 0
+    """Sent to clients since the start of the run, counted where it leaves."""
     acknowledged: dict[str, str] = field(default_factory=dict)
     """Per client with state: its last task whose reply was taken in."""
     in_flight: list[Task] = field(default_factory=list)
@@ -74,7 +78,8 @@ def initial(plan: RoundPlan, params: Params, round: int = 0) -> State:
 
 def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = lambda verdict: None) -> State:
     """One round; `observe` hears every verdict as it falls. Gives the next state and leaves `state` as it was."""
-    population, busy = fleet.clients(), [task.client for task in state.in_flight]
+    population = [client for client in fleet.clients() if plan.population is None or client in plan.population]
+    busy = [task.client for task in state.in_flight]
     cohort = plan.schedule.sample(population, busy, key(plan.seed, state.round, "cohort"))
     tasks, down = broadcast(plan, state, cohort, fleet.now())
     totals = {stream.name: stream.aggregate.init(state.params[stream.name]) for stream in plan.streams}
@@ -98,7 +103,8 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
         outer[stream.name], params[stream.name] = stream.outer.step(
             state.outer[stream.name], state.params[stream.name], update
         )
-    return State(state.round + 1, params, outer, down, fleet.now(), acknowledged, list(out.values()))
+    sent = state.bytes_down + sum(task.broadcast.nbytes for task in tasks)
+    return State(state.round + 1, params, outer, down, fleet.now(), sent, acknowledged, list(out.values()))
 
 
 def broadcast(
@@ -133,7 +139,7 @@ def converse(
         if isinstance(step, Send):
             fleet.submit(step.tasks)
         elif isinstance(step, Wait):
-            answer = fleet.receive()
+            answer = fleet.receive(step.tasks)
         else:
             if isinstance(step, Accepted):
                 for name, given in step.contributions.items():

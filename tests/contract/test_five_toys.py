@@ -23,7 +23,7 @@ from atoll.aggregate.mean import mean
 from atoll.client import Client, Done, FileStore
 from atoll.exchange import Accepted, Contribution, Dropped, Reply, Send, Wait
 from atoll.fleet.faults import FaultFleet
-from atoll.fleet.inprocess import InProcess, profiles
+from atoll.fleet.inprocess import InProcess
 from atoll.keys import generator
 from atoll.outer import sgd
 from atoll.params import add, equal, subtract, zeros_like
@@ -93,7 +93,7 @@ def test_scaffold_has_two_streams_and_client_state():
 
 def test_scaffold_reaches_the_optimum_that_fedavg_misses():
     """With many local steps on unlike sites FedAvg settles beside the optimum; SCAFFOLD's correction removes the drift."""
-    optimum = least_squares([data for data in SITES.values()])
+    optimum = least_squares(list(SITES.values()))
     drifting = toy_plan()
     fedavg = rounds(drifting, toy_fleet(drifting, uniform(fedavg_work(steps=10, lr=0.3))), 200).params[UPDATE]
     corrected = toy_plan(streams=(Stream(), Stream("control", initial=zeros_like)))
@@ -181,8 +181,10 @@ def masked(tasks, in_flight, receive, closed):
     """Phase one: masked updates. Phase two: the survivors name the masks they shared with those who dropped out."""
     yield Send(tasks)
     survivors, lost = [], []
-    for _ in tasks:
-        event = yield Wait()
+    out = {task.id for task in tasks}
+    while out:
+        event = yield Wait(frozenset(out))
+        out.discard(event.task)
         verdict = event if isinstance(event, Dropped) else receive(event)
         (survivors if isinstance(verdict, Accepted) else lost).append(event.client)
         yield verdict
@@ -192,8 +194,10 @@ def masked(tasks, in_flight, receive, closed):
         if t.client in survivors
     ]
     yield Send(ask)
-    for _ in ask:
-        reply = yield Wait()
+    out = {task.id for task in ask}
+    while out:
+        reply = yield Wait(frozenset(out))
+        out.discard(reply.task)
         correction = {n: -x for n, x in reply.payloads[UPDATE].main.items()}
         yield Accepted(reply, {UPDATE: Contribution(correction, {})})
 
@@ -220,8 +224,8 @@ def test_a_masked_sum_in_two_phases_with_a_dropout(dropped):
             seen.append(verdict.contributions[UPDATE].vector["a"])
 
     class Dropping(InProcess):
-        def receive(self):
-            event = super().receive()
+        def receive(self, tasks):
+            event = super().receive(tasks)
             drop = event.client in dropped and event.task.startswith("train")
             return Dropped(event.client, event.task) if drop else event
 
@@ -244,7 +248,7 @@ def test_a_masked_sum_in_two_phases_with_a_dropout(dropped):
 def test_buffered_asynchrony_with_staleness():
     """Speeds 1 : 2 : 5, two updates a round. The slow client's update arrives stale and is discounted."""
     plan = toy_plan(schedule=buffered(concurrency=3, buffer=2, exponent=0.5))
-    fleet = toy_fleet(plan, fedavg_work(), speed=profiles({"north": 1.0, "south": 2.0, "west": 5.0}))
+    fleet = toy_fleet(plan, fedavg_work(), speed=lambda task: {"north": 1.0, "south": 2.0, "west": 5.0}[task.client])
     heard = []
     state = rounds(plan, fleet, 5, observe=lambda verdict: heard.append(verdict))
     accepted = [(v.reply.client, v.reply.round, v.staleness) for v in heard if isinstance(v, Accepted)]

@@ -28,7 +28,7 @@ def test_answers_every_task_once(wrap):
     fleet = wrap(toy_fleet(plan, fedavg_work()))
     tasks, _ = broadcast(plan, initial(plan, START), fleet.clients(), fleet.now())
     fleet.submit(tasks)
-    replies = [fleet.receive() for _ in tasks]
+    replies = [fleet.receive({task.id}) for task in reversed(tasks)]
     assert sorted(reply.task for reply in replies) == sorted(task.id for task in tasks)
     assert all(reply.nbytes > 0 and reply.weights for reply in replies)
     fleet.close()

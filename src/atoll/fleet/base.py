@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from atoll.exchange import Event, Task
@@ -24,8 +24,8 @@ class Fleet(Protocol):
         """Hands tasks to their clients; does not wait."""
         ...
 
-    def receive(self) -> Event:
-        """Waits for the next answer to any task that is out, or word that none will come."""
+    def receive(self, tasks: Collection[str]) -> Event:
+        """Waits for the next answer to one of `tasks` (ids), or word that none will come. Answers to others keep."""
         ...
 
     def reduce(self, total: Params) -> Params:

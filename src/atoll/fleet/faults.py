@@ -17,17 +17,20 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Le
 
+from atoll.client import Client
 from atoll.exchange import Dropped, Event, Reply, Task
 from atoll.fleet.base import Fleet
+from atoll.fleet.inprocess import MakeFleet, Seconds, inprocess
 from atoll.keys import rng
 from atoll.params import Params
+from atoll.parts import Slot
 
 Rate = Annotated[float, Ge(0), Le(1)]
 
@@ -45,7 +48,8 @@ class FaultFleet:
     delay_seconds: float = 10.0
     kill_at: str = ""
     seed: int = 0
-    _queue: deque[Event] = field(default_factory=deque)
+    _dropped: dict[str, Dropped] = field(default_factory=dict)
+    _copies: deque[Event] = field(default_factory=deque)
 
     def clients(self) -> list[str]:
         """The inner fleet's."""
@@ -59,16 +63,18 @@ class FaultFleet:
         """Passes tasks on, but for those it drops or delays."""
         for task in tasks:
             if self._strikes("drop", task.id):
-                self._queue.append(Dropped(task.client, task.id, "fault: the task was dropped"))
+                self._dropped[task.id] = Dropped(task.client, task.id, "fault: the task was dropped")
             else:
                 late = self.delay_seconds if self._strikes("delay", task.id) else 0.0
                 self.inner.submit([replace(task, sent=task.sent + late)])
 
-    def receive(self) -> Event:
-        """The inner fleet's next answer, or what the faults make of it."""
-        if self._queue:
-            return self._queue.popleft()
-        event = self.inner.receive()
+    def receive(self, tasks: Collection[str]) -> Event:
+        """The inner fleet's next answer, or what the faults make of it. A second copy comes whether asked for or not."""
+        if self._copies:
+            return self._copies.popleft()
+        if gone := next((task for task in self._dropped if task in tasks), None):
+            return self._dropped.pop(gone)
+        event = self.inner.receive(tasks)
         if event.task == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if not isinstance(event, Reply):
@@ -76,7 +82,7 @@ class FaultFleet:
         if self._strikes("lose", event.task):
             return Dropped(event.client, event.task, "fault: the answer was lost")
         if self._strikes("duplicate", event.task):
-            self._queue.append(event)
+            self._copies.append(event)
         return _corrupted(event, self.seed) if self._strikes("corrupt", event.task) else event
 
     def reduce(self, total: Params) -> Params:
@@ -90,6 +96,27 @@ class FaultFleet:
     def _strikes(self, fault: str, task: str) -> bool:
         rate: float = getattr(self, fault)
         return rate > 0 and bool(rng(self.seed, fault, task).random() < rate)
+
+
+def faults(
+    inner: Annotated[MakeFleet | None, Slot("fleet")] = None,
+    drop: Rate = 0.0,
+    lose: Rate = 0.0,
+    corrupt: Rate = 0.0,
+    duplicate: Rate = 0.0,
+    delay: Rate = 0.0,
+    delay_seconds: Seconds = 10.0,
+    kill_at: str = "",
+    seed: int = 0,
+) -> MakeFleet:
+    """Any fleet, misbehaving: rates per task of each fault (see the module's text)."""
+    make = inner or inprocess()
+
+    def build(names: Sequence[str], client: Callable[[str], Client], clock: float) -> Fleet:
+        fleet = make(names, client, clock)
+        return FaultFleet(fleet, drop, lose, corrupt, duplicate, delay, delay_seconds, kill_at, seed)
+
+    return build
 
 
 def _corrupted(reply: Reply, seed: int) -> Reply:

@@ -7,13 +7,15 @@ run gives the same result every time.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from typing import Annotated, Protocol
+
+from annotated_types import Ge
 
 from atoll.client import Client
 from atoll.exchange import Event, Task
+from atoll.fleet.base import Fleet
 from atoll.params import Params
 
 Speed = Callable[[Task], float]
@@ -28,8 +30,7 @@ class InProcess:
     client: Callable[[str], Client]
     speed: Speed = lambda task: 1.0
     clock: float = 0.0
-    _due: list[tuple[float, int, Task]] = field(default_factory=list)
-    _order: count[int] = field(default_factory=count)
+    _due: dict[str, tuple[float, Task]] = field(default_factory=dict)
 
     def clients(self) -> list[str]:
         """See `Fleet`."""
@@ -41,12 +42,12 @@ class InProcess:
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """See `Fleet`. A task is due at the time it was sent plus what the client needs."""
-        for task in tasks:
-            heapq.heappush(self._due, (task.sent + self.speed(task), next(self._order), task))
+        self._due |= {task.id: (task.sent + self.speed(task), task) for task in tasks}
 
-    def receive(self) -> Event:
-        """See `Fleet`. Does the work of the task that is due first."""
-        due, _, task = heapq.heappop(self._due)
+    def receive(self, tasks: Collection[str]) -> Event:
+        """See `Fleet`. Does the work of the task that is due first; of several, the one sent first."""
+        first = min((id for id in self._due if id in tasks), key=lambda id: self._due[id][0])
+        due, task = self._due.pop(first)
         self.clock = max(self.clock, due)
         return self.client(task.client).handle(task)
 
@@ -58,6 +59,21 @@ class InProcess:
         """Holds nothing."""
 
 
-def profiles(seconds: dict[str, float], default: float = 1.0) -> Speed:
-    """Speeds by client name: virtual seconds a task, `default` for those not named."""
-    return lambda task: seconds.get(task.client, default)
+class MakeFleet(Protocol):
+    """What a recipe's `fleet` is: makes the fleet of a run from its clients."""
+
+    def __call__(self, names: Sequence[str], client: Callable[[str], Client], clock: float) -> Fleet:
+        """`clock` is where virtual time goes on, for a run that is resumed."""
+        ...
+
+
+Seconds = Annotated[float, Ge(0)]
+
+
+def inprocess(seconds: Mapping[str, Seconds] | None = None, default_seconds: Seconds = 1.0) -> MakeFleet:
+    """Simulated clients in this process. `seconds` are speed profiles: virtual seconds a training task, by client."""
+
+    def speed(task: Task) -> float:
+        return (seconds or {}).get(task.client, default_seconds) if task.kind == "train" else 0.0
+
+    return lambda names, client, clock: InProcess(names, client, speed, clock)

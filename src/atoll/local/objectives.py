@@ -28,8 +28,11 @@ from torch import Tensor, nn
 
 from atoll.data.collate import IGNORE, Batch
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits formed at a time (64 MiB in fp32)."""
+CHUNK_ELEMENTS = 1 << 25
+"""Logits formed at a time (64 MiB in bf16): many rows, because each product reads the whole head."""
+
+BLOCK_ELEMENTS = 1 << 20
+"""Logits in fp32 at a time (4 MiB): few, so that the passes over them stay in the cache."""
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -123,7 +126,10 @@ def _recompute(
 
 def _chunks(rows: int, head: Head) -> Iterator[slice]:
     """Equal parts, each of at most CHUNK_ELEMENTS logits."""
-    most = max(1, CHUNK_ELEMENTS // head.vocabulary)
+    return _parts(rows, max(1, CHUNK_ELEMENTS // head.vocabulary))
+
+
+def _parts(rows: int, most: int) -> Iterator[slice]:
     size = -(-rows // -(-rows // most)) if rows else 1
     return (slice(start, start + size) for start in range(0, rows, size))
 
@@ -132,16 +138,16 @@ def _loss_and_gradient(
     logits: Tensor, targets: Tensor, with_gradient: bool, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Losses fp32 [n] of `logits` [n, V], and their gradient to the logits (softmax - one-hot) times `scale` [n, 1]."""
-    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
-    at_target = targets[:, None]
-    losses = -log_p.gather(1, at_target).squeeze(1)
-    if not with_gradient:
-        return losses, None
-    grads = log_p.exp_()
-    grads.scatter_add_(1, at_target, torch.full_like(losses, -1.0)[:, None])
-    if scale is not None:
-        grads *= scale
-    return losses, grads.to(logits.dtype)
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    grads = torch.empty_like(logits) if with_gradient else None
+    for part in _parts(len(logits), max(1, BLOCK_ELEMENTS // logits.shape[-1])):
+        log_p, at_target = torch.log_softmax(logits[part], -1, dtype=torch.float32), targets[part, None]
+        losses[part] = -log_p.gather(1, at_target).squeeze(1)
+        if grads is not None:
+            p = log_p.exp_()
+            p.scatter_add_(1, at_target, p.new_full(at_target.shape, -1.0))
+            grads[part] = p if scale is None else p.mul_(scale[part])
+    return losses, grads
 
 
 def _run_without_head(model: nn.Module, batch: Batch, keep: Tensor) -> tuple[Tensor, Head]:

@@ -39,6 +39,7 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
         "format": FORMAT,
         "round": state.round,
         "clock": state.clock,
+        "bytes_down": state.bytes_down,
         "streams": list(state.params),
         "acknowledged": state.acknowledged,
         "in_flight": [_task_as_data(task) for task in state.in_flight],
@@ -71,7 +72,7 @@ def load_with_extra(path: Path) -> tuple[State, dict[str, Any]]:
 
 def _state(about: dict[str, Any], flat: Params) -> State:
     streams = about["streams"]
-    parts = {part: {s: under(f"{part}/{s}", flat) for s in streams} for part in ("params", "outer", "down")}
+    params, outer, down = ({s: under(f"{part}/{s}", flat) for s in streams} for part in ("params", "outer", "down"))
     broadcasts = {
         int(number): Broadcast(
             int(number),
@@ -80,7 +81,16 @@ def _state(about: dict[str, Any], flat: Params) -> State:
         for number, sides in about["broadcasts"].items()
     }
     tasks = [Task(**(data | {"broadcast": broadcasts[data["broadcast"]]})) for data in about["in_flight"]]
-    return State(about["round"], **parts, clock=about["clock"], acknowledged=about["acknowledged"], in_flight=tasks)
+    return State(
+        about["round"],
+        params,
+        outer,
+        down,
+        clock=about["clock"],
+        bytes_down=about["bytes_down"],
+        acknowledged=about["acknowledged"],
+        in_flight=tasks,
+    )
 
 
 def _task_as_data(task: Task) -> dict[str, Any]:

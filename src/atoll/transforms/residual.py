@@ -17,6 +17,7 @@ from typing import Annotated
 from annotated_types import Gt, Le
 
 from atoll.params import Params, add, nested, subtract, under, zeros_like
+from atoll.parts import Slot
 from atoll.transforms.base import Encoded, Traits, Transform
 from atoll.transforms.chain import Chain, Payload
 
@@ -51,6 +52,8 @@ class ErrorFeedback:
         return self.inner.decode(Payload(encoded.main, sides))
 
 
-def error_feedback(chain: Sequence[Transform], decay: Annotated[float, Gt(0), Le(1)] = 1.0) -> ErrorFeedback:
+def error_feedback(
+    chain: Annotated[Sequence[Transform], Slot("transform")], decay: Annotated[float, Gt(0), Le(1)] = 1.0
+) -> ErrorFeedback:
     """Adds what `chain` lost in earlier rounds, times `decay`, to the update before encoding it."""
     return ErrorFeedback(Chain(tuple(chain)), decay)

@@ -1,0 +1,121 @@
+"""Plan -> the things that work: model, data, clients. A simulation does this once for all clients, a site for its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+from torch.utils.data import ConcatDataset
+
+from atoll import parts
+from atoll.build import POOLED, Plan
+from atoll.cache import Say, quiet
+from atoll.client import Client, FileStore
+from atoll.data.sources import ClientData, Labels, load
+from atoll.errors import AtollError
+from atoll.keys import key
+from atoll.local.work import Local, evaluate, train
+from atoll.models.spaces import read
+from atoll.params import Params
+from atoll.record.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """One warm model, and everybody's samples."""
+
+    model: nn.Module
+    tokenizer: Any
+    local: Local
+    data: Mapping[str, ClientData]
+    left_out: Mapping[str, str]
+    """Clients without usable data, and why."""
+    start: Params
+    """The params before the first round."""
+
+
+def assemble(plan: Plan, say: Say = quiet) -> Assembly:
+    """Loads model and data, and prepares the model to train in the plan's space.
+
+    Raises:
+        AtollError: a model or data that cannot be loaded; no client with usable data.
+    """
+    model, tokenizer = load_model(plan, say)
+    data, left_out = load_data(plan, tokenizer, say)
+    say("preparing the model")
+    model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
+    local = make_local(plan, model, tokenizer)
+    start = {name: x.clone() for name, x in read(plan.space, model).items()}
+    return Assembly(model, tokenizer, local, data, left_out, start)
+
+
+def load_model(plan: Plan, say: Say) -> tuple[nn.Module, Any]:
+    """The model that the recipe names, and its tokenizer; None for a model of the user's own factory."""
+    if plan.model.own_factory:
+        return parts.make("model", plan.recipe.model, "model"), None
+    from atoll.models.load import load_model as load_named
+
+    say(f"loading {plan.model.name}")
+    return load_named(plan.model.name, **plan.model.options, say=say)
+
+
+def load_data(plan: Plan, tokenizer: Any, say: Say) -> tuple[dict[str, ClientData], dict[str, str]]:
+    """Everybody's samples; those who have none are named and left out."""
+    if all(isinstance(source, ClientData) for source in plan.sources.values()):
+        return dict(plan.sources), {}
+    say("reading and tokenizing, or mapping what was tokenized before")
+    labels: Labels = getattr(plan.objective, "labels", "sft")
+    loaded = load(plan.sources, tokenizer, plan.recipe.finetune.context, labels)
+    usable = {name: data for name, (data, _) in loaded.items() if len(data.train)}
+    left_out = {name: str(report) for name, (data, report) in loaded.items() if not len(data.train)}
+    if not usable:
+        first = next(iter(left_out.items()))
+        raise AtollError(
+            "no client has usable data", where=first[0], found=first[1], remedy="`atoll data PATH` shows why"
+        )
+    return usable, left_out
+
+
+def make_local(plan: Plan, model: nn.Module, tokenizer: Any) -> Local:
+    """The plan's local work on this model."""
+    stage = plan.recipe.finetune
+    return Local(
+        model=model,
+        space=plan.space,
+        objective=plan.objective.bind(model, tokenizer),
+        optimizer=plan.optimizer,
+        rate=plan.rate,
+        correction=plan.correction,
+        rounds=stage.rounds,
+        batch_size=stage.batch_size,
+        local_steps=stage.local_steps,
+        epochs=stage.epochs,
+        accumulate=stage.accumulate,
+        clip_norm=stage.clip_norm,
+        weighting=stage.weighting,
+    )
+
+
+def again(assembly: Assembly, plan: Plan) -> Assembly:
+    """The same model and data for another plan that differs in rounds and population alone: a baseline."""
+    return replace(assembly, local=make_local(plan, assembly.model, assembly.tokenizer))
+
+
+def clients(plan: Plan, assembly: Assembly, folder: RunFolder) -> Callable[[str], Client]:
+    """Makes a client by name. The pooled one holds everybody's training samples."""
+    works = {"train": partial(train, assembly.local), "evaluate": partial(evaluate, assembly.local)}
+
+    def client(name: str) -> Client:
+        data = pooled(assembly.data) if name == POOLED else assembly.data[name]
+        return Client(name, plan.hash, plan.rounds.streams, works, data, FileStore(folder.client(name)))
+
+    return client
+
+
+def pooled(data: Mapping[str, ClientData]) -> ClientData:
+    """Everybody's training samples together; held-out samples stay where they are."""
+    return ClientData(ConcatDataset(list(map(attrgetter("train"), data.values()))), ())  # type: ignore[arg-type]

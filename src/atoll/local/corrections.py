@@ -1,0 +1,85 @@
+"""Corrections: what a method does to local gradients, and what it sends beside the update.
+
+    adjust(parameters, start)              changes .grad in place, before each local step
+    conclude(after, start, moved) -> ...   at the end: updates of the method's own streams, and the client's new state
+
+FedProx needs the first alone; SCAFFOLD both, a stream and client state. (A class per paper elsewhere; here two functions.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, NamedTuple
+
+import torch
+from annotated_types import Gt
+from torch import nn
+
+from atoll.params import Params, add, subtract, zeros_like
+from atoll.stream import UPDATE, Stream
+
+
+class Start(NamedTuple):
+    """Where the local work started: the broadcast's params per stream, and the client's state."""
+
+    params: Mapping[str, Params]
+    state: Params
+
+
+class Correction(NamedTuple):
+    """See the module's text. `moved` is the sum of the local learning rates, so that steps can be told from distance."""
+
+    adjust: Callable[[Mapping[str, nn.Parameter], Start], None] = lambda parameters, start: None
+    conclude: Callable[[Params, Start, float], tuple[dict[str, Params], Params]] = lambda after, start, moved: ({}, {})
+    streams: tuple[Stream, ...] = ()
+    needs_plain_sgd: bool = False
+    """Whether (before - after) / moved must be a mean gradient, which only plain SGD gives."""
+
+
+def none() -> Correction:
+    """Plain local training."""
+    return Correction()
+
+
+def proximal(mu: Annotated[float, Gt(0)] = 0.01) -> Correction:
+    """FedProx: adds mu (w - w_t) to the gradient, that of mu / 2 |w - w_t|^2.
+
+    Source: Li et al. 2020 (arXiv 1812.06127), Algorithm 2. The reported loss is without the term.
+    """
+
+    def adjust(parameters: Mapping[str, nn.Parameter], start: Start) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start.params[UPDATE][name], alpha=mu)
+
+    return Correction(adjust)
+
+
+CONTROL = "control"
+
+
+def scaffold() -> Correction:
+    """SCAFFOLD: gradients corrected by the difference of the server's and the client's control variates.
+
+    Source: Karimireddy et al. 2020 (arXiv 1910.06378), Algorithm 1 with option II:
+
+        g <- g - c_k + c;      c_k+ = c_k - c + (x - y_k) / (K eta);      the server adds mean(c_k+ - c_k) |S| / N to c
+
+    x is the broadcast, y_k the result, K eta our `moved`. The factor |S| / N is 1 here, because clients that were not
+    asked would add zero: with partial participation the server's `control` stream takes an outer learning rate of |S| / N.
+    """
+
+    def adjust(parameters: Mapping[str, nn.Parameter], start: Start) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(start.params[CONTROL][name])
+                if start.state:
+                    parameter.grad.sub_(start.state[name])
+
+    def conclude(after: Params, start: Start, moved: float) -> tuple[dict[str, Params], Params]:
+        before, own = start.params[UPDATE], start.state or zeros_like(start.params[CONTROL])
+        drift = {name: torch.sub(before[name], x) / moved for name, x in after.items()}
+        new = add(subtract(own, start.params[CONTROL]), drift)
+        return {CONTROL: subtract(new, own)}, new
+
+    return Correction(adjust, conclude, (Stream(CONTROL, initial=zeros_like),), needs_plain_sgd=True)

@@ -1,0 +1,52 @@
+"""The objectives of language models. They differ in which tokens have a label, which is decided when data are tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from atoll.data.collate import IGNORE, Batch, pack, packable, pad
+from atoll.local.objectives import cross_entropy, token_losses
+from atoll.local.work import Objective
+
+
+@dataclass(frozen=True)
+class Language:
+    """Cross-entropy of a causal language model at labelled tokens."""
+
+    labels: Literal["sft", "causal_lm"]
+
+    def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
+        """The objective on this model: samples share one packed row where the family allows it."""
+        device = next(model.parameters()).device
+        together = packable(model)
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+        def collate(samples: Sequence[Any]) -> Batch:
+            return (pack(samples) if together else pad(samples, pad_id)).to(device)
+
+        return Objective(collate, cross_entropy, _terms, _sample_losses)
+
+
+def sft() -> Language:
+    """Supervised fine-tuning: the loss is on the answers alone."""
+    return Language("sft")
+
+
+def causal_lm() -> Language:
+    """Causal language modeling: the loss is on every token."""
+    return Language("causal_lm")
+
+
+def _terms(batch: Batch) -> int:
+    return int((batch.targets != IGNORE).sum())
+
+
+def _sample_losses(model: nn.Module, batch: Batch) -> Tensor:
+    losses, owners = token_losses(model, batch)
+    sums = torch.zeros(len(batch.lengths), device=losses.device).index_add_(0, owners, losses)
+    return (sums / torch.bincount(owners, minlength=len(batch.lengths)).clamp_min(1)).cpu()

@@ -1,0 +1,155 @@
+"""Local work: what a client does with a broadcast. ClientUpdate of the FedAvg paper, in its order:
+
+    write the broadcast into the model -> local steps -> update = after - before -> what else the method sends
+
+Source: McMahan et al. 2017 (arXiv 1602.05629), Algorithm 1. Our local steps are counted in optimizer steps, each over
+`accumulate` batches of `batch_size` samples.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from atoll.aggregate.base import ALL
+from atoll.client import Done, WorkFailed
+from atoll.data.sources import ClientData
+from atoll.exchange import Task
+from atoll.keys import rng
+from atoll.local.corrections import Correction, Start
+from atoll.local.optimizers import MakeOptimizer, Rate
+from atoll.models.spaces import Space, read, write
+from atoll.params import Params, subtract
+from atoll.stream import UPDATE
+
+
+class Objective(NamedTuple):
+    """What is minimized, over batches that it makes itself."""
+
+    collate: Callable[[Sequence[Any]], Any]
+    """Samples -> a batch on the model's device."""
+    loss: Callable[[nn.Module, Any], tuple[Tensor, int]]
+    """The sum of the losses and how many terms it has."""
+    terms: Callable[[Any], int]
+    """How many terms a batch's loss has, before it is computed."""
+    sample_losses: Callable[[nn.Module, Any], Tensor]
+    """The mean loss of each sample, [samples], without gradients."""
+
+
+class BindObjective(Protocol):
+    """What a recipe's `objective` is: an objective that does not know its model yet."""
+
+    def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
+        """The objective on this model; `tokenizer` is None for models without one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """Everything that local work needs beside the broadcast and the data."""
+
+    model: nn.Module
+    space: Space
+    objective: Objective
+    optimizer: MakeOptimizer
+    rate: Rate
+    correction: Correction
+    rounds: int
+    batch_size: int
+    local_steps: int | None
+    """Optimizer steps a round; None: `epochs` passes over the client's own samples instead."""
+    epochs: int = 1
+    accumulate: int = 1
+    clip_norm: float | None = None
+    weighting: Literal["examples", "uniform"] = "examples"
+
+    def steps(self, count: int) -> int:
+        """Optimizer steps a round for a client with `count` samples."""
+        if self.local_steps is not None:
+            return self.local_steps
+        return self.epochs * math.ceil(count / (self.batch_size * self.accumulate))
+
+
+def train(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
+    """A client's round. Raises WorkFailed where the loss stops being a number: the server hears it as a refusal."""
+    write(local.space, local.model, params[UPDATE])
+    trainable = local.space.trainable(local.model)
+    optimizer = local.optimizer(trainable.values())
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    start = Start(params, state)
+    steps = local.steps(len(data.train))
+    batches = draw(len(data.train), local.batch_size, task.key)
+    local.model.train()
+    torch.manual_seed(task.key)  # for dropout
+    losses, moved, started = [], 0.0, time.perf_counter()
+    for step in range(steps):
+        micro = [local.objective.collate([data.train[i] for i in next(batches)]) for _ in range(local.accumulate)]
+        loss = backward(local, micro)
+        if not math.isfinite(loss):
+            raise WorkFailed(f"the loss is {loss} at local step {step + 1} of {steps}")
+        losses.append(loss)
+        local.correction.adjust(trainable, start)
+        if local.clip_norm is not None:
+            nn.utils.clip_grad_norm_(trainable.values(), local.clip_norm)
+        moved += set_rate(
+            optimizer, base_rates, local.rate((task.broadcast.round * steps + step) / (local.rounds * steps))
+        )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    metrics = {"loss": sum(losses) / steps, "steps": float(steps), "seconds_in_steps": time.perf_counter() - started}
+    after = read(local.space, local.model)
+    extra, new_state = local.correction.conclude(after, start, moved)
+    weight = float(len(data.train)) if local.weighting == "examples" else 1.0
+    return Done({UPDATE: subtract(after, params[UPDATE]), **extra}, {ALL: weight}, metrics, new_state)
+
+
+def backward(local: Local, micro: Sequence[Any]) -> float:
+    """Gradients of the mean loss over all terms of the batches of one step; returns that mean."""
+    terms = sum(local.objective.terms(batch) for batch in micro)
+    total = 0.0
+    for batch in micro:
+        loss, _ = local.objective.loss(local.model, batch)
+        (loss / terms).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total / terms
+
+
+def draw(count: int, batch_size: int, key: int) -> Iterator[list[int]]:
+    """Batches of sample numbers for ever: each pass is a new permutation, a last short batch ends it."""
+    order = rng(key, "batches")
+    while True:
+        permutation = order.permutation(count)
+        for at in range(0, count, batch_size):
+            yield [int(i) for i in permutation[at : at + batch_size]]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, base: Sequence[float], factor: float) -> float:
+    """Sets the learning rate for the coming step; returns it."""
+    for group, lr in zip(optimizer.param_groups, base, strict=True):
+        group["lr"] = lr * factor
+    return float(base[0] * factor)
+
+
+EVALUATION_BATCH = 16
+
+
+def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
+    """Held-out loss: the mean over samples of each sample's mean loss, with its standard error."""
+    write(local.space, local.model, params[UPDATE])
+    local.model.eval()
+    limit = int(task.data.get("samples", len(data.test))) or len(data.test)
+    chosen = range(min(limit, len(data.test)))
+    each: list[Tensor] = []
+    with torch.no_grad():
+        for at in range(0, len(chosen), EVALUATION_BATCH):
+            batch = local.objective.collate([data.test[i] for i in chosen[at : at + EVALUATION_BATCH]])
+            each.append(local.objective.sample_losses(local.model, batch))
+    losses = torch.cat(each).double()
+    error = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0
+    return Done({}, {}, {"loss": float(losses.mean()), "standard_error": error, "samples": float(len(losses))}, {})

@@ -1,0 +1,169 @@
+"""Spaces: the coordinates of what trains and travels.
+
+    prepare(model, key) -> model      once: adapters in, everything else frozen
+    trainable(model)                  name -> parameter, the coordinates
+    read(model), write(model, params) params out of the model and into it
+    plan(shapes)                      the same names and shapes without a model
+
+A LoRA space carries PEFT's own names, so that what travels is also what `save_pretrained` writes and plain `peft` loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import nn
+
+from atoll.errors import AtollError, closest
+from atoll.params import Params
+
+if TYPE_CHECKING:
+    from atoll.models.shapes import Shapes
+
+PlannedShapes = dict[str, tuple[int, ...]]
+
+
+class Space(Protocol):
+    """What trains and travels."""
+
+    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+        """Makes the model train in this space and nowhere else; called once per process."""
+        ...
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The coordinates by name."""
+        ...
+
+    def plan(self, shapes: Shapes) -> PlannedShapes:
+        """Names and shapes of the coordinates, from the model's shapes alone."""
+        ...
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes what trained in the ecosystem's own format."""
+        ...
+
+
+def read(space: Space, model: nn.Module) -> Params:
+    """The values of the coordinates. They are the model's own tensors: clone what must outlive the next `write`."""
+    return {name: parameter.detach() for name, parameter in space.trainable(model).items()}
+
+
+@torch.no_grad()
+def write(space: Space, model: nn.Module, params: Mapping[str, torch.Tensor]) -> None:
+    """Sets every coordinate."""
+    for name, parameter in space.trainable(model).items():
+        parameter.copy_(params[name])
+
+
+@dataclass(frozen=True)
+class Full:
+    """See `full`."""
+
+    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+        """Every parameter trains, in float32: bfloat16 has too few digits to hold small steps."""
+        return model.float().requires_grad_(True)
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Every parameter; tied ones once."""
+        return dict(model.named_parameters())
+
+    def plan(self, shapes: Shapes) -> PlannedShapes:
+        """The model's own."""
+        return {name: shape for name, (shape, _) in shapes.params.items()}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """A model folder for `transformers`."""
+        save: Any = model.save_pretrained
+        save(folder)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """See `lora`."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str | tuple[str, ...]
+
+    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+        """Wraps the model by PEFT. A is drawn by `seed`, B is zero: the first update starts from the base model."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates an int and divides by the rank
+            lora_dropout=self.dropout,
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(seed)
+        try:
+            wrapped: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise AtollError(
+                "LoRA found no module to adapt", where="space.targets", found=self.targets,
+                allowed=f"{ALL_LINEAR}, or names of linear modules", remedy=str(error).splitlines()[0],
+            ) from error  # fmt: skip
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return wrapped
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The adapters' factors, under the names of PEFT's adapter files."""
+        return {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+
+    def plan(self, shapes: Shapes) -> PlannedShapes:
+        """A [rank, in] and B [out, rank] for every adapted linear module."""
+        adapted = {name: sizes for name, sizes in shapes.linears.items() if self._adapts(name)}
+        if not adapted:
+            ends = sorted({name.rsplit(".", 1)[-1] for name in shapes.linears})
+            wanted = self.targets if isinstance(self.targets, str) else self.targets[0]
+            raise AtollError(
+                "LoRA finds no module to adapt", where="space.targets", found=self.targets,
+                allowed=f"{ALL_LINEAR}, or some of: {', '.join(ends)}", remedy=closest(wanted, ends),
+            )  # fmt: skip
+        planned: PlannedShapes = {}
+        for name, (into, out) in adapted.items():
+            planned[f"base_model.model.{name}.lora_A.weight"] = (self.rank, into)
+            planned[f"base_model.model.{name}.lora_B.weight"] = (out, self.rank)
+        return planned
+
+    def _adapts(self, name: str) -> bool:
+        if self.targets == ALL_LINEAR:
+            return True
+        wanted = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return any(name == target or name.endswith("." + target) for target in wanted)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """A PEFT adapter: adapter_config.json and adapter_model.safetensors."""
+        save: Any = model.save_pretrained
+        save(folder)
+
+
+ALL_LINEAR = "all-linear"
+
+
+def full() -> Full:
+    """All parameters train and travel."""
+    return Full()
+
+
+def lora(
+    rank: Annotated[int, Ge(1)] = 8,
+    alpha: Annotated[float, Gt(0)] = 16.0,
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    targets: Literal["all-linear"] | Sequence[str] = ALL_LINEAR,
+) -> LoRA:
+    """Low-rank adapters W + alpha / rank B A on the named linear modules, through PEFT.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685); our `rank` is their r. Averaging A and B separately, as FedAvg does, is
+    biased: mean(B) mean(A) is not mean(B A).
+    """
+    return LoRA(rank, alpha, dropout, targets if isinstance(targets, str) else tuple(targets))

@@ -1,0 +1,224 @@
+"""Parts by name: what a recipe may say at each slot, and how a factory is called with what it says.
+
+A part is written as a name (`adamw`), as a mapping with its arguments (`{use: adamw, lr: 1e-3}`), or by the place of the
+user's own factory (`{use: "my_module:my_factory", ...}`). The factory's signature is the schema: its types and bounds are
+what the arguments are checked against, and its docstring is what `atoll parts` prints.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+from atoll.errors import AtollError, closest
+
+SLOTS: dict[str, dict[str, str]] = {
+    "data": {
+        "folders": "atoll.data.sources:folders",
+        "clients": "atoll.data.sources:clients",
+        "partitioned": "atoll.data.sources:partitioned",
+        "four-sites": "atoll.data.sources:four_sites",
+    },
+    "partition": {
+        "natural": "atoll.data.partition:natural",
+        "iid": "atoll.data.partition:iid",
+        "dirichlet": "atoll.data.partition:dirichlet",
+    },
+    "objective": {"sft": "atoll.local.language:sft", "causal-lm": "atoll.local.language:causal_lm"},
+    "space": {"lora": "atoll.models.spaces:lora", "full": "atoll.models.spaces:full"},
+    "optimizer": {"adamw": "atoll.local.optimizers:adamw", "sgd": "atoll.local.optimizers:sgd"},
+    "rate": {
+        "constant": "atoll.local.optimizers:constant",
+        "linear": "atoll.local.optimizers:linear",
+        "cosine": "atoll.local.optimizers:cosine",
+    },
+    "correction": {
+        "none": "atoll.local.corrections:none",
+        "proximal": "atoll.local.corrections:proximal",
+        "scaffold": "atoll.local.corrections:scaffold",
+    },
+    "transform": {
+        "clip": "atoll.transforms.clip:clip",
+        "gaussian-noise": "atoll.transforms.noise:gaussian_noise",
+        "int8": "atoll.transforms.quantize:int8",
+        "int4": "atoll.transforms.quantize:int4",
+        "topk": "atoll.transforms.sparsify:topk",
+        "error-feedback": "atoll.transforms.residual:error_feedback",
+    },
+    "aggregate": {"mean": "atoll.aggregate.mean:mean"},
+    "outer": {
+        "sgd": "atoll.outer:sgd",
+        "momentum": "atoll.outer:momentum",
+        "nesterov": "atoll.outer:nesterov",
+        "adam": "atoll.outer:adam",
+        "yogi": "atoll.outer:yogi",
+        "adagrad": "atoll.outer:adagrad",
+    },
+    "schedule": {
+        "synchronous": "atoll.schedule:synchronous",
+        "poisson": "atoll.schedule:poisson",
+        "buffered": "atoll.schedule:buffered",
+    },
+    "fleet": {"inprocess": "atoll.fleet.inprocess:inprocess", "faults": "atoll.fleet.faults:faults"},
+    "sink": {"tensorboard": "atoll.record.sinks:tensorboard"},
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Marks an argument that is a part itself: `Annotated[Sequence[Transform], Slot("transform")]`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A part as a recipe says it: the factory's name and its arguments."""
+
+    use: str
+    arguments: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        return f"{self.use}({said})" if said else self.use
+
+
+def spec(written: object, where: str) -> Spec:
+    """Reads a part as written: a name, or a mapping with `use`."""
+    if isinstance(written, str):
+        return Spec(written, {})
+    if isinstance(written, Mapping) and isinstance(written.get("use"), str):
+        return Spec(written["use"], {str(name): value for name, value in written.items() if name != "use"})
+    raise AtollError(
+        "not a part", where=where, found=written, allowed="a name, or a mapping like {use: NAME, argument: value}"
+    )
+
+
+def make(slot: str, written: object, where: str) -> Any:
+    """The part that a recipe says at `where`: its factory, called with checked arguments.
+
+    >>> make("transform", {"use": "clip", "norm": 2.0}, "up")
+    Clip(norm=2.0)
+    """
+    part = spec(written, where)
+    factory = find(slot, part.use, where)
+    arguments = check(factory, part, where)
+    try:
+        return factory(**arguments)
+    except (TypeError, ValueError) as error:
+        raise AtollError(f"'{part.use}' does not take its arguments", where=where, found=error) from error
+
+
+def find(slot: str, name: str, where: str) -> Callable[..., Any]:
+    """The factory by its name in the slot, or by `module:factory`."""
+    if ":" in name:
+        return _own(name, where)
+    known = SLOTS[slot]
+    target = known.get(name) or known.get(name.replace("_", "-"))
+    if target is None:
+        raise AtollError(f"unknown {slot}", where=where, found=name, remedy=closest(name, known))
+    module, _, attribute = target.partition(":")
+    factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return factory
+
+
+def _own(name: str, where: str) -> Callable[..., Any]:
+    """A factory of the user's, from the current folder or anything installed."""
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        remedy = "name a module in the current folder or an installed package"
+        raise AtollError("cannot import the module", where=where, found=f"{name}: {error}", remedy=remedy) from error
+    except AttributeError as error:
+        names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
+        raise AtollError(
+            "the module has no such factory", where=where, found=name, remedy=closest(attribute, names)
+        ) from error
+    if not callable(found):
+        raise AtollError("not a factory", where=where, found=name, allowed="a function or class")
+    factory: Callable[..., Any] = found
+    return factory
+
+
+def check(factory: Callable[..., Any], part: Spec, where: str) -> dict[str, Any]:
+    """The arguments as the factory's signature has them: nested parts made, numbers converted, bounds held."""
+    parameters = inspect.signature(factory).parameters
+    hints = types_of(factory)
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    checked = {}
+    for name, value in part.arguments.items():
+        at = f"{where}.{name}"
+        if name not in parameters and not open_ended:
+            raise AtollError(
+                f"'{part.use}' has no such argument",
+                where=at,
+                found=name,
+                remedy=closest(name, parameters) if parameters else "leave it out",
+            )
+        checked[name] = _value(hints.get(name, Any), value, at)
+    missing = [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and n not in checked and p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    if missing:
+        raise AtollError(
+            f"'{part.use}' lacks '{missing[0]}'", where=where, allowed=signature(factory),
+            remedy=f"write {{use: {part.use}, {missing[0]}: ...}}",
+        )  # fmt: skip
+    return checked
+
+
+def types_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a factory's arguments. Its return type is passed over: it may name what is not imported."""
+    function: Any = getattr(factory, "__init__") if isinstance(factory, type) else factory  # noqa: B009 - mypy
+    named = {name: hint for name, hint in getattr(function, "__annotations__", {}).items() if name != "return"}
+    return get_type_hints(
+        SimpleNamespace(__annotations__=named), getattr(function, "__globals__", {}), include_extras=True
+    )
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    slot = next((mark.name for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Slot)), None)
+    if slot and isinstance(value, Sequence) and not isinstance(value, str):
+        return [make(slot, one, f"{where}[{i}]") for i, one in enumerate(value)]
+    return make(slot, value, where) if slot else validate(hint, value, where)
+
+
+def validate(hint: Any, value: object, where: str) -> Any:
+    """A plain value against its type and bounds, with a message that says what would do."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise AtollError("wrong value", where=where, found=repr(value), allowed=_allowed(error)) from error
+
+
+def _allowed(error: Any) -> str:
+    """Pydantic's reasons in few words: 'Input should be greater than 0' -> 'greater than 0'."""
+    reasons = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors())
+    return " or ".join(reasons)
+
+
+def signature(factory: Callable[..., Any]) -> str:
+    """The arguments with their types and defaults, as one line."""
+    hints = types_of(factory)
+    return ", ".join(_argument(p, hints.get(name)) for name, p in inspect.signature(factory).parameters.items())
+
+
+def _argument(parameter: inspect.Parameter, hint: Any) -> str:
+    bounds = [str(bound) for bound in getattr(hint, "__metadata__", ())]
+    kind = getattr(hint, "__origin__", hint) if bounds else hint
+    shown = getattr(kind, "__name__", str(kind)) + ("" if not bounds else " with " + ", ".join(bounds))
+    default = "" if parameter.default is parameter.empty else f" = {parameter.default}"
+    return f"{parameter.name}: {shown}{default}"

@@ -1,0 +1,232 @@
+"""The card: what a finished run says of itself, in Markdown with plots. Reads the record and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atoll.record.events import (
+    ClientLeftOut,
+    Evaluated,
+    Missing,
+    Replied,
+    RoundEnded,
+    RunEnded,
+    RunStarted,
+    read_events,
+)
+from atoll.record.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Story:
+    """A record, sorted by what the readers of a run ask for."""
+
+    started: RunStarted
+    rounds: Sequence[RoundEnded]
+    evaluations: Sequence[Evaluated]
+    replies: Sequence[Replied]
+    missing: Sequence[Missing]
+    left_out: Sequence[ClientLeftOut]
+    ended: RunEnded | None
+    baselines: Mapping[str, Story] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Evaluated | None:
+        """Before the first round."""
+        return next((e for e in self.evaluations if e.round == 0), None)
+
+    @property
+    def final(self) -> Evaluated | None:
+        """After the last, once the run is over."""
+        return next((e for e in reversed(self.evaluations) if e.final and e.round > 0), None)
+
+    @property
+    def bytes_up(self) -> int:
+        """All that clients sent."""
+        return sum(r.bytes_up for r in self.rounds)
+
+    @property
+    def bytes_down(self) -> int:
+        """All that the server sent."""
+        return sum(r.bytes_down for r in self.rounds)
+
+
+def read_story(folder: RunFolder) -> Story | None:
+    """The story so far; None before the run has begun."""
+    kinds: dict[type, list[object]] = {}
+    for event in read_events(folder.record):
+        kinds.setdefault(type(event), []).append(event)
+    if RunStarted not in kinds:
+        return None
+
+    def of(kind: type) -> list[object]:
+        return kinds.get(kind, [])
+
+    inner = {b.path.name: story for b in folder.baselines() if (story := read_story(b))}
+    return Story(
+        of(RunStarted)[0],  # type: ignore[arg-type]
+        of(RoundEnded), of(Evaluated), of(Replied), of(Missing), of(ClientLeftOut),  # type: ignore[arg-type]
+        next(iter(of(RunEnded)), None), inner,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+Row = tuple[str, list[tuple[float, float] | None]]
+"""A model's name; per site the held-out loss and its standard error."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Held-out loss per site: base, each site alone, federated, pooled."""
+
+    sites: list[str]
+    rows: list[Row]
+
+    def mean(self, row: Row) -> tuple[float, float] | None:
+        """Over all sites, each counting once; with its standard error."""
+        if any(cell is None for cell in row[1]):
+            return None
+        cells = [cell for cell in row[1] if cell]
+        return sum(c[0] for c in cells) / len(cells), math.sqrt(sum(c[1] ** 2 for c in cells)) / len(cells)
+
+
+def loss_table(story: Story) -> Table | None:
+    """The comparison that the run was made for; None before the base is measured."""
+    if story.base is None:
+        return None
+    sites = list(story.base.clients)
+    named: list[tuple[str, Evaluated | None]] = [("base", story.base)]
+    named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
+    named += [("federated", story.final)]
+    named += [("pooled", s.final) for _, s in _of(story, "pooled")]
+    return Table(sites, [(name, [_cell(e, site) for site in sites]) for name, e in named if e is not None])
+
+
+def _of(story: Story, prefix: str) -> list[tuple[str, Story]]:
+    return [(name, s) for name, s in story.baselines.items() if name.startswith(prefix)]
+
+
+def _cell(evaluated: Evaluated, site: str) -> tuple[float, float] | None:
+    metrics = evaluated.clients.get(site)
+    return None if metrics is None else (metrics["loss"], metrics["standard_error"])
+
+
+def write_card(folder: RunFolder) -> None:
+    """card.md and its plots."""
+    story = read_story(folder)
+    if story is None:
+        return
+    plot_losses(story, folder.path / "loss.svg")
+    plot_bytes(story, folder.path / "bytes.svg")
+    folder.card.write_text(markdown(folder.name, story), encoding="utf-8")
+
+
+def markdown(name: str, story: Story) -> str:
+    """The card's text."""
+    s = story.started
+    lines = [
+        f"# {name}",
+        "",
+        f"{len(s.clients)} clients, {len(story.rounds)} of {s.rounds} rounds, seed {s.seed}, plan `{s.plan}`. "
+        f"{s.trains:,} of {s.of:,} parameters trained and travelled ({s.trains / s.of:.1%}).",
+        "",
+        *_loss_section(story),
+        "## What moved",
+        "",
+        f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {len(story.rounds)} rounds; "
+        f"{sum(r.seconds for r in story.rounds):.0f} s in rounds"
+        + (f", {story.ended.seconds:.0f} s with evaluation." if story.ended else "."),
+        "",
+        "![bytes](bytes.svg)",
+        "",
+        *_faults_section(story),
+        "## Made with",
+        "",
+        ", ".join(f"{package} {number}" for package, number in s.versions.items()),
+        "",
+        "Privacy: none claimed. Updates were aggregated in the clear.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _loss_section(story: Story) -> list[str]:
+    table = loss_table(story)
+    if table is None:
+        return []
+    head = "| held-out loss | " + " | ".join([*table.sites, "mean"]) + " |"
+    rule = "|---" * (len(table.sites) + 2) + "|"
+    rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
+    note = (
+        "Mean over held-out samples of each sample's mean token loss, ± its standard error; "
+        "the mean over sites counts each once."
+    )
+    return ["## Held-out loss", "", head, rule, *rows, "", note, "", "![loss per site](loss.svg)", ""]
+
+
+def _faults_section(story: Story) -> list[str]:
+    lines = [f"- {one.client}: no usable data ({one.report.splitlines()[0]})" for one in story.left_out]
+    lines += [
+        f"- round {m.round}, {m.client}: {'refused' if m.refused else 'dropped'}: {m.reason}"
+        for m in story.missing[:20]
+    ]
+    if len(story.missing) > 20:
+        lines.append(f"- and {len(story.missing) - 20} more replies refused or dropped")
+    lines += [f"- warning: {warning}" for warning in story.started.warnings]
+    return ["## What went wrong or might", "", *lines, ""] if lines else []
+
+
+def format_cell(cell: tuple[float, float] | None) -> str:
+    """`0.321 ± 0.012`."""
+    return "-" if cell is None else f"{cell[0]:.3f} ± {cell[1]:.3f}"
+
+
+def human_bytes(count: float) -> str:
+    """`12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def plot_losses(story: Story, path: Path) -> None:
+    """Held-out loss per site over rounds."""
+    axes, save = _figure("rounds", "held-out loss")
+    for site in story.base.clients if story.base else ():
+        points = [(e.round, e.clients[site]["loss"]) for e in story.evaluations if site in e.clients]
+        axes.plot(*zip(*points, strict=True), marker="o", label=site)
+    save(path)
+
+
+def plot_bytes(story: Story, path: Path) -> None:
+    """Bytes up and down, summed over rounds."""
+    axes, save = _figure("rounds", "MB so far")
+    for label in ("bytes_up", "bytes_down"):
+        total, points = 0.0, [(0, 0.0)]
+        for i, one in enumerate(story.rounds):
+            total += getattr(one, label) / 1e6
+            points.append((i + 1, total))
+        axes.plot(*zip(*points, strict=True), marker="o", label=label.removeprefix("bytes_"))
+    save(path)
+
+
+def _figure(xlabel: str, ylabel: str):  # type: ignore[no-untyped-def]  # matplotlib's own types are loose
+    """Axes, and a function that saves them as SVG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+
+    def save(path: Path) -> None:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        figure.savefig(path)
+        pyplot.close(figure)
+
+    return axes, save

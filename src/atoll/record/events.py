@@ -1,0 +1,140 @@
+"""The record of a run: one typed event a line of JSON. The card, the plots and every listing read nothing else.
+
+An event is written when it has happened and is flushed at once. A resumed run cuts the record back to where its checkpoint
+was made, so that what a lost round had written is not told twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """What is going to happen. `trains` and `of` count parameters."""
+
+    name: str
+    plan: str
+    rounds: int
+    clients: Sequence[str]
+    samples: Mapping[str, int]
+    trains: int
+    of: int
+    seed: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ClientLeftOut:
+    """A client without usable data."""
+
+    client: str
+    report: str
+
+
+@dataclass(frozen=True)
+class Replied:
+    """A reply that counts."""
+
+    round: int
+    client: str
+    loss: float
+    bytes_up: int
+    seconds: float
+    staleness: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A reply that was refused, or that will not come."""
+
+    round: int
+    client: str
+    reason: str
+    refused: bool
+
+
+@dataclass(frozen=True)
+class RoundEnded:
+    """A round's sum. `spans` tells where its seconds went; `clock` is the fleet's time."""
+
+    round: int
+    accepted: int
+    refused: int
+    dropped: int
+    loss: float
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    clock: float
+    spans: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Held-out loss after `round` rounds (0: before the first), per client: loss, standard_error, samples."""
+
+    round: int
+    final: bool
+    clients: Mapping[str, Mapping[str, float]]
+    mean: float
+    worst: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """`reason`: finished, or why it ended early."""
+
+    rounds: int
+    reason: str
+    seconds: float
+
+
+Event = RunStarted | ClientLeftOut | Replied | Missing | RoundEnded | Evaluated | RunEnded
+Sink = Callable[[Event], None]
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Event.__args__}
+
+
+class Record:
+    """Writes events to `path` and hands them to sinks."""
+
+    def __init__(self, path: Path, sinks: Sequence[Sink] = (), keep_bytes: int = 0) -> None:
+        self.path, self.sinks = path, tuple(sinks)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(keep_bytes)
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far; a checkpoint keeps it."""
+        return self.path.stat().st_size
+
+    def __call__(self, event: Event) -> None:
+        """Writes an event."""
+        line = {"event": type(event).__name__, "time": round(time.time(), 3), **asdict(event)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for sink in self.sinks:
+            sink(event)
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of a record, in order. A last line that was cut off by a crash is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            data = json.loads(line)
+        except ValueError:
+            return
+        kind = _KINDS[data.pop("event")]
+        data.pop("time")
+        yield kind(**data)

@@ -1,0 +1,153 @@
+"""The folder of a run, and finding it again.
+
+runs/quickstart-1/
+  recipe.yaml               as resolved: runs again anywhere
+  record.jsonl              the events
+  checkpoint.safetensors    the state after the last whole round
+  clients/                  client state, one file each
+  adapter/                  what trained, as `peft` loads it
+  baselines/local-clinic/   a baseline's own run, same layout
+  card.md, plots            what the run says of itself
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.errors import AtollError, closest
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """`quickstart-1`, or `quickstart-1/local-clinic` for a baseline's."""
+        inside = self.path.parent.name == "baselines"
+        return f"{self.path.parent.parent.name}/{self.path.name}" if inside else self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as resolved."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def record(self) -> Path:
+        """The events."""
+        return self.path / "record.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state after the last whole round."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        """What trained, in the ecosystem's format."""
+        return self.path / "adapter"
+
+    @property
+    def card(self) -> Path:
+        """What the run says of itself."""
+        return self.path / "card.md"
+
+    def client(self, name: str) -> Path:
+        """A client's state. Names come from data, so they are made safe for a file."""
+        safe = "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in name)
+        return self.path / "clients" / f"{safe}.safetensors"
+
+    def baseline(self, name: str) -> RunFolder:
+        """The run of a baseline."""
+        return RunFolder(self.path / "baselines" / name)
+
+    def baselines(self) -> list[RunFolder]:
+        """The baselines that have a record."""
+        return [RunFolder(p.parent) for p in sorted(self.path.glob("baselines/*/record.jsonl"))]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time works on a run; the lock goes with the process, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise AtollError(
+                    "the run is running already", where=str(self.path), remedy=f"`atoll stop {self.name}`"
+                ) from error
+            yield
+
+    def is_running(self) -> bool:
+        """Whether some process holds the lock."""
+        lock = self.path / "lock"
+        if not lock.exists():
+            return False
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+
+    def ask_to_stop(self) -> None:
+        """The run ends after the round it is in."""
+        (self.path / "stop").touch()
+
+    def asked_to_stop(self) -> bool:
+        """Whether somebody has asked; the question is taken back by this call."""
+        try:
+            (self.path / "stop").unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def root() -> Path:
+    """Where runs lie: $ATOLL_RUNS, or `runs` in the current folder."""
+    return Path(os.environ.get("ATOLL_RUNS", "runs"))
+
+
+def create(name: str) -> RunFolder:
+    """A new folder `name-N` with the next free number."""
+    root().mkdir(parents=True, exist_ok=True)
+    number = 1 + max(
+        (int(p.name.rpartition("-")[2]) for p in root().glob(f"{name}-*") if _numbered(p, name)), default=0
+    )
+    while True:
+        try:
+            (root() / f"{name}-{number}").mkdir()
+        except FileExistsError:  # somebody else was faster
+            number += 1
+        else:
+            return RunFolder(root() / f"{name}-{number}")
+
+
+def _numbered(path: Path, name: str) -> bool:
+    return path.name.removeprefix(f"{name}-").isdigit()
+
+
+def find(reference: str) -> RunFolder:
+    """A run by its name, its path, or `latest`."""
+    if (Path(reference) / "recipe.yaml").exists():
+        return RunFolder(Path(reference))
+    known = {folder.name: folder for folder in every()}
+    if not known:
+        raise AtollError("there are no runs yet", where=str(root()), remedy="`atoll run quickstart` makes one")
+    if reference == "latest":
+        return max(known.values(), key=lambda folder: folder.recipe.stat().st_mtime)
+    if reference not in known:
+        raise AtollError("there is no such run", where=str(root()), found=reference, remedy=closest(reference, known))
+    return known[reference]
+
+
+def every() -> list[RunFolder]:
+    """All runs here, by name."""
+    return [RunFolder(path.parent) for path in sorted(root().glob("*/recipe.yaml"))]

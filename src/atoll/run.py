@@ -1,0 +1,305 @@
+"""A run: recipe -> plan -> rounds -> record -> checkpoint -> adapter -> card.
+
+`stage` is the outermost loop of every method: rounds until they are done, evaluated on the way, with a checkpoint after
+each. A baseline is a run of its own inside the run: the same loop over the same data, with another population.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from atoll import parts, recipe
+from atoll.assemble import Assembly, again, assemble, clients
+from atoll.build import POOLED, Plan, build
+from atoll.cache import Say, quiet
+from atoll.errors import AtollError
+from atoll.evaluate import evaluate
+from atoll.exchange import Accepted, Dropped, Verdict
+from atoll.fleet.base import Fleet
+from atoll.models.spaces import write
+from atoll.params import Params, numel
+from atoll.record.checkpoint import load_with_extra, save_state
+from atoll.record.events import (
+    ClientLeftOut,
+    Missing,
+    Record,
+    Replied,
+    RoundEnded,
+    RunEnded,
+    RunStarted,
+    Sink,
+)
+from atoll.record.folder import RunFolder, create, find
+from atoll.round import State, initial, run_round
+from atoll.stream import UPDATE
+
+
+def plan(name_or_path: str, settings: Sequence[str] = ()) -> Plan:
+    """The plan of a recipe: what `atoll plan` shows. Runs nothing.
+
+    >>> plan("quickstart", ["finetune.rounds=2"]).recipe.finetune.rounds
+    2
+    """
+    return build(*recipe.read(name_or_path, settings))
+
+
+def run(name_or_path: str, settings: Sequence[str] = (), sinks: Sequence[Sink] = (), say: Say = quiet) -> RunFolder:
+    """Runs a recipe to its end; returns the folder with all that came of it.
+
+    Raises:
+        AtollError: the recipe cannot be run; nothing is left behind but the folder of a run that had begun.
+    """
+    ready = plan(name_or_path, settings)
+    folder = create(ready.recipe.name)
+    write_recipe(folder, ready)
+    return execute(ready, folder, sinks, say)
+
+
+def resume(reference: str, sinks: Sequence[Sink] = (), say: Say = quiet) -> RunFolder:
+    """Goes on with a run from its last whole round; a finished one is left as it is."""
+    folder = find(reference)
+    return execute(plan(str(folder.recipe)), folder, sinks, say)
+
+
+def write_recipe(folder: RunFolder, ready: Plan) -> None:
+    """The merged tree: it needs no other file to run again."""
+    from ruamel.yaml import YAML
+
+    with folder.recipe.open("w", encoding="utf-8") as file:
+        YAML().dump(ready.tree, file)
+
+
+def execute(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say) -> RunFolder:
+    """The run itself, then its baselines, the adapter and the card. Each is skipped if it is there."""
+    from atoll.record.card import write_card
+
+    with folder.locked():
+        things = assemble(ready, say)
+        state = stage(ready, things, folder, sinks)
+        save_adapter(ready, things, state.params[UPDATE], folder)
+        for name, variant in baselines(ready, list(things.data)):
+            say(f"baseline {name}")
+            inner = folder.baseline(name)
+            inner.path.mkdir(parents=True, exist_ok=True)
+            write_recipe(inner, variant)
+            stage(variant, again(things, variant), inner, sinks)
+        write_card(folder)
+    return folder
+
+
+def baselines(ready: Plan, with_data: Sequence[str]) -> Iterator[tuple[str, Plan]]:
+    """What the federated result is measured against: the same work by one client alone, or on everybody's data pooled."""
+    stage = ready.recipe.finetune
+    quiet_evaluation = {"every": 0}
+    for kind in ready.recipe.baselines:
+        if kind == "local":
+            for client in with_data:
+                yield f"local-{client}", variant(ready, {"population": [client]}, quiet_evaluation)
+        else:
+            steps = None if stage.local_steps is None else round(stage.local_steps * ready.cohort)
+            yield POOLED, variant(ready, {"population": POOLED, "local_steps": steps}, quiet_evaluation)
+
+
+def variant(ready: Plan, finetune: dict[str, Any], evaluation: dict[str, Any]) -> Plan:
+    """The plan with other settings, without baselines of its own. Plain averaging of one client is that client."""
+    tree = recipe.merge(ready.tree, {"finetune": finetune, "evaluate": evaluation, "baselines": []})
+    return build(recipe.validate(tree, ready.recipe.name), tree)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop of a stage remembers beside the state; a checkpoint keeps it."""
+
+    best: float = float("inf")
+    without_better: int = 0
+    record_bytes: int = 0
+    seconds: float = 0.0
+    ended: str = ""
+
+
+def stage(ready: Plan, things: Assembly, folder: RunFolder, sinks: Sequence[Sink]) -> State:
+    """Rounds until they are done, early stopping says so, or somebody asks to stop. Goes on from a checkpoint.
+
+    A kill at any point loses at most the round or the evaluation it hits: both are done again, with the same result.
+    """
+    own_sinks = [parts.make("sink", one, f"sinks[{i}]")(folder.path) for i, one in enumerate(ready.recipe.sinks)]
+    state, progress = begin(ready, things, folder)
+    if progress.ended:
+        return state
+    record = Record(folder.record, [*sinks, *own_sinks], keep_bytes=progress.record_bytes)
+    names = [*things.data, POOLED] if ready.trainers == [POOLED] else list(things.data)
+    fleet = ready.fleet(names, clients(ready, things, folder), state.clock)
+    fleet.submit(state.in_flight)
+    started = time.perf_counter() - progress.seconds
+    if state.round == 0:
+        introduce(ready, things, record)
+    while True:
+        if due(ready, state.round):
+            progress = measure(ready, state, fleet, things, record, progress, final=state.round == 0)
+        if reason := why_end(ready, state.round, progress):
+            break
+        stop_if_asked(folder)
+        state = whole_round(ready, state, fleet, record)
+        progress = checkpoint(folder, state, progress, record, time.perf_counter() - started)
+    progress = measure(ready, state, fleet, things, record, progress, final=True)
+    record(RunEnded(state.round, reason, time.perf_counter() - started))
+    checkpoint(folder, state, replace(progress, ended=reason), record, time.perf_counter() - started)
+    fleet.close()
+    return state
+
+
+def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Progress]:
+    """From the run's checkpoint if there is one; else from the model, or from the run that this one starts `from`."""
+    if folder.checkpoint.exists():
+        state, kept = load_with_extra(folder.checkpoint)
+        return state, Progress(**kept)
+    return initial(ready.rounds, start_of(ready, things)), Progress()
+
+
+def start_of(ready: Plan, things: Assembly) -> Params:
+    """The params before the first round."""
+    if ready.recipe.start is None:
+        return things.start
+    other = find(ready.recipe.start)
+    if not other.checkpoint.exists():
+        raise AtollError(
+            "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
+        )
+    params = load_with_extra(other.checkpoint)[0].params[UPDATE]
+    mine = {name: tuple(x.shape) for name, x in things.start.items()}
+    if {name: tuple(x.shape) for name, x in params.items()} != mine:
+        raise AtollError(
+            "the run trained in another space", where="from", found=other.name,
+            remedy="use the model and the finetune.space of that run",
+        )  # fmt: skip
+    return params
+
+
+def introduce(ready: Plan, things: Assembly, record: Record) -> None:
+    """What is going to happen, and who cannot take part."""
+    record(
+        RunStarted(
+            name=ready.recipe.name,
+            plan=ready.hash,
+            rounds=ready.recipe.finetune.rounds,
+            clients=ready.trainers,
+            samples={name: len(data.train) for name, data in things.data.items()},
+            trains=numel(things.start),
+            of=sum(p.numel() for p in things.model.parameters()),
+            seed=ready.recipe.seed,
+            versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
+            warnings=ready.warnings,
+        )
+    )
+    for client, report in things.left_out.items():
+        record(ClientLeftOut(client, report))
+
+
+def due(ready: Plan, round: int) -> bool:
+    """Whether to evaluate before round `round` begins: at the start, then as the recipe says. The end comes by itself."""
+    every = ready.recipe.evaluate.every
+    return round == 0 or (every > 0 and round % every == 0 and round < ready.recipe.finetune.rounds)
+
+
+def measure(
+    ready: Plan, state: State, fleet: Fleet, things: Assembly, record: Record, progress: Progress, final: bool
+) -> Progress:
+    """Evaluates, and notes whether it got better."""
+    wanted = ready.recipe.evaluate
+    held_out = [name for name, data in things.data.items() if len(data.test)]
+    samples = wanted.final_samples if final else wanted.samples
+    heard = evaluate(ready.rounds, state, fleet, held_out, samples, final)
+    record(heard)
+    if heard.mean < progress.best - wanted.min_delta:
+        return replace(progress, best=heard.mean, without_better=0)
+    return replace(progress, without_better=progress.without_better + 1)
+
+
+def why_end(ready: Plan, round: int, progress: Progress) -> str:
+    """Why the stage is over; empty while it is not."""
+    if round >= ready.recipe.finetune.rounds:
+        return "finished"
+    patience = ready.recipe.evaluate.patience
+    if patience is not None and progress.without_better >= patience:
+        return f"no better held-out loss in {patience} evaluations"
+    return ""
+
+
+class Stopped(AtollError):
+    """Somebody asked the run to stop; it can go on."""
+
+
+def stop_if_asked(folder: RunFolder) -> None:
+    """Between rounds, where nothing is lost."""
+    if folder.asked_to_stop():
+        raise Stopped(
+            "stopped as asked; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`"
+        )
+
+
+def whole_round(ready: Plan, state: State, fleet: Fleet, record: Record) -> State:
+    """One round, and its events."""
+    started = time.perf_counter()
+    heard: list[Verdict] = []
+
+    def observe(verdict: Verdict) -> None:
+        heard.append(without_tensors(verdict))
+        record(event_of(state.round, verdict))
+
+    after = run_round(ready.rounds, state, fleet, observe)
+    record(sum_up(ready, state, after, heard, time.perf_counter() - started))
+    return after
+
+
+def without_tensors(verdict: Verdict) -> Verdict:
+    """What the round's sum needs; the update itself is let go at once."""
+    return replace(verdict, contributions={}) if isinstance(verdict, Accepted) else verdict
+
+
+def event_of(round: int, verdict: Verdict) -> Replied | Missing:
+    """A verdict as the record has it."""
+    if isinstance(verdict, Accepted):
+        reply = verdict.reply
+        loss = reply.metrics.get("loss", float("nan"))
+        return Replied(round, reply.client, loss, reply.nbytes, reply.seconds, verdict.staleness, reply.metrics)
+    return Missing(round, verdict.client, verdict.reason, not isinstance(verdict, Dropped))
+
+
+def sum_up(ready: Plan, before: State, after: State, heard: Sequence[Verdict], seconds: float) -> RoundEnded:
+    """A round in one event."""
+    accepted = [verdict.reply for verdict in heard if isinstance(verdict, Accepted)]
+    losses = [reply.metrics.get("loss", float("nan")) for reply in accepted]
+    kinds = Counter(type(verdict).__name__ for verdict in heard)
+    local_steps = sum(reply.metrics.get("seconds_in_steps", 0.0) for reply in accepted)
+    return RoundEnded(
+        round=before.round,
+        accepted=len(accepted),
+        refused=kinds["Refused"],
+        dropped=kinds["Dropped"],
+        loss=sum(losses) / len(losses) if losses else float("nan"),
+        bytes_down=after.bytes_down - before.bytes_down,
+        bytes_up=sum(reply.nbytes for reply in accepted),
+        seconds=seconds,
+        clock=after.clock,
+        spans={"local_steps": local_steps, "outside": seconds - local_steps},
+    )
+
+
+def checkpoint(folder: RunFolder, state: State, progress: Progress, record: Record, seconds: float) -> Progress:
+    """Everything that going on needs, in one file."""
+    progress = replace(progress, record_bytes=record.position, seconds=seconds)
+    save_state(folder.checkpoint, state, asdict(progress))
+    return progress
+
+
+def save_adapter(ready: Plan, things: Assembly, params: Params, folder: RunFolder) -> None:
+    """Leaves the federated params in the model, and writes what trained where the ecosystem's tools find it."""
+    write(ready.space, things.model, params)
+    ready.space.save(things.model, folder.adapter)
+    if things.tokenizer is not None:
+        things.tokenizer.save_pretrained(folder.adapter)
