@@ -2,9 +2,9 @@
 
 >>> print(AtollError("unknown key", where="mine.yaml: finetune.ronds", found="ronds", remedy="did you mean 'rounds'?"))
 unknown key
-  where:  mine.yaml: finetune.ronds
-  found:  ronds
-  remedy: did you mean 'rounds'?
+  where:   mine.yaml: finetune.ronds
+  found:   ronds
+  remedy:  did you mean 'rounds'?
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AtollError(Exception):
 
     def __str__(self) -> str:
         lines = [self.what]
-        lines += [f"  {name + ':':8}{value}" for name, value in self.details.items() if value]
+        lines += [f"  {name + ':':9}{value}" for name, value in self.details.items() if value]
         return "\n".join(lines)
 
 
