@@ -18,7 +18,7 @@ from atoll.client import Client, FileStore
 from atoll.data.sources import ClientData, Labels, load
 from atoll.errors import AtollError
 from atoll.keys import key
-from atoll.local.work import Local, evaluate, train
+from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.models.spaces import read
 from atoll.params import Params
 from atoll.record.folder import RunFolder
@@ -38,7 +38,7 @@ class Assembly:
     """The params before the first round."""
 
 
-def assemble(plan: Plan, say: Say = quiet) -> Assembly:
+def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assembly:
     """Loads model and data, and prepares the model to train in the plan's space.
 
     Raises:
@@ -48,7 +48,7 @@ def assemble(plan: Plan, say: Say = quiet) -> Assembly:
     data, left_out = load_data(plan, tokenizer, say)
     say("preparing the model")
     model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
-    local = make_local(plan, model, tokenizer)
+    local = make_local(plan, model, tokenizer, report)
     start = {name: x.clone() for name, x in read(plan.space, model).items()}
     return Assembly(model, tokenizer, local, data, left_out, start)
 
@@ -80,7 +80,7 @@ def load_data(plan: Plan, tokenizer: Any, say: Say) -> tuple[dict[str, ClientDat
     return usable, left_out
 
 
-def make_local(plan: Plan, model: nn.Module, tokenizer: Any) -> Local:
+def make_local(plan: Plan, model: nn.Module, tokenizer: Any, report: Report) -> Local:
     """The plan's local work on this model."""
     stage = plan.recipe.finetune
     return Local(
@@ -97,12 +97,13 @@ def make_local(plan: Plan, model: nn.Module, tokenizer: Any) -> Local:
         accumulate=stage.accumulate,
         clip_norm=stage.clip_norm,
         weighting=stage.weighting,
+        report=report,
     )
 
 
 def again(assembly: Assembly, plan: Plan) -> Assembly:
     """The same model and data for another plan that differs in rounds and population alone: a baseline."""
-    return replace(assembly, local=make_local(plan, assembly.model, assembly.tokenizer))
+    return replace(assembly, local=make_local(plan, assembly.model, assembly.tokenizer, assembly.local.report))
 
 
 def clients(plan: Plan, assembly: Assembly, folder: RunFolder) -> Callable[[str], Client]:

@@ -6,11 +6,15 @@ each. A baseline is a run of its own inside the run: the same loop over the same
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 from atoll import parts, recipe
@@ -21,6 +25,7 @@ from atoll.errors import AtollError
 from atoll.evaluate import evaluate
 from atoll.exchange import Accepted, Dropped, Verdict
 from atoll.fleet.base import Fleet
+from atoll.local.work import Report, unwatched
 from atoll.models.spaces import write
 from atoll.params import Params, numel
 from atoll.record.checkpoint import load_with_extra, save_state
@@ -48,22 +53,47 @@ def plan(name_or_path: str, settings: Sequence[str] = ()) -> Plan:
     return build(*recipe.read(name_or_path, settings))
 
 
-def run(name_or_path: str, settings: Sequence[str] = (), sinks: Sequence[Sink] = (), say: Say = quiet) -> RunFolder:
+def run(
+    name_or_path: str,
+    settings: Sequence[str] = (),
+    sinks: Sequence[Sink] = (),
+    say: Say = quiet,
+    report: Report = unwatched,
+) -> RunFolder:
     """Runs a recipe to its end; returns the folder with all that came of it.
+
+    Args:
+        name_or_path: a shipped recipe by name, or a path.
+        settings: `finetune.rounds=10` and the like, laid over the recipe.
+        sinks: hear every event beside the record.
+        say: told before each slow step of the preparation.
+        report: told after each local step.
 
     Raises:
         AtollError: the recipe cannot be run; nothing is left behind but the folder of a run that had begun.
     """
     ready = plan(name_or_path, settings)
+    with begun(ready) as folder:
+        return execute(ready, folder, sinks, say, report)
+
+
+@contextmanager
+def begun(ready: Plan) -> Iterator[RunFolder]:
+    """A new run's folder with its recipe; gone again if a mistake ends the run before its first event."""
     folder = create(ready.recipe.name)
     write_recipe(folder, ready)
-    return execute(ready, folder, sinks, say)
+    try:
+        yield folder
+    except AtollError:
+        if not folder.record.exists():
+            shutil.rmtree(folder.path)
+        raise
 
 
-def resume(reference: str, sinks: Sequence[Sink] = (), say: Say = quiet) -> RunFolder:
+def resume(reference: str, sinks: Sequence[Sink] = (), say: Say = quiet, report: Report = unwatched) -> RunFolder:
     """Goes on with a run from its last whole round; a finished one is left as it is."""
     folder = find(reference)
-    return execute(plan(str(folder.recipe)), folder, sinks, say)
+    return execute(plan(str(folder.recipe)), folder, sinks, say, report)
 
 
 def write_recipe(folder: RunFolder, ready: Plan) -> None:
@@ -74,12 +104,14 @@ def write_recipe(folder: RunFolder, ready: Plan) -> None:
         YAML().dump(ready.tree, file)
 
 
-def execute(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say) -> RunFolder:
+def execute(
+    ready: Plan, folder: RunFolder, sinks: Sequence[Sink] = (), say: Say = quiet, report: Report = unwatched
+) -> RunFolder:
     """The run itself, then its baselines, the adapter and the card. Each is skipped if it is there."""
     from atoll.record.card import write_card
 
-    with folder.locked():
-        things = assemble(ready, say)
+    with folder.locked(), folder.disk_errors():
+        things = assemble(ready, say, report)
         state = stage(ready, things, folder, sinks)
         save_adapter(ready, things, state.params[UPDATE], folder)
         for name, variant in baselines(ready, list(things.data)):
@@ -88,6 +120,7 @@ def execute(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say) -> 
             inner.path.mkdir(parents=True, exist_ok=True)
             write_recipe(inner, variant)
             stage(variant, again(things, variant), inner, sinks)
+        say("writing the card")
         write_card(folder)
     return folder
 
@@ -303,3 +336,12 @@ def save_adapter(ready: Plan, things: Assembly, params: Params, folder: RunFolde
     ready.space.save(things.model, folder.adapter)
     if things.tokenizer is not None:
         things.tokenizer.save_pretrained(folder.adapter)
+
+
+class _Callable(ModuleType):
+    """This module and the function `atoll.run` share a name in the package, so the module is called as the function."""
+
+    __call__ = staticmethod(run)
+
+
+sys.modules[__name__].__class__ = _Callable

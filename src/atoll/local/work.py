@@ -42,6 +42,28 @@ class Objective(NamedTuple):
     """The mean loss of each sample, [samples], without gradients."""
 
 
+class Tick(NamedTuple):
+    """Where a client is in its work: `done` of `of` local steps, or of held-out batches."""
+
+    kind: str
+    """Of the task: train or evaluate."""
+    client: str
+    round: int
+    rounds: int
+    done: int
+    of: int
+    loss: float
+    """Of the last local step or batch; not a number before the first."""
+
+
+Report = Callable[[Tick], None]
+"""Told at the start of a client's work and after each local step or held-out batch: work may take minutes."""
+
+
+def unwatched(tick: Tick) -> None:
+    """The `Report` that nobody reads."""
+
+
 class BindObjective(Protocol):
     """What a recipe's `objective` is: an objective that does not know its model yet."""
 
@@ -68,12 +90,22 @@ class Local:
     accumulate: int = 1
     clip_norm: float | None = None
     weighting: Literal["examples", "uniform"] = "examples"
+    report: Report = unwatched
 
     def steps(self, count: int) -> int:
         """Optimizer steps a round for a client with `count` samples."""
         if self.local_steps is not None:
             return self.local_steps
         return self.epochs * math.ceil(count / (self.batch_size * self.accumulate))
+
+    def reporter(self, task: Task, of: int) -> Callable[[int, float], None]:
+        """Reports (done, loss) of this task; says at once that it begins."""
+
+        def report(done: int, loss: float) -> None:
+            self.report(Tick(task.kind, task.client, task.broadcast.round, self.rounds, done, of, loss))
+
+        report(0, math.nan)
+        return report
 
 
 def train(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
@@ -85,6 +117,7 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
     start = Start(params, state)
     steps = local.steps(len(data.train))
     batches = draw(len(data.train), local.batch_size, task.key)
+    report = local.reporter(task, steps)
     local.model.train()
     torch.manual_seed(task.key)  # for dropout
     losses, moved, started = [], 0.0, time.perf_counter()
@@ -102,6 +135,7 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
         )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        report(step + 1, loss)
     metrics = {"loss": sum(losses) / steps, "steps": float(steps), "seconds_in_steps": time.perf_counter() - started}
     after = read(local.space, local.model)
     extra, new_state = local.correction.conclude(after, start, moved)
@@ -145,11 +179,14 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
     local.model.eval()
     limit = int(task.data.get("samples", len(data.test))) or len(data.test)
     chosen = range(min(limit, len(data.test)))
+    starts = range(0, len(chosen), EVALUATION_BATCH)
+    report = local.reporter(task, len(starts))
     each: list[Tensor] = []
     with torch.no_grad():
-        for at in range(0, len(chosen), EVALUATION_BATCH):
+        for at in starts:
             batch = local.objective.collate([data.test[i] for i in chosen[at : at + EVALUATION_BATCH]])
             each.append(local.objective.sample_losses(local.model, batch))
+            report(len(each), float(each[-1].mean()))
     losses = torch.cat(each).double()
     error = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0
     return Done({}, {}, {"loss": float(losses.mean()), "standard_error": error, "samples": float(len(losses))}, {})

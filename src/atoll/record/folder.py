@@ -12,6 +12,7 @@ runs/quickstart-1/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -84,6 +85,20 @@ class RunFolder:
                     "the run is running already", where=str(self.path), remedy=f"`atoll stop {self.name}`"
                 ) from error
             yield
+
+    @contextmanager
+    def disk_errors(self) -> Iterator[None]:
+        """Says what a full disk means for the run. Rust writes tensor files: its errors carry the number as text."""
+        try:
+            yield
+        except Exception as error:
+            full = (errno.ENOSPC, errno.EDQUOT)
+            if getattr(error, "errno", None) not in full and not any(f"os error {n})" in str(error) for n in full):
+                raise
+            raise AtollError(
+                "no space on disk; the run is whole up to its last checkpoint", where=str(self.path), found=error,
+                remedy=f"free some space, then `atoll resume {self.name}`",
+            ) from error  # fmt: skip
 
     def is_running(self) -> bool:
         """Whether some process holds the lock."""
