@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
+from atoll.models.presets import no_progress_bars
 from atoll.models.ref import ModelRef as ModelRef
 from atoll.models.ref import folder_of
 from atoll.models.ref import resolve as resolve
@@ -57,11 +58,14 @@ def load_model(
     place = choose_device(device)
     ref = resolve(name)
     kind = choose_dtype("float32" if ref.kind == "tiny" and dtype == "auto" else dtype, place)
+    quantization = choose_quantization(quantize, kind, place)
     if ref.kind == "tiny":
+        if quantization:
+            raise AtollError("tiny models are not quantized", where=name, found=f"quantize: {quantize}")
         model, tokenizer = tiny(ref.location)
         model = model.to(place, kind)  # type: ignore[arg-type]
     else:
-        model, tokenizer = _load_folder(ref, kind, place, quantize, say)
+        model, tokenizer = _load_folder(ref, kind, place, quantization, say)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     return model, tokenizer
@@ -108,27 +112,29 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def _load_folder(
-    ref: ModelRef, dtype: torch.dtype, device: torch.device, quantize: str | None, say: Say
+    ref: ModelRef, dtype: torch.dtype, device: torch.device, quantization: Any, say: Say
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantization = _quantization(quantize, dtype, device)
     folder = folder_of(ref, say)
     known = shapes_of(ref, folder)
     check_memory(known.count * (0.6 if quantization else dtype.itemsize), device, ref.name, known.count)
     say(f"loading {ref.name} ({known.count / 1e6:.0f} M params, {str(dtype).removeprefix('torch.')} on {device})")
+    options: dict[str, Any] = {"dtype": dtype, "quantization_config": quantization, "output_loading_info": True}
+    if device.type != "cpu":
+        options["device_map"] = {"": str(device)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": str(device)} if device.type != "cpu" else None,
-            quantization_config=quantization,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
+        with no_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, **options
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AtollError("cannot load the model", where=f"{ref.name} in {folder}", found=_first_line(error)) from error
+    if report["missing_keys"]:  # transformers would fill them with random values
+        missing = ", ".join(sorted(report["missing_keys"])[:4])
+        raise AtollError("the model's files lack params", where=f"{ref.name} in {folder}", found=f"no {missing}")
     return model.eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
@@ -136,7 +142,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _quantization(quantize: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+def choose_quantization(quantize: str | None, dtype: torch.dtype, device: torch.device) -> Any:
     """The configuration of a 4-bit base, None without one, or the reason why it cannot be."""
     if quantize is None:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,13 +89,28 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     repair_tokenizer(tokenizer, config.max_position_embeddings)
     tokenizer.save_pretrained(folder)
-    build_llama(config, gguf).save_pretrained(folder)
+    with no_progress_bars():
+        build_llama(config, gguf).save_pretrained(folder)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Silence transformers' own progress bars for a while: Atoll says what it does itself."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def repair_tokenizer(tokenizer: PreTrainedTokenizerBase, context: int) -> None:
     """Give back what GGUF loses: each digit is a token of its own, no space is put before the text, and the context.
 
-    Unrepaired, the text of the Apache-2.0 license has a perplexity of 16.59 instead of 16.10 (first 1024 tokens).
+    Repaired, the text of the Apache-2.0 license has 2215 tokens, as in llama.cpp; unrepaired it has 2224.
     """
     from tokenizers import decoders, pre_tokenizers
 
@@ -106,15 +122,16 @@ def repair_tokenizer(tokenizer: PreTrainedTokenizerBase, context: int) -> None:
 
 
 def build_llama(config: PretrainedConfig, gguf: Path) -> PreTrainedModel:
-    """A fresh bfloat16 `LlamaForCausalLM` that holds the params of the GGUF file."""
+    """A fresh bfloat16 `LlamaForCausalLM` with tied embeddings that holds the params of the GGUF file.
+
+    Raises:
+        AtollError: the file lacks a param, or holds one too many.
+    """
     import torch
     from transformers import LlamaForCausalLM
 
     model: PreTrainedModel = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
-    left_out = model.load_state_dict(dict(read_params(config, gguf)), strict=False)
-    unexpected = set(left_out.missing_keys) - {"lm_head.weight"} | set(left_out.unexpected_keys)
-    if unexpected or not config.tie_word_embeddings:
-        raise AtollError("the GGUF file does not hold the model that is expected", found=sorted(unexpected))
+    model.load_state_dict(dict(read_params(config, gguf)), strict=False)  # lm_head is tied
     return model
 
 
@@ -125,10 +142,13 @@ def read_params(config: PretrainedConfig, gguf: Path) -> Iterator[tuple[str, tor
 
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     stored = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name in _names(config.num_hidden_layers):
-        tensor = stored[f"{names.get_name(name)}.weight"]
-        param = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = {name: f"{table.get_name(name)}.weight" for name in _names(config.num_hidden_layers)}
+    if stored.keys() != set(names.values()):
+        odd = ", ".join(sorted(stored.keys() ^ set(names.values()))[:4])
+        raise AtollError("the GGUF file does not hold a Llama with tied embeddings", where=str(gguf), found=odd)
+    for name, key in names.items():
+        param = torch.from_numpy(dequantize(stored[key].data, stored[key].tensor_type).copy())
         count = heads.get(name.rpartition(".")[2])
         yield f"{name}.weight", _rotary_rows(param, count) if count else param
 

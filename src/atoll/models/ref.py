@@ -58,7 +58,7 @@ def resolve(name: str) -> ModelRef:
         return ModelRef(name, "preset", name, preset_identity(name))
     if name in PRESETS:
         return _hub(name, PRESETS[name].hub_id)
-    if name.startswith(("/", "./", "../", "~")) or Path(name).is_dir():
+    if name.startswith(("/", "./", "../", "~")) or (name and Path(name).is_dir()):
         return _folder(name)
     if name.count("/") == 1:
         return _hub(name, name)
@@ -109,12 +109,17 @@ def _contents(folder: Path) -> str:
 
 
 def _hub(name: str, hub_id: str) -> ModelRef:
-    """Ask for config.json alone: its place in the hub's cache tells the commit."""
-    from huggingface_hub import hf_hub_download
+    """Ask for config.json alone: its place in the hub's cache tells the commit.
+
+    What is in that cache stands, without asking the hub again: runs repeat and work offline. `hf download` renews it.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     hub_id, _, revision = hub_id.partition("@")
     try:
-        config = hf_hub_download(hub_id, "config.json", revision=revision or None)
+        config = try_to_load_from_cache(hub_id, "config.json", revision=revision or None)
+        if not isinstance(config, str):
+            config = hf_hub_download(hub_id, "config.json", revision=revision or None)
     except Exception as error:  # the hub's client raises its own, httpx's and OSError
         raise _not_there(name, hub_id, error) from error
     commit = Path(config).parent.name
