@@ -37,6 +37,10 @@ class AtollError(Exception):
         return "\n".join(lines)
 
 
+class Interrupted(AtollError):
+    """A run that ended before its time, by somebody's wish: nothing is lost, and it can go on."""
+
+
 def closest(word: str, choices: Iterable[str]) -> str:
     """The remedy for a misspelt name: the closest of `choices`, or all of them.
 

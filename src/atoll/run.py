@@ -21,13 +21,15 @@ from atoll import parts, recipe
 from atoll.assemble import Assembly, again, assemble, clients
 from atoll.build import POOLED, Plan, build
 from atoll.cache import Say, quiet
-from atoll.errors import AtollError
+from atoll.errors import AtollError, Interrupted
+from atoll.estimate import remember_speed
 from atoll.evaluate import evaluate
 from atoll.exchange import Accepted, Dropped, Verdict
 from atoll.fleet.base import Fleet
 from atoll.local.work import Report, unwatched
 from atoll.models.spaces import write
 from atoll.params import Params, numel
+from atoll.record.card import read_story, write_card
 from atoll.record.checkpoint import load_with_extra, save_state
 from atoll.record.events import (
     ClientLeftOut,
@@ -108,12 +110,12 @@ def execute(
     ready: Plan, folder: RunFolder, sinks: Sequence[Sink] = (), say: Say = quiet, report: Report = unwatched
 ) -> RunFolder:
     """The run itself, then its baselines, the adapter and the card. Each is skipped if it is there."""
-    from atoll.record.card import write_card
-
     with folder.locked(), folder.disk_errors():
         things = assemble(ready, say, report)
         state = stage(ready, things, folder, sinks)
         save_adapter(ready, things, state.params[UPDATE], folder)
+        if story := read_story(folder):
+            remember_speed(ready, story, folder.name)
         for name, variant in baselines(ready, list(things.data)):
             say(f"baseline {name}")
             inner = folder.baseline(name)
@@ -225,6 +227,7 @@ def introduce(ready: Plan, things: Assembly, record: Record) -> None:
             trains=numel(things.start),
             of=sum(p.numel() for p in things.model.parameters()),
             seed=ready.recipe.seed,
+            baselines=[name for name, _ in baselines(ready, list(things.data))],
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
             warnings=ready.warnings,
         )
@@ -263,14 +266,10 @@ def why_end(ready: Plan, round: int, progress: Progress) -> str:
     return ""
 
 
-class Stopped(AtollError):
-    """Somebody asked the run to stop; it can go on."""
-
-
 def stop_if_asked(folder: RunFolder) -> None:
     """Between rounds, where nothing is lost."""
     if folder.asked_to_stop():
-        raise Stopped(
+        raise Interrupted(
             "stopped as asked; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`"
         )
 

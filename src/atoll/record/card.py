@@ -168,7 +168,7 @@ def _loss_section(story: Story) -> list[str]:
 def _faults_section(story: Story) -> list[str]:
     lines = [f"- {one.client}: no usable data ({one.report.splitlines()[0]})" for one in story.left_out]
     lines += [
-        f"- round {m.round}, {m.client}: {'refused' if m.refused else 'dropped'}: {m.reason}"
+        f"- round {m.round + 1}, {m.client}: {'refused' if m.refused else 'dropped'}: {m.reason}"
         for m in story.missing[:20]
     ]
     if len(story.missing) > 20:

@@ -26,6 +26,8 @@ class RunStarted:
     trains: int
     of: int
     seed: int
+    baselines: Sequence[str] = ()
+    """Names of the runs inside this one that it is measured against."""
     versions: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 

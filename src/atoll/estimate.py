@@ -1,0 +1,249 @@
+"""What a plan will cost, before it runs: bytes, memory, time. Each number says where it comes from.
+
+Bytes are measured on zeros of the update's shapes. Memory is a formula, given with its terms. Time is taken from an
+earlier run of the same kind on this machine, whose speed lies in the cache; before that it is unknown, and said so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atoll import parts
+from atoll.build import Plan, payload_bytes
+from atoll.cache import content_hash, home, write_file
+from atoll.data.sources import ClientSource
+from atoll.params import numel
+from atoll.record.card import Story
+
+COUNTED_BYTES = 64 << 20
+"""Lines of JSONL are counted up to this size; beyond, a plan would not answer at once."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of all streams, for one client and for a round's cohort."""
+
+    down: int
+    up: int
+    cohort: float
+    rounds: int
+
+    def as_data(self) -> dict[str, float]:
+        """Per client, per round and in total."""
+        asked = self.cohort * self.rounds
+        return {
+            "down_per_client": self.down,
+            "up_per_client": self.up,
+            "clients_per_round": self.cohort,
+            "rounds": self.rounds,
+            "down_total": round(self.down * asked),
+            "up_total": round(self.up * asked),
+        }
+
+
+def traffic(plan: Plan) -> Traffic | None:
+    """What a round moves; None for a model without known shapes."""
+    if plan.trains is None:
+        return None
+    streams = plan.rounds.streams
+    down = sum(payload_bytes(stream.down, plan.trains) for stream in streams)
+    up = sum(payload_bytes(stream.up, plan.trains) for stream in streams)
+    return Traffic(down, up, plan.cohort, plan.recipe.finetune.rounds)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a simulation in one process, by what they are for."""
+
+    base: int
+    trained: int
+    server: int
+    activations: int
+    formula: str
+
+    @property
+    def total(self) -> int:
+        """All of it, beside the program itself (about 0.7 GB with its libraries)."""
+        return self.base + self.trained + self.server + self.activations
+
+
+ACTIVATIONS = 34
+"""Values of 2 bytes a layer keeps for each token and feature: Korthikanti et al. 2022 (arXiv 2205.05198), equation 1."""
+
+SERVER_COPIES = 5
+"""Params, the start, the decoded broadcast, the running total, one update."""
+
+
+def memory(plan: Plan) -> Memory | None:
+    """An estimate from shapes; None for a model without known shapes."""
+    if plan.shapes is None or plan.trains is None:
+        return None
+    from atoll.models.load import choose_device, choose_dtype
+
+    stage, shapes = plan.recipe.finetune, plan.shapes
+    trains = sum(math.prod(shape) for shape in plan.trains.values())
+    full = trains == shapes.count
+    tiny = plan.model.name.startswith("tiny:")
+    size = (
+        4
+        if full or tiny
+        else choose_dtype(plan.model.options["dtype"], choose_device(plan.model.options["device"])).itemsize
+    )
+    moments = inner_moments(plan)
+    outer = numel(plan.rounds.streams[0].outer.init({"x": torch.empty(trains, device="meta")})) // trains
+    tokens = stage.batch_size * stage.context
+    kept = 2 if plan.model.options["gradient_checkpointing"] else ACTIVATIONS
+    return Memory(
+        base=0 if full else shapes.count * size,
+        trained=trains * 4 * (2 + moments),
+        server=trains * 4 * (SERVER_COPIES + outer),
+        activations=tokens * shapes.layers * shapes.hidden * kept * size // 2,
+        formula=f"base {shapes.count:,} x {0 if full else size} B + trained {trains:,} x 4 B x (param, gradient, "
+        f"{moments} moments) + server {trains:,} x 4 B x ({SERVER_COPIES} copies, {outer} outer moments) + activations "
+        f"at most {tokens:,} tokens x {shapes.layers} layers x {shapes.hidden} features x {kept} x {size / 2:g} B",
+    )
+
+
+def inner_moments(plan: Plan) -> int:
+    """Numbers the inner optimizer keeps for each parameter. It is not made to be asked: that imports for two seconds."""
+    optimizer = parts.spec(plan.recipe.finetune.optimizer, "finetune.optimizer")
+    return int(bool(optimizer.arguments.get("momentum"))) if optimizer.use == "sgd" else 2
+
+
+def counts(sources: Mapping[str, Any]) -> dict[str, int | None]:
+    """Records of each client, training and held out together; None where counting would take long."""
+    return {name: _count(source) for name, source in sources.items()}
+
+
+def _count(source: object) -> int | None:
+    if not isinstance(source, ClientSource):
+        return None
+    if source.rows is not None:
+        return len(source.rows)
+    files = [file for file, _ in source.source.files]
+    if any(file.suffix.lower() != ".jsonl" or file.stat().st_size > COUNTED_BYTES for file in files):
+        return None
+    return sum(_lines(file) for file in files)
+
+
+def _lines(file: Path) -> int:
+    """Lines that are not blank."""
+    with file.open("rb") as text:
+        return sum(1 for line in text if line.strip())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast an earlier run of the same kind was, in seconds a sample, and its name."""
+
+    run: str
+    training: float
+    held_out: float
+
+
+def speed_note(plan: Plan) -> Path:
+    """Where the speed of this kind of work is noted: same model, space, objective and context."""
+    stage = plan.recipe.finetune
+    kind = [plan.recipe.model, stage.space, stage.objective, stage.context, os.cpu_count()]
+    identity = plan.shapes.identity if plan.shapes else ""
+    return home() / "speed" / f"{content_hash(identity, json.dumps(kind, sort_keys=True))}.json"
+
+
+def remember_speed(plan: Plan, story: Story, run: str) -> None:
+    """Notes the speed of a run for later plans."""
+    stage = plan.recipe.finetune
+    each = stage.batch_size * stage.accumulate
+    trained = sum(reply.metrics.get("steps", 0.0) for reply in story.replies) * each
+    in_steps = sum(reply.metrics.get("seconds_in_steps", 0.0) for reply in story.replies)
+    measured = sum(client["samples"] for one in story.evaluations for client in one.clients.values())
+    in_evaluation = sum(one.seconds for one in story.evaluations)
+    if trained and measured:
+        speed = Speed(run, in_steps / trained, in_evaluation / measured)
+        write_file(speed_note(plan), json.dumps(asdict(speed)).encode())
+
+
+def known_speed(plan: Plan) -> Speed | None:
+    """The speed of an earlier run of the same kind on this machine."""
+    try:
+        return Speed(**json.loads(speed_note(plan).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def seconds(plan: Plan, records: Mapping[str, int | None], speed: Speed) -> float | None:
+    """The whole run with its baselines; None where the clients' sizes are needed and not known."""
+    trainers = [name for name in plan.trainers if name in plan.sources] or plan.clients
+    stage = plan.recipe.finetune
+    if stage.local_steps is None and any(records[name] is None for name in trainers):
+        return None
+    each = {name: _samples_a_round(plan, records[name] or 0) for name in trainers}
+    federated = stage.rounds * plan.cohort * sum(each.values()) / len(each)
+    alone = stage.rounds * sum(each.values())
+    extra = {"local": alone, "pooled": federated}
+    training = federated + sum(extra[kind] for kind in plan.recipe.baselines)
+    return training * speed.training + held_out_samples(plan, len(trainers)) * speed.held_out
+
+
+def _samples_a_round(plan: Plan, records: int) -> float:
+    stage = plan.recipe.finetune
+    if stage.local_steps is None:
+        return stage.epochs * records
+    return stage.local_steps * stage.batch_size * stage.accumulate
+
+
+def held_out_samples(plan: Plan, trainers: int) -> int:
+    """Samples evaluated at most: at the start and the end of the run and of each baseline, and between."""
+    wanted, rounds = plan.recipe.evaluate, plan.recipe.finetune.rounds
+    runs = 1 + sum(trainers if kind == "local" else 1 for kind in plan.recipe.baselines)
+    between = (rounds - 1) // wanted.every if wanted.every else 0
+    return len(plan.sources) * (runs * 2 * wanted.final_samples + between * wanted.samples)
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """The whole plan as plain data: what `atoll plan --json` prints."""
+    stage = plan.recipe.finetune
+    moved, needs, speed, records = traffic(plan), memory(plan), known_speed(plan), counts(plan.sources)
+    trains = None if plan.trains is None else sum(math.prod(shape) for shape in plan.trains.values())
+    return {
+        "name": plan.recipe.name,
+        "plan": plan.hash,
+        "model": {"name": plan.model.name, "params": plan.shapes.count if plan.shapes else None},
+        "trains": {"space": str(parts.spec(stage.space, "space")), "params": trains},
+        "local_work": _local_work(plan),
+        "streams": [_stream(plan, stream.name) for stream in plan.rounds.streams],
+        "bytes": moved.as_data() if moved else None,
+        "memory": asdict(needs) | {"total": needs.total} if needs else None,
+        "seconds": seconds(plan, records, speed) if speed else None,
+        "speed": asdict(speed) if speed else None,
+        "clients": records,
+        "population": plan.trainers,
+        "baselines": list(plan.recipe.baselines),
+        "warnings": list(plan.warnings),
+    }
+
+
+def _local_work(plan: Plan) -> str:
+    stage = plan.recipe.finetune
+    length = f"{stage.local_steps} local steps" if stage.local_steps else f"{stage.epochs} epochs"
+    of = f"{stage.batch_size} samples" + (f" x {stage.accumulate}" if stage.accumulate > 1 else "")
+    optimizer, objective = (str(parts.spec(one, "")) for one in (stage.optimizer, stage.objective))
+    return f"{length} of {of}, {objective}, {optimizer}, at most {stage.context} tokens a sample"
+
+
+def _stream(plan: Plan, name: str) -> dict[str, Any]:
+    """A stream with its chains as written; a method's own streams travel as they are."""
+    stage = plan.recipe.finetune
+    own = name != plan.rounds.streams[0].name
+
+    def written(chain: Sequence[Any]) -> list[str]:
+        return [] if own else [str(parts.spec(one, "")) for one in chain]
+
+    return {"name": name, "down": written(stage.down), "up": written(stage.up)}

@@ -1,0 +1,181 @@
+"""What runs say of themselves: a list of them, one in detail, several side by side. As data, which `--json` prints.
+
+Reads records and recipes and nothing else, so that it answers at once, also for a run that is under way elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from atoll.errors import AtollError
+from atoll.record.card import Story, loss_table, read_story
+from atoll.record.card import Table as LossTable
+from atoll.record.events import Evaluated
+from atoll.record.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in one row. Losses are means over clients, each counting once; bytes and seconds are the rounds' so far."""
+
+    name: str
+    path: str
+    state: str
+    """running, finished, stopped (it can go on), or empty (it ended before its first event)."""
+    round: int
+    rounds: int
+    clients: int
+    base_loss: float | None
+    loss: float | None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    baselines: Mapping[str, str]
+    """Name -> waiting, running, stopped or finished."""
+
+
+def summarize(folder: RunFolder) -> Summary:
+    """The run in one row."""
+    story = read_story(folder)
+    running = folder.is_running()
+    if story is None:
+        state = "running" if running else "empty"
+        return Summary(folder.name, str(folder.path), state, 0, 0, 0, None, None, 0, 0, 0.0, {})
+    inside = _baselines(story, running)
+    done = story.ended is not None and all(state == "finished" for state in inside.values())
+    return Summary(
+        name=folder.name,
+        path=str(folder.path),
+        state="running" if running else "finished" if done else "stopped",
+        round=len(story.rounds),
+        rounds=story.started.rounds,
+        clients=len(story.started.clients),
+        base_loss=story.base.mean if story.base else None,
+        loss=_latest(story),
+        bytes_down=story.bytes_down,
+        bytes_up=story.bytes_up,
+        seconds=_seconds(story),
+        baselines=inside,
+    )
+
+
+def _baselines(story: Story, running: bool) -> dict[str, str]:
+    """They run one after the other, once the run itself is through."""
+    states = {}
+    for name in story.started.baselines:
+        inner = story.baselines.get(name)
+        unfinished = "running" if running else "stopped"
+        states[name] = "waiting" if inner is None else "finished" if inner.ended else unfinished
+    return states
+
+
+def _latest(story: Story) -> float | None:
+    return story.evaluations[-1].mean if story.evaluations else None
+
+
+def _seconds(story: Story) -> float:
+    """With evaluations; from the end's own count, or so far."""
+    if story.ended:
+        return story.ended.seconds
+    return sum(r.seconds for r in story.rounds) + sum(e.seconds for e in story.evaluations)
+
+
+def need_story(folder: RunFolder) -> Story:
+    """The run's story, which must have begun."""
+    story = read_story(folder)
+    if story is None:
+        raise AtollError(
+            "the run has not begun: it has no events yet",
+            where=str(folder.path),
+            remedy=f"`atoll resume {folder.name}`",
+        )
+    return story
+
+
+def details(folder: RunFolder) -> dict[str, Any]:
+    """One run: its summary, the table of held-out losses, where seconds went, what went wrong."""
+    story = need_story(folder)
+    spans: dict[str, float] = {}
+    for one in story.rounds:
+        for name, seconds in one.spans.items():
+            spans[name] = spans.get(name, 0.0) + seconds
+    return asdict(summarize(folder)) | {
+        "plan": story.started.plan,
+        "seed": story.started.seed,
+        "trains": story.started.trains,
+        "of": story.started.of,
+        "samples": dict(story.started.samples),
+        "ended": story.ended.reason if story.ended else None,
+        "losses": losses_as_data(loss_table(story)),
+        "evaluations": [{"round": e.round, "mean": e.mean, "worst": e.worst} for e in story.evaluations],
+        "spans": spans,
+        "left_out": {one.client: one.report for one in story.left_out},
+        "missing": [asdict(one) | {"round": one.round + 1} for one in story.missing],
+        "warnings": list(story.started.warnings),
+    }
+
+
+def losses_as_data(table: LossTable | None) -> list[dict[str, Any]]:
+    """One row a model: {model, sites: {site: {loss, standard_error}}, mean: {loss, standard_error}}."""
+
+    def cell(value: tuple[float, float] | None) -> dict[str, float] | None:
+        return None if value is None else {"loss": value[0], "standard_error": value[1]}
+
+    if table is None:
+        return []
+    return [
+        {
+            "model": row[0],
+            "sites": dict(zip(table.sites, map(cell, row[1]), strict=True)),
+            "mean": cell(table.mean(row)),
+        }
+        for row in table.rows
+    ]
+
+
+def compare(folders: Sequence[RunFolder]) -> dict[str, Any]:
+    """Runs side by side: the settings in which they differ, their last held-out losses, their costs."""
+    stories = {folder.name: need_story(folder) for folder in folders}
+    return {
+        "settings": differing({folder.name: dict(flat(read_tree(folder))) for folder in folders}),
+        "runs": [asdict(summarize(folder)) for folder in folders],
+        "losses": {name: _sites(story) for name, story in stories.items()},
+    }
+
+
+def _sites(story: Story) -> dict[str, dict[str, float]]:
+    last: Evaluated | None = story.evaluations[-1] if story.evaluations else None
+    return {site: dict(metrics) for site, metrics in last.clients.items()} if last else {}
+
+
+def read_tree(folder: RunFolder) -> dict[str, Any]:
+    """The run's recipe as resolved."""
+    from atoll.recipe import load
+
+    return load(folder.recipe)
+
+
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A tree's leaves under dotted paths.
+
+    >>> list(flat({"finetune": {"rounds": 2, "up": ["int8"]}}))
+    [('finetune.rounds', 2), ('finetune.up', ['int8'])]
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each run's settings those that are not the same in all: path -> run -> value, None where it says nothing.
+
+    >>> differing({"a": {"seed": 0, "rounds": 2}, "b": {"seed": 1, "rounds": 2}})
+    {'seed': {'a': 0, 'b': 1}}
+    """
+    paths = dict.fromkeys(path for one in settings.values() for path in one)
+    found = {path: {name: one.get(path) for name, one in settings.items()} for path in paths}
+    return {path: values for path, values in found.items() if len({repr(value) for value in values.values()}) > 1}

@@ -1,0 +1,193 @@
+"""What a run says while it runs. In a terminal one live line, and a line that stays for every round and evaluation; where
+there is none (a log, a pipe), plain lines: for every reply, round and evaluation, and for local steps that take long.
+
+Everything goes to stderr: stdout is for results.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from atoll.record.card import human_bytes
+from atoll.record.events import (
+    ClientLeftOut,
+    Evaluated,
+    Event,
+    Missing,
+    Replied,
+    RoundEnded,
+    RunEnded,
+    RunStarted,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from atoll.local.work import Tick
+
+SILENCE_SECONDS = 2.0
+"""How long a plain log stays silent while clients work; longer in long runs, see `Plain`."""
+
+
+class Watch(Protocol):
+    """Shows a run: a `Say`, a `Sink` and a `Report` in one, open as long as the run goes."""
+
+    def say(self, line: str) -> None:
+        """A slow step begins."""
+        ...
+
+    def event(self, event: Event) -> None:
+        """Something has happened that the record keeps."""
+        ...
+
+    def report(self, tick: Tick) -> None:
+        """A local step or a held-out batch is done."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def watch() -> Watch:
+    """What suits where stderr goes."""
+    return Live(console(sys.stderr)) if sys.stderr.isatty() else Plain(_write_line)
+
+
+def console(file: object = None) -> Console:
+    """A console that prints text as it is; as wide as need be where it is no terminal."""
+    from rich.console import Console
+
+    file = file or sys.stdout
+    wide = None if getattr(file, "isatty", lambda: False)() else 200
+    return Console(file=file, width=wide, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
+
+
+def _write_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def told(event: Event) -> str:
+    """An event in a line. People count rounds from 1."""
+    match event:
+        case RunStarted():
+            return (
+                f"{event.name}: {len(event.clients)} clients, {event.rounds} rounds; "
+                f"{event.trains:,} of {event.of:,} parameters train; plan {event.plan}"
+            )
+        case ClientLeftOut():
+            return f"{event.client} is left out, it has no usable data: {'; '.join(event.report.splitlines())}"
+        case Replied():
+            late = f", {event.staleness} rounds late" if event.staleness else ""
+            sent = human_bytes(event.bytes_up)
+            return f"round {event.round + 1}: {event.client}: loss {event.loss:.3f}, {sent} up, {event.seconds:.1f} s{late}"
+        case Missing():
+            return (
+                f"round {event.round + 1}: {event.client} {'refused' if event.refused else 'dropped'}: {event.reason}"
+            )
+        case RoundEnded():
+            return _round_in_words(event)
+        case Evaluated():
+            worst = max(event.clients, key=lambda name: event.clients[name]["loss"], default="-")
+            return (
+                f"held-out loss {'before the first round' if event.round == 0 else f'after round {event.round}'}: "
+                f"mean {event.mean:.3f}, worst {event.worst:.3f} ({worst}), {event.seconds:.1f} s"
+            )
+        case RunEnded():
+            return f"{event.reason}: {event.rounds} rounds in {event.seconds:.0f} s"
+
+
+def _round_in_words(event: RoundEnded) -> str:
+    lost = [f"{count} {what}" for what in ("refused", "dropped") if (count := getattr(event, what))]
+    return (
+        f"round {event.round + 1} done: {', '.join([f'{event.accepted} accepted', *lost])}; loss {event.loss:.3f}, "
+        f"{human_bytes(event.bytes_down)} down, {human_bytes(event.bytes_up)} up, {event.seconds:.1f} s"
+    )
+
+
+def at_work(tick: Tick) -> str:
+    """Where a client is: `round 2 of 4 · clinic · local step 3 of 4 · loss 2.310`."""
+    loss = "" if math.isnan(tick.loss) else f" · loss {tick.loss:.3f}"
+    if tick.kind == "evaluate":
+        after = f"evaluation after {tick.round} of {tick.rounds} rounds"
+        return f"{after} · {tick.client} · batch {tick.done} of {tick.of}{loss}"
+    return f"round {tick.round + 1} of {tick.rounds} · {tick.client} · local step {tick.done} of {tick.of}{loss}"
+
+
+class Plain:
+    """Plain lines. Local steps get one when nothing was said for 2 seconds, or for a sixtieth of the time so far."""
+
+    def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._now = write, now
+        self._started = self._last = now()
+
+    def say(self, line: str) -> None:
+        """See `Watch`."""
+        self._last = self._now()
+        self._write(line)
+
+    def event(self, event: Event) -> None:
+        """See `Watch`."""
+        self.say(told(event))
+
+    def report(self, tick: Tick) -> None:
+        """See `Watch`."""
+        patience = max(SILENCE_SECONDS, (self._now() - self._started) / 60)
+        if self._now() - self._last > patience:
+            self.say(at_work(tick))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
+
+
+class Live:
+    """One line that lives, with the client at work, its step, loss, and the time since the start."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        from rich.live import Live as LiveDisplay
+
+        self._console, self._now, self._started = console, now, now()
+        self._line = "starting"
+        self._display = LiveDisplay(console=console, get_renderable=self._show, refresh_per_second=5, transient=True)
+
+    def _show(self) -> RenderableType:
+        from rich.text import Text
+
+        minutes, seconds = divmod(int(self._now() - self._started), 60)
+        return Text(f"{minutes}:{seconds:02d}  {self._line}", no_wrap=True, overflow="ellipsis")
+
+    def say(self, line: str) -> None:
+        """See `Watch`."""
+        self._line = line
+        self._console.print(line, style="dim")
+
+    def event(self, event: Event) -> None:
+        """See `Watch`. Replies pass by on the live line."""
+        if not isinstance(event, Replied):
+            self._console.print(told(event))
+
+    def report(self, tick: Tick) -> None:
+        """See `Watch`."""
+        self._line = at_work(tick)
+
+    def __enter__(self) -> Self:
+        self._display.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Takes the live line away."""
+        self._display.stop()
