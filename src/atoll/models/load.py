@@ -127,15 +127,16 @@ def _load_folder(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         with no_progress_bars():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=False, **options
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AtollError("cannot load the model", where=f"{ref.name} in {folder}", found=_first_line(error)) from error
+    model, report = loaded
     if report["missing_keys"]:  # transformers would fill them with random values
         missing = ", ".join(sorted(report["missing_keys"])[:4])
         raise AtollError("the model's files lack params", where=f"{ref.name} in {folder}", found=f"no {missing}")
-    return model.eval(), tokenizer  # type: ignore[no-untyped-call]
+    return model.eval(), tokenizer
 
 
 def _first_line(error: Exception) -> str:
