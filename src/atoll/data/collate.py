@@ -131,7 +131,7 @@ def packable(model: nn.Module) -> bool:
     if not takes_positions or getattr(causal_lm, "_is_stateful", False):
         return False
     first, other, second = (_probe(tokens) for tokens in ([1, 2, 3], [4, 3, 1], [2, 4]))
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         after_first = _logits(model, pack([first, second]))[-2:]
         after_other = _logits(model, pack([other, second]))[-2:]
         alone = _logits(model, pack([second]))
@@ -153,7 +153,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout; each module's own mode comes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
