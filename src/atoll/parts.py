@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_type_hints
+from types import SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from atoll.errors import AtollError, closest
 
@@ -211,14 +211,52 @@ def _allowed(error: Any) -> str:
 
 
 def signature(factory: Callable[..., Any]) -> str:
-    """The arguments with their types and defaults, as one line."""
+    """The arguments with their types, bounds and defaults, as one line."""
+    return ", ".join(
+        f"{one['name']}: {one['type']}{one['bounds'] and ' ' + one['bounds']}"
+        + ("" if one["required"] else f" = {one['default']}")
+        for one in arguments(factory)
+    )
+
+
+def arguments(factory: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What a factory takes: name, type, bounds, default, required.
+
+    >>> from atoll.transforms.clip import clip
+    >>> arguments(clip)
+    [{'name': 'norm', 'type': 'float', 'bounds': '> 0', 'required': True, 'default': None}]
+    """
     hints = types_of(factory)
-    return ", ".join(_argument(p, hints.get(name)) for name, p in inspect.signature(factory).parameters.items())
+    return [_argument(p, hints.get(name, Any)) for name, p in inspect.signature(factory).parameters.items()]
 
 
-def _argument(parameter: inspect.Parameter, hint: Any) -> str:
-    bounds = [str(bound) for bound in getattr(hint, "__metadata__", ())]
-    kind = getattr(hint, "__origin__", hint) if bounds else hint
-    shown = getattr(kind, "__name__", str(kind)) + ("" if not bounds else " with " + ", ".join(bounds))
-    default = "" if parameter.default is parameter.empty else f" = {parameter.default}"
-    return f"{parameter.name}: {shown}{default}"
+def _argument(parameter: inspect.Parameter, hint: Any) -> dict[str, Any]:
+    kind, bounds = _plain_type(hint)
+    required = parameter.default is parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    default = None if parameter.default is parameter.empty else parameter.default
+    return {"name": parameter.name, "type": kind, "bounds": bounds, "required": required, "default": default}
+
+
+def _plain_type(hint: Any) -> tuple[str, str]:
+    """A type in words, and its bounds: Annotated[int, Ge(1)] | None -> ('int or None', '>= 1')."""
+    if get_origin(hint) is Annotated:
+        marks = hint.__metadata__
+        slot = next((mark.name for mark in marks if isinstance(mark, Slot)), None)
+        name, inner = _plain_type(hint.__origin__)
+        return f"a {slot} part" if slot else name, " ".join(filter(None, [inner, *map(_bound, marks)]))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint))), ""
+    if get_origin(hint) in (Union, UnionType):
+        each = [_plain_type(one) for one in get_args(hint)]
+        return " or ".join(name for name, _ in each), " ".join(filter(None, (bounds for _, bounds in each)))
+    if get_args(hint):
+        inside = ", ".join(_plain_type(one)[0] for one in get_args(hint))
+        return f"{get_origin(hint).__name__}[{inside}]", ""
+    return ("None" if hint is type(None) else getattr(hint, "__name__", str(hint))), ""
+
+
+def _bound(mark: object) -> str:
+    return "" if isinstance(mark, Slot) else " ".join(f"{_SIGNS[sign]} {limit}" for sign, limit in vars(mark).items())
+
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

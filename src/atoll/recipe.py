@@ -114,11 +114,17 @@ def read(name_or_path: str, settings: Iterable[str] = ()) -> tuple[Recipe, Tree]
     return validate(tree, name_or_path), tree
 
 
-def resolve(name_or_path: str) -> Tree:
-    """The tree of a recipe over everything it extends."""
+def resolve(name_or_path: str, method: str = "") -> Tree:
+    """The tree of a recipe over everything it extends; with `method`, that one stands where its own method stood."""
     tree = load(locate(name_or_path))
     chain = [name_or_path]
-    while base := tree.pop("extends", None):
+    while base := tree.pop("extends", None) or method:
+        if not isinstance(base, str):
+            raise AtollError(
+                "not a recipe to extend", where=f"{chain[-1]}: extends", found=base, allowed="a name or a path"
+            )
+        if method and (base == method or base.startswith("methods/")):
+            base, method = method, ""
         if base in chain:
             raise AtollError("recipes extend each other in a circle", where=chain[0], found=" -> ".join([*chain, base]))
         chain.append(base)
@@ -178,10 +184,15 @@ def apply(tree: Tree, setting: str) -> Tree:
     path, equals, text = setting.partition("=")
     if not equals or not path.strip():
         raise AtollError("not a setting", found=setting, allowed="path.to.key=value", remedy="--set finetune.rounds=10")
-    value: Any = parse(text, f"--set {path}")
+    return put(tree, path, parse(text, f"--set {path}"))
+
+
+def put(tree: Tree, path: str, value: Any) -> Tree:
+    """The tree with `value` at the dotted `path`."""
     for key in reversed(path.strip().split(".")):
         value = {key: value}
-    return merge(tree, value)
+    merged: Tree = merge(tree, value)
+    return merged
 
 
 def merge(base: Any, over: Any) -> Any:

@@ -78,7 +78,13 @@ class Preview:
         }
 
 
-def preview(path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int, show: int = 3) -> Preview:
+def preview(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    show: int = 3,
+    objective: Objective | None = None,
+) -> Preview:
     """Read and tokenize everything at `path` once, and keep what tells how training would see it.
 
     Args:
@@ -86,6 +92,7 @@ def preview(path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int, 
         tokenizer: a fast tokenizer.
         context: the longest sample, in tokens.
         show: how many samples to keep token by token.
+        objective: where the loss is; by the data's format if not given.
 
     Raises:
         AtollError: the source cannot be read.
@@ -94,7 +101,7 @@ def preview(path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int, 
     report = Report()
     found = records(source, report)
     first = list(islice(found, 1))
-    objective: Objective = "causal_lm" if first and first[0].form == "text" else "sft"
+    objective = objective or ("causal_lm" if first and first[0].form == "text" else "sft")
     samples, lengths, totals = {"train": 0, "test": 0}, array("q"), np.zeros(2, np.int64)
     shown: list[tuple[Token, ...]] = []
     for encoded in encode(chain(first, found), tokenizer, objective, report):

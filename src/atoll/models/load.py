@@ -18,6 +18,7 @@ from atoll.models.ref import resolve as resolve
 from atoll.models.shapes import Shapes as Shapes
 from atoll.models.shapes import shapes as shapes
 from atoll.models.shapes import shapes_of
+from atoll.models.tiny import byte_tokenizer
 from atoll.models.tiny import tiny as tiny
 
 if TYPE_CHECKING:
@@ -69,6 +70,25 @@ def load_model(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     return model, tokenizer
+
+
+def load_tokenizer(name: str, say: Say = quiet) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of the model `name`: what a preview of data needs.
+
+    Raises:
+        AtollError: the model is not there, or has no tokenizer.
+    """
+    ref = resolve(name)
+    if ref.kind == "tiny":
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    folder = folder_of(ref, say)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise AtollError("cannot load the tokenizer", where=f"{name} in {folder}", found=_first_line(error)) from error
+    return tokenizer
 
 
 def choose_device(device: str) -> torch.device:

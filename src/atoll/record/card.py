@@ -155,14 +155,19 @@ def _loss_section(story: Story) -> list[str]:
     table = loss_table(story)
     if table is None:
         return []
-    head = "| held-out loss | " + " | ".join([*table.sites, "mean"]) + " |"
-    rule = "|---" * (len(table.sites) + 2) + "|"
-    rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
     note = (
         "Mean over held-out samples of each sample's mean token loss, ± its standard error; "
         "the mean over sites counts each once."
     )
-    return ["## Held-out loss", "", head, rule, *rows, "", note, "", "![loss per site](loss.svg)", ""]
+    return ["## Held-out loss", "", *markdown_table(table), "", note, "", "![loss per site](loss.svg)", ""]
+
+
+def markdown_table(table: Table) -> list[str]:
+    """The table's lines in Markdown."""
+    head = "| held-out loss | " + " | ".join([*table.sites, "mean"]) + " |"
+    rule = "|---" * (len(table.sites) + 2) + "|"
+    rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
+    return [head, rule, *rows]
 
 
 def _faults_section(story: Story) -> list[str]:

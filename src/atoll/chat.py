@@ -1,0 +1,105 @@
+"""Talk to a run's result, word by word as it comes, and hear the base model on the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from atoll.data.answers import ChatFormat
+from atoll.parts import spec
+from atoll.result import Result
+
+Write = Callable[[str], None]
+HELP = "/base switches between the tuned and the base model, /new forgets the conversation, /quit ends"
+
+
+@dataclass
+class Chat:
+    """A conversation. The most likely token each time, unless `temperature` is above 0: the same words, the same answer."""
+
+    result: Result
+    max_tokens: int = 200
+    temperature: float = 0.0
+    base: bool = False
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def raw(self) -> bool:
+        """Whether the model continues texts, rather than answers turns."""
+        objective = spec(self.result.recipe.finetune.objective, "finetune.objective").use.replace("_", "-")
+        return objective == "causal-lm" or not self.result.tokenizer.chat_template
+
+    def answer(self, prompt: str, write: Write) -> str:
+        """The answer to `prompt`, handed to `write` piece by piece; it becomes part of the conversation."""
+        asked = [*self.messages, {"role": "user", "content": prompt}]
+        text = prompt if self.raw else ChatFormat(self.result.tokenizer).render(asked, prompt=True)
+        answer = self._generate(text, write)
+        if not self.raw:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def _generate(self, text: str, write: Write) -> str:
+        import torch
+
+        tokenizer, model = self.result.tokenizer, self.result.model
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=self.raw, return_token_type_ids=False)
+        inputs = inputs.to(next(model.parameters()).device)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature}
+        self.result.use(self.base)
+        pieces: list[str] = []
+
+        def hear(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
+
+        with torch.no_grad():
+            model.generate(  # type: ignore[operator]
+                **inputs, **sampling,
+                max_new_tokens=self.max_tokens, eos_token_id=self._ends(), pad_token_id=tokenizer.pad_token_id or 0,
+                streamer=_streamer(tokenizer, hear),
+            )  # fmt: skip
+        return "".join(pieces)
+
+    def _ends(self) -> list[int] | None:
+        """The tokens that end an answer."""
+        tokenizer = self.result.tokenizer
+        turn_end = "" if self.raw else ChatFormat(tokenizer).turn_end
+        ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end) if turn_end else None}
+        return sorted(ends - {None, tokenizer.unk_token_id}) or None
+
+    def command(self, line: str) -> str:
+        """Does what a line that starts with / says, and tells what it has done."""
+        if line == "/base":
+            self.base = not self.base
+            return f"now the {'base' if self.base else 'tuned'} model answers"
+        if line == "/new":
+            self.messages = []
+            return "forgotten"
+        return HELP
+
+
+def _streamer(tokenizer: Any, hear: Write) -> Any:
+    """A transformers streamer that hands finished pieces of text to `hear`."""
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                hear(text)
+
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def converse(chat: Chat, lines: Iterable[str], write: Write, tell: Write) -> None:
+    """A conversation over `lines`: answers go to `write`, remarks to `tell`. Ends with the lines or at /quit."""
+    for line in map(str.strip, lines):
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            tell(chat.command(line))
+        elif line:
+            chat.answer(line, write)
+            write("\n")

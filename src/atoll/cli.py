@@ -1,0 +1,100 @@
+"""The command line: which commands there are, and what a mistake, Ctrl-C or a crash comes to.
+
+0    done                       70    an error of Atoll's own: the traceback is in a file
+1    a mistake one can mend     130   interrupted or stopped; `atoll resume` goes on
+2    wrong usage
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+import typer
+
+from atoll.commands import learn, look, use, work
+from atoll.commands.output import Crashed, write_traceback
+from atoll.errors import AtollError, Interrupted
+
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "run": (work.run, "atoll run quickstart --set finetune.rounds=10"),
+    "plan": (work.plan, "atoll plan mine.yaml --set model=smollm2-360m"),
+    "resume": (work.resume, "atoll resume quickstart-1"),
+    "stop": (work.stop, "atoll stop latest"),
+    "runs": (look.runs, "atoll runs --json"),
+    "show": (look.show_run, "atoll show latest"),
+    "compare": (look.compare, "atoll compare quickstart-1 quickstart-2"),
+    "card": (look.card, "atoll card quickstart-1"),
+    "chat": (use.chat, 'atoll chat quickstart-1 "What is a reef?"'),
+    "export": (use.export, "atoll export quickstart-1 --to adapter --out ./adapter"),
+    "data": (learn.data, "atoll data ./clinic --show 2"),
+    "methods": (learn.methods, "atoll methods"),
+    "parts": (learn.parts, "atoll parts transform"),
+    "init": (learn.init, "atoll init mine.yaml --data ./sites"),
+    "sweep": (
+        work.sweep,
+        "atoll sweep quickstart --method methods/fedavg-lora --grid finetune.optimizer.lr=1e-3,3e-3 --trials 2",
+    ),
+}
+"""Name -> the command, and an example for its help."""
+
+
+def make_app() -> typer.Typer:
+    """The application with all commands."""
+    app = typer.Typer(
+        help="Adapt language models on data that cannot be pooled. Start with: atoll run quickstart",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    for name, (command, example) in COMMANDS.items():
+        app.command(name, epilog=f"Example: {example}")(command)
+    return app
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Runs a command line; returns the exit status. Whatever happens, people see a message and never a traceback."""
+    try:
+        return _status(make_app()(list(arguments), standalone_mode=False))
+    except AtollError as error:
+        _tell(f"atoll: {error}")
+        return 130 if isinstance(error, Interrupted) else 1
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _tell("atoll: interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+    except Crashed as crash:
+        return _crashed(crash)
+    except Exception as error:
+        return _crashed(Crashed(error, write_traceback(error)))
+
+
+def _status(returned: Any) -> int:
+    """Typer gives the status of an explicit exit, such as that of --help, or what the command returned."""
+    return returned if isinstance(returned, int) else 0
+
+
+def _crashed(crash: Crashed) -> int:
+    reason = str(crash.error).strip().partition("\n")[0]
+    where = f"the traceback is in {crash.note}" if crash.note else "the traceback could not be written"
+    _tell(f"atoll: an error of its own: {type(crash.error).__name__}: {reason}; {where}")
+    return 70
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The entry point: SIGTERM is treated as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(call(sys.argv[1:]))

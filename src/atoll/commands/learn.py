@@ -1,0 +1,112 @@
+"""Commands to find one's way: data, methods, parts, init."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from atoll.commands.output import AsJson, say, show, show_json
+
+
+def data(
+    path: Annotated[Path, typer.Argument(help="A client's file or folder.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "smollm2-135m",
+    context: Annotated[int, typer.Option(min=8, help="The longest sample, in tokens.")] = 512,
+    samples: Annotated[int, typer.Option("--show", min=0, help="Samples to show, the labelled part marked.")] = 3,
+    objective: Annotated[
+        Literal["sft", "causal-lm"] | None, typer.Option(help="Where the loss is; by the data's format if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Preview what training would see of a file or folder: counts, lengths, what is left out, the label mask."""
+    from atoll.data.read import open_source
+
+    open_source(path)  # a wrong path is told before the tokenizer is loaded
+    say(f"loading the tokenizer of {model}")
+    from atoll.data.preview import preview, render
+    from atoll.models.load import load_tokenizer
+
+    wanted: Any = objective and objective.replace("-", "_")
+    seen = preview(path, load_tokenizer(model, say), context, samples, wanted)
+    if as_json:
+        show_json(seen.as_dict())
+    else:
+        show(render(seen))
+
+
+def methods(as_json: AsJson = False) -> None:
+    """List the methods that are shipped, with reference and checked number."""
+    from atoll.recipe import resolve, shipped
+
+    trees = {name: resolve(name) for name in shipped() if name.startswith("methods/")}
+    rows = [
+        {
+            "name": name.removeprefix("methods/"),
+            "description": tree.get("description", ""),
+            "reference": tree.get("reference", ""),
+            "checked": tree.get("checked"),
+        }
+        for name, tree in trees.items()
+    ]
+    if as_json:
+        show_json(rows)
+        return
+    from atoll.record.tables import plain_table
+
+    table = plain_table("method", "checked", "reference")
+    table.columns[1].justify = table.columns[2].justify = "left"
+    table.columns[2].no_wrap = False
+    for row in rows:
+        table.add_row(row["name"], _checked(row["checked"]), row["reference"])
+    show(table)
+
+
+def _checked(number: Any) -> str:
+    return f"{number['loss']} on {number['run']}" if number else "-"
+
+
+def parts(
+    slot: Annotated[str | None, typer.Argument(help="One slot of a recipe: transform, outer, data, ...")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the parts that a recipe may name, with their arguments, types and bounds."""
+    from atoll import parts as known
+    from atoll.errors import AtollError, closest
+
+    if slot is not None and slot not in known.SLOTS:
+        raise AtollError("unknown slot", found=slot, remedy=closest(slot, known.SLOTS))
+    rows = [_part(at, name) for at in ([slot] if slot else known.SLOTS) for name in known.SLOTS[at]]
+    if as_json:
+        show_json(rows)
+        return
+    for row in rows:
+        arguments = ", ".join(_argument(one) for one in row["arguments"])
+        show(f"{row['slot']}: {row['name']}({arguments})\n    {row['about']}")
+
+
+def _part(slot: str, name: str) -> dict[str, Any]:
+    from atoll import parts as known
+
+    factory = known.find(slot, name, slot)
+    about = (inspect.getdoc(factory) or "").partition("\n\n")[0].replace("\n", " ")
+    return {"slot": slot, "name": name, "about": about, "arguments": known.arguments(factory)}
+
+
+def _argument(one: dict[str, Any]) -> str:
+    bounds = f" {one['bounds']}" if one["bounds"] else ""
+    default = "" if one["required"] else f" = {one['default']}"
+    return f"{one['name']}: {one['type']}{bounds}{default}"
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="The new recipe.")] = Path("atoll.yaml"),
+    folder: Annotated[Path | None, typer.Option("--data", help="A folder with one subfolder or file a client.")] = None,
+) -> None:
+    """Write a commented recipe for your own folders. Overwrites nothing."""
+    from atoll.starter import write_starter
+
+    file = write_starter(path, folder)
+    show(f"{file} is written: edit it, then `atoll plan {file}` and `atoll run {file}`")

@@ -1,0 +1,66 @@
+"""Commands that look at runs: runs, show, compare, card. They read records alone and answer at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from atoll.commands.output import AsJson, RunName, show, show_json
+
+
+def runs(as_json: AsJson = False) -> None:
+    """List the runs here: which are running, finished or stopped, and how far they are."""
+    from atoll.record import tables
+    from atoll.record.folder import every, root
+    from atoll.record.views import summarize
+
+    rows = [summarize(folder) for folder in every()]
+    if as_json:
+        show_json([asdict(row) for row in rows])
+    elif rows:
+        show(tables.runs(rows))
+    else:
+        show(f"no runs in {root()}; `atoll run quickstart` makes one")
+
+
+def show_run(run: RunName = "latest", as_json: AsJson = False) -> None:
+    """Show a run: held-out loss per site, bytes, time, and what went wrong."""
+    from atoll.record import tables, views
+    from atoll.record.card import loss_table
+    from atoll.record.folder import find
+
+    folder = find(run)
+    data = views.details(folder)
+    if as_json:
+        show_json(data)
+    else:
+        show(tables.details(data, loss_table(views.need_story(folder))))
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names or paths of runs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: settings in which they differ, losses, costs."""
+    from atoll.record import tables, views
+    from atoll.record.folder import find
+
+    data = views.compare([find(run) for run in runs])
+    if as_json:
+        show_json(data)
+    else:
+        show(tables.comparison(data))
+
+
+def card(run: RunName = "latest") -> None:
+    """Print a run's card, made anew from its record."""
+    from atoll.record import views
+    from atoll.record.card import write_card
+    from atoll.record.folder import find
+
+    folder = find(run)
+    views.need_story(folder)
+    write_card(folder)
+    print(folder.card.read_text(encoding="utf-8"), end="")

@@ -1,0 +1,91 @@
+"""What the commands share: results on stdout as tables or JSON, and what an interruption or a crash of a run says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atoll.errors import AtollError, Interrupted
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from atoll.record.folder import RunFolder
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, its path, or `latest`.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting over the recipe; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable, and nothing else on stdout.")]
+
+
+class Crashed(Exception):
+    """An error that is no one's mistake but ours; its traceback is in the file `note`."""
+
+    def __init__(self, error: BaseException, note: Path | None) -> None:
+        super().__init__(str(error))
+        self.error, self.note = error, note
+
+
+def show(table: RenderableType) -> None:
+    """A result for people."""
+    from atoll.terminal import console
+
+    console().print(table)
+
+
+def show_json(data: Any) -> None:
+    """A result for programs. What is not a number is null: JSON has no word for it."""
+    print(json.dumps(_plain(data), indent=2, default=str))
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def say(line: str) -> None:
+    """A slow step begins."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def interruptible(folder: RunFolder) -> Iterator[None]:
+    """While a run works: Ctrl-C says how to go on, and a crash leaves its traceback with the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`"
+        ) from None
+    except AtollError:
+        raise
+    except Exception as error:
+        raise Crashed(error, write_traceback(error, folder.path)) from error
+
+
+def write_traceback(error: BaseException, folder: Path | None = None) -> Path | None:
+    """The traceback in a file of its own in `folder` (the cache by default); None where nothing can be written."""
+    from atoll.cache import home
+
+    note = (folder or home() / "errors") / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        return None
+    return note

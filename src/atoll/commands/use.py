@@ -1,0 +1,65 @@
+"""Commands that use a run's result: chat, export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from atoll.commands.output import RunName, say
+
+
+def chat(
+    run: RunName = "latest",
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Ask the base model, as it was before the run.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="Above 0, answers are drawn at random.")] = 0.0,
+) -> None:
+    """Talk to a run's result. In a conversation /base switches to the base model and back."""
+    from atoll.record.folder import find
+
+    folder = find(run)
+    from atoll.chat import HELP, Chat, converse
+    from atoll.result import load_result
+
+    talk = Chat(load_result(folder, say), max_tokens, temperature, base)
+    if prompt is not None:
+        talk.answer(prompt, _write)
+        _write("\n")
+        return
+    say(f"{folder.name} after round {talk.result.rounds}; {HELP}")
+    converse(talk, _typed(), _write, say)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _typed() -> Iterator[str]:
+    """Lines as they are typed, until the end of input."""
+    asks = sys.stdin.isatty()
+    if asks:
+        import readline  # noqa: F401 - gives input() a history
+    while True:
+        try:
+            yield input("> " if asks else "")
+        except EOFError:
+            return
+
+
+def export(
+    run: RunName = "latest",
+    to: Annotated[Literal["adapter"], typer.Option(help="adapter: a folder that `peft` loads.")] = "adapter",
+    out: Annotated[Path | None, typer.Option(help="The new folder; RUN-adapter by default.")] = None,
+) -> None:
+    """Export a run's result for use elsewhere, checked against its checkpoint."""
+    from atoll.record.folder import find
+
+    folder = find(run)
+    from atoll.export import export_adapter
+
+    print(export_adapter(folder, out or Path(f"{folder.path.name}-{to}"), say))

@@ -1,0 +1,78 @@
+"""A run's result: the model with what it learned, and what it was before. Chat, export and everything after start here.
+
+The values come from the checkpoint, so that a run which is under way, or was stopped, has a result too; the recipe says
+how to load the model. The clients' data are not needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from atoll import parts, recipe
+from atoll.build import choose_model
+from atoll.cache import Say, quiet
+from atoll.errors import AtollError
+from atoll.keys import key
+from atoll.models.spaces import Space, read, write
+from atoll.params import Params
+from atoll.record.checkpoint import load_state
+from atoll.record.folder import RunFolder
+from atoll.stream import UPDATE
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model that can be switched between what it was and what it has become."""
+
+    model: nn.Module
+    tokenizer: Any
+    space: Space
+    recipe: recipe.Recipe
+    base: Params
+    tuned: Params
+    rounds: int
+    """How many rounds the tuned params have behind them."""
+
+    def use(self, base: bool) -> None:
+        """Puts the base params, or the tuned ones, into the model."""
+        write(self.space, self.model, self.base if base else self.tuned)
+
+
+def tuned_params(folder: RunFolder) -> tuple[Params, int]:
+    """The params after the run's last whole round, and the number of rounds."""
+    if not folder.checkpoint.exists():
+        raise AtollError(
+            "the run has no result yet", where=str(folder.path), found="no checkpoint",
+            remedy=f"`atoll resume {folder.name}`",
+        )  # fmt: skip
+    state = load_state(folder.checkpoint)
+    return state.params[UPDATE], state.round
+
+
+def load_result(folder: RunFolder, say: Say = quiet) -> Result:
+    """Loads the run's model, prepared in the run's space, with the tuned params in it.
+
+    Raises:
+        AtollError: the run has no checkpoint, its model cannot be loaded, or is one of the user's own factory.
+    """
+    tuned, rounds = tuned_params(folder)
+    written, _ = recipe.read(str(folder.recipe))
+    choice = choose_model(written.model)
+    if choice.own_factory:
+        raise AtollError(
+            "the model comes from a factory and has no tokenizer", where=f"{folder.name}: model", found=choice.name,
+            allowed="a named model, a folder, or a hub id",
+        )  # fmt: skip
+    from atoll.models.load import load_model
+
+    say(f"loading {choice.name}")
+    model, tokenizer = load_model(choice.name, **choice.options, say=say)
+    space: Space = parts.make("space", written.finetune.space, "finetune.space")
+    prepared = space.prepare(model, key(written.seed, "init"))
+    base = {name: x.clone() for name, x in read(space, prepared).items()}
+    result = Result(prepared.eval(), tokenizer, space, written, base, tuned, rounds)
+    result.use(base=False)
+    return result

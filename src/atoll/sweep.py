@@ -1,0 +1,197 @@
+"""Sweeps: the same number of trials for every method, drawn from a grid by seed, compared by mean held-out loss.
+
+A fair comparison gives every method the same budget, so no method gets more trials than the smallest grid has points. A
+sweep is named by what it is made of: the same command finds its finished trials again and goes on with the rest. The best
+loss of a sweep flatters: it was chosen on the held-out data that it is measured on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atoll import recipe
+from atoll.assemble import Assembly, again, assemble
+from atoll.build import Plan, build
+from atoll.cache import Say, content_hash, quiet, write_file
+from atoll.errors import AtollError
+from atoll.keys import rng
+from atoll.local.work import Report, unwatched
+from atoll.record.card import read_story
+from atoll.record.events import Sink
+from atoll.record.folder import RunFolder, root
+from atoll.run import stage, write_recipe
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method with one point of its grid."""
+
+    method: str
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Names its folder: the method, and what the settings are."""
+        digest = content_hash(json.dumps(self.settings, sort_keys=True))[:8]
+        return f"{self.method.removeprefix('methods/').replace('/', '-')}-{digest}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial. Losses are held out: the mean over clients, and the worst client's."""
+
+    method: str
+    settings: Settings
+    loss: float
+    worst: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    run: str
+
+
+def parse_grid(written: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """`finetune.optimizer.lr=1e-3,3e-3` for every method, `fedprox:finetune.correction.mu=0.1,1` for one.
+
+    >>> parse_grid(["seed=0,1", "fedprox:finetune.correction.mu=0.1,1"])
+    {'': {'seed': [0, 1]}, 'fedprox': {'finetune.correction.mu': [0.1, 1]}}
+    """
+    grid: dict[str, dict[str, list[Any]]] = {}
+    for one in written:
+        head, equals, values = one.partition("=")
+        method, _, path = head.rpartition(":")
+        parsed = recipe.parse(f"[{values}]", f"--grid {head}") if equals and values.strip() else None
+        if not (path.strip() and isinstance(parsed, list)):
+            raise AtollError(
+                "not a grid", found=one, allowed="[METHOD:]path.to.key=value,value",
+                remedy="--grid finetune.optimizer.lr=1e-3,3e-3",
+            )  # fmt: skip
+        grid.setdefault(method.removeprefix("methods/"), {})[path.strip()] = parsed
+    return grid
+
+
+def points(grid: Mapping[str, Mapping[str, Sequence[Any]]], method: str) -> list[Settings]:
+    """Every combination that a method may take, its own values over those for all."""
+    own = {**grid.get("", {}), **grid.get(method.removeprefix("methods/"), {})}
+    return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
+
+
+def choose(methods: Sequence[str], grid: dict[str, dict[str, list[Any]]], trials: int | None, seed: int) -> list[Trial]:
+    """As many trials for each method, drawn without replacement.
+
+    Raises:
+        AtollError: more trials than the smallest grid has points; a grid for a method that is not swept.
+    """
+    for named in grid.keys() - {"", *(method.removeprefix("methods/") for method in methods)}:
+        raise AtollError("a grid for a method that is not swept", found=named, allowed=", ".join(methods))
+    each = {method: points(grid, method) for method in methods}
+    most = min(len(found) for found in each.values())
+    count = most if trials is None else trials
+    if not 1 <= count <= most:
+        smallest = min(each, key=lambda method: len(each[method]))
+        raise AtollError(
+            "more trials than the grid has points", where=f"--trials, {smallest}", found=count, allowed=f"1 to {most}",
+            remedy="give more values by --grid: every method gets the same number of trials",
+        )  # fmt: skip
+    return [
+        Trial(method, each[method][i])
+        for method in methods
+        for i in sorted(rng(seed, "sweep", method).choice(len(each[method]), size=count, replace=False))
+    ]
+
+
+def tree_of(name_or_path: str, trial: Trial) -> recipe.Tree:
+    """The recipe on the trial's method instead of its own, with the trial's settings, and without baselines."""
+    tree = recipe.resolve(name_or_path, method=trial.method)
+    for path, value in trial.settings.items():
+        tree = recipe.put(tree, path, value)
+    return tree | {"baselines": []}
+
+
+def sweep(
+    name_or_path: str,
+    methods: Sequence[str],
+    grid: dict[str, dict[str, list[Any]]],
+    trials: int | None = None,
+    seed: int = 0,
+    sinks: Sequence[Sink] = (),
+    say: Say = quiet,
+    report: Report = unwatched,
+) -> tuple[Path, list[Outcome]]:
+    """Runs every trial that has not finished yet. Returns the sweep's folder and its outcomes, the best first.
+
+    Raises:
+        AtollError: a trial cannot be planned; this is found before the first one runs.
+    """
+    chosen = [(trial, plan_of(name_or_path, trial)) for trial in choose(methods, grid, trials, seed)]
+    digest = content_hash(*(plan.hash for _, plan in chosen))[:8]
+    folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{digest}"
+    warm: dict[str, Assembly] = {}
+    outcomes: list[Outcome] = []
+    for number, (trial, plan) in enumerate(chosen, 1):
+        inner = RunFolder(folder / trial.name)
+        say(f"trial {number} of {len(chosen)}: {trial.method} {json.dumps(trial.settings)}")
+        run_trial(plan, inner, warm, sinks, say, report)
+        outcomes.append(outcome(trial, inner))
+        save(folder, outcomes)
+    return folder, ranked(outcomes)
+
+
+def plan_of(name_or_path: str, trial: Trial) -> Plan:
+    """The trial's plan."""
+    tree = tree_of(name_or_path, trial)
+    return build(recipe.validate(tree, f"{name_or_path} with {trial.method}"), tree)
+
+
+def run_trial(
+    plan: Plan, folder: RunFolder, warm: dict[str, Assembly], sinks: Sequence[Sink], say: Say, report: Report
+) -> None:
+    """Runs a trial to its end, or goes on with it. Trials on the same model, data and space share what was loaded."""
+    with folder.locked(), folder.disk_errors():
+        story = read_story(folder)
+        if story and story.ended:
+            return
+        write_recipe(folder, plan)
+        work = plan.recipe.finetune
+        kind = json.dumps(
+            [plan.recipe.model, plan.recipe.data, work.space, work.objective, work.context, plan.recipe.seed],
+            sort_keys=True,
+        )
+        warm[kind] = again(warm[kind], plan) if kind in warm else assemble(plan, say, report)
+        stage(plan, warm[kind], folder, sinks)
+
+
+def outcome(trial: Trial, folder: RunFolder) -> Outcome:
+    """What the record says of a finished trial."""
+    story = read_story(folder)
+    assert story is not None
+    assert story.ended is not None
+    last = story.final or story.evaluations[-1]
+    return Outcome(
+        method=trial.method,
+        settings=trial.settings,
+        loss=last.mean,
+        worst=last.worst,
+        bytes_up=story.bytes_up,
+        bytes_down=story.bytes_down,
+        seconds=story.ended.seconds,
+        run=str(folder.path),
+    )
+
+
+def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The lowest mean loss first; what is not a number last."""
+    return sorted(outcomes, key=lambda one: (math.isnan(one.loss), one.loss))
+
+
+def save(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """sweep.json: all outcomes so far, the best first."""
+    write_file(folder / "sweep.json", json.dumps([asdict(one) for one in ranked(outcomes)], indent=1).encode())
