@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import click
 import typer
+import typer.core
 
 from atoll.commands import learn, look, use, work
 from atoll.commands.output import Crashed, write_traceback
 from atoll.errors import AtollError, Interrupted
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""Click's, or that of the copy of click which later versions of typer bring."""
+
+typer.core.HAS_RICH = False  # help without boxes, in half the time
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "run": (work.run, "atoll run quickstart --set finetune.rounds=10"),
@@ -63,10 +69,9 @@ def call(arguments: Sequence[str]) -> int:
     except AtollError as error:
         _tell(f"atoll: {error}")
         return 130 if isinstance(error, Interrupted) else 1
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except UsageError as error:
+        return _misused(error)
+    except (typer.Abort, KeyboardInterrupt):
         _tell("atoll: interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -83,6 +88,11 @@ def _status(returned: Any) -> int:
     return returned if isinstance(returned, int) else 0
 
 
+def _misused(error: Any) -> int:
+    error.show()
+    return int(error.exit_code)
+
+
 def _crashed(crash: Crashed) -> int:
     reason = str(crash.error).strip().partition("\n")[0]
     where = f"the traceback is in {crash.note}" if crash.note else "the traceback could not be written"
@@ -97,4 +107,5 @@ def _tell(text: str) -> None:
 def main() -> None:
     """The entry point: SIGTERM is treated as Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other; people can do nothing about it
     sys.exit(call(sys.argv[1:]))

@@ -243,12 +243,12 @@ def _plain_type(hint: Any) -> tuple[str, str]:
         marks = hint.__metadata__
         slot = next((mark.name for mark in marks if isinstance(mark, Slot)), None)
         name, inner = _plain_type(hint.__origin__)
-        return f"a {slot} part" if slot else name, " ".join(filter(None, [inner, *map(_bound, marks)]))
+        return f"a {slot} part" if slot else name, ", ".join(filter(None, [inner, *map(_bound, marks)]))
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint))), ""
     if get_origin(hint) in (Union, UnionType):
         each = [_plain_type(one) for one in get_args(hint)]
-        return " or ".join(name for name, _ in each), " ".join(filter(None, (bounds for _, bounds in each)))
+        return " or ".join(name for name, _ in each), ", ".join(filter(None, (bounds for _, bounds in each)))
     if get_args(hint):
         inside = ", ".join(_plain_type(one)[0] for one in get_args(hint))
         return f"{get_origin(hint).__name__}[{inside}]", ""
@@ -256,7 +256,7 @@ def _plain_type(hint: Any) -> tuple[str, str]:
 
 
 def _bound(mark: object) -> str:
-    return "" if isinstance(mark, Slot) else " ".join(f"{_SIGNS[sign]} {limit}" for sign, limit in vars(mark).items())
+    return ", ".join(f"{sign} {getattr(mark, name)}" for name, sign in _SIGNS.items() if hasattr(mark, name))
 
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

@@ -10,7 +10,7 @@ since the old one's arguments mean nothing to it; lists are replaced as a whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,10 +188,29 @@ def apply(tree: Tree, setting: str) -> Tree:
 
 
 def put(tree: Tree, path: str, value: Any) -> Tree:
-    """The tree with `value` at the dotted `path`."""
-    for key in reversed(path.strip().split(".")):
+    """The tree with `value` at the dotted `path`. An argument for a part that the tree leaves out is its default's."""
+    keys = path.strip().split(".")
+    return _under_default(tree, keys, nest(keys, value))
+
+
+def nest(keys: Sequence[str], value: Any) -> Any:
+    """`value` under one mapping for each key."""
+    for key in reversed(keys):
         value = {key: value}
-    merged: Tree = merge(tree, value)
+    return value
+
+
+def _under_default(tree: Tree, keys: Sequence[str], over: Tree) -> Tree:
+    """`over` over `tree` over the default part that `keys` lead into."""
+    section: Any = Recipe
+    for depth, key in enumerate(keys[:-1], 1):
+        default = section.model_fields[key].default if key in section.model_fields else None
+        if isinstance(default, str):
+            tree = merge(nest(keys[:depth], default), tree)
+        if not isinstance(default, Section):
+            break
+        section = type(default)
+    merged: Tree = merge(tree, over)
     return merged
 
 

@@ -162,7 +162,7 @@ def run_trial(
         write_recipe(folder, plan)
         work = plan.recipe.finetune
         kind = json.dumps(
-            [plan.recipe.model, plan.recipe.data, work.space, work.objective, work.context, plan.recipe.seed],
+            [plan.recipe.model, plan.recipe.data, repr(plan.space), work.objective, work.context, plan.recipe.seed],
             sort_keys=True,
         )
         warm[kind] = again(warm[kind], plan) if kind in warm else assemble(plan, say, report)

@@ -79,13 +79,13 @@ def told(event: Event) -> str:
     match event:
         case RunStarted():
             return (
-                f"{event.name}: {len(event.clients)} clients, {event.rounds} rounds; "
+                f"{event.name}: {counted(len(event.clients), 'client')}, {counted(event.rounds, 'round')}; "
                 f"{event.trains:,} of {event.of:,} parameters train; plan {event.plan}"
             )
         case ClientLeftOut():
             return f"{event.client} is left out, it has no usable data: {'; '.join(event.report.splitlines())}"
         case Replied():
-            late = f", {event.staleness} rounds late" if event.staleness else ""
+            late = f", {counted(event.staleness, 'round')} late" if event.staleness else ""
             sent = human_bytes(event.bytes_up)
             return f"round {event.round + 1}: {event.client}: loss {event.loss:.3f}, {sent} up, {event.seconds:.1f} s{late}"
         case Missing():
@@ -101,7 +101,12 @@ def told(event: Event) -> str:
                 f"mean {event.mean:.3f}, worst {event.worst:.3f} ({worst}), {event.seconds:.1f} s"
             )
         case RunEnded():
-            return f"{event.reason}: {event.rounds} rounds in {event.seconds:.0f} s"
+            return f"{event.reason}: {counted(event.rounds, 'round')} in {event.seconds:.0f} s"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _round_in_words(event: RoundEnded) -> str:

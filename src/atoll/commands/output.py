@@ -39,10 +39,16 @@ class Crashed(Exception):
 
 
 def show(table: RenderableType) -> None:
-    """A result for people."""
+    """A result for people; in a file or a pipe without the blanks that fill up lines."""
     from atoll.terminal import console
 
-    console().print(table)
+    screen = console()
+    if screen.is_terminal:
+        screen.print(table)
+        return
+    with screen.capture() as printed:
+        screen.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def show_json(data: Any) -> None:

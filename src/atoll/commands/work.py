@@ -60,10 +60,12 @@ def conclude(folder: RunFolder, as_json: bool) -> None:
         return
     if table := loss_table(views.need_story(folder)):
         show(tables.losses(table))
-    inside = f", without the {len(data['baselines'])} baselines" if data["baselines"] else ""
+    beside = (
+        f", and {tables.human_seconds(data['seconds_in_baselines'])} for the baselines" if data["baselines"] else ""
+    )
     show(
         f"\n{human_bytes(data['bytes_down'])} down, {human_bytes(data['bytes_up'])} up, "
-        f"{tables.human_seconds(data['seconds'])}{inside}\n\n"
+        f"{tables.human_seconds(data['seconds'])}{beside}\n\n"
         f"atoll chat {folder.name}      talk to the result\n"
         f"atoll card {folder.name}      what the run says of itself\n"
         f"atoll export {folder.name} --to adapter"

@@ -155,11 +155,15 @@ def find(reference: str) -> RunFolder:
         return RunFolder(Path(reference))
     known = {folder.name: folder for folder in every()}
     if not known:
-        raise AtollError("there are no runs yet", where=str(root()), remedy="`atoll run quickstart` makes one")
+        raise AtollError(
+            "there are no runs yet", where=str(root().absolute()), remedy="`atoll run quickstart` makes one"
+        )
     if reference == "latest":
         return max(known.values(), key=lambda folder: folder.recipe.stat().st_mtime)
     if reference not in known:
-        raise AtollError("there is no such run", where=str(root()), found=reference, remedy=closest(reference, known))
+        raise AtollError(
+            "there is no such run", where=str(root().absolute()), found=reference, remedy=closest(reference, known)
+        )
     return known[reference]
 
 

@@ -107,6 +107,7 @@ def details(folder: RunFolder) -> dict[str, Any]:
         "trains": story.started.trains,
         "of": story.started.of,
         "samples": dict(story.started.samples),
+        "seconds_in_baselines": sum(_seconds(inner) for inner in story.baselines.values()),
         "ended": story.ended.reason if story.ended else None,
         "losses": losses_as_data(loss_table(story)),
         "evaluations": [{"round": e.round, "mean": e.mean, "worst": e.worst} for e in story.evaluations],
