@@ -97,8 +97,9 @@ def _linears(model: nn.Module) -> Swap:
 def _norms(model: nn.Module) -> Swap:
     from atoll.models.fast.norm import form_of, rms_norm_class
 
-    forms: dict[Any, tuple[float, bool]] = {m: form for m in model.modules() if (form := form_of(m)) is not None}
-    return _reclass({m: rms_norm_class(type(m), *form) for m, form in forms.items()}) if forms else "no RMS norm"
+    forms = {m: (type(m), *form) for m in model.modules() if (form := form_of(m)) is not None}
+    classes = {form: rms_norm_class(*form) for form in forms.values()}
+    return _reclass({m: classes[form] for m, form in forms.items()}) if forms else "no RMS norm"
 
 
 def _reclass(new_classes: dict[nn.Module, type[nn.Module]]) -> Swap:

@@ -14,9 +14,10 @@ Shapes: B rows, T positions, S samples of a group, n tokens of the longest, H = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 NAME = "atoll"
 """How transformers knows the attention and the mask function."""
 
-ROUND = 16
-"""Samples whose lengths round up to the same multiple share a product: a little padding for far fewer small products."""
+ROUND = 32
+"""Samples are padded to a multiple of this (16 for the shortest): a softmax over whole vectors takes half the time of
+one with a rest, and equal sizes share one product."""
 
 LONG = 1024
 """Beyond this many tokens the probabilities kept for the backward pass (n^2) cost more than SDPA's slow kernel."""
@@ -34,80 +36,70 @@ LONG = 1024
 
 @dataclass(frozen=True)
 class Group:
-    """S samples padded to n tokens: where to find them among the B*T tokens of a batch.
-
-    `rows` [S*n] repeats each sample's last token in place of padding; `real` [S*n] marks what is not padding. Both are
-    None where the samples lie side by side and have equal lengths: then they are the `span`.
-    """
+    """S samples of n slots each, side by side in the `span` of the slots."""
 
     samples: int
     n: int
     span: slice
-    rows: Tensor | None = None
-    real: Tensor | None = None
-
-    def take(self, tokens: Tensor) -> Tensor:
-        """[B*T, ...] to [S, n, ...]."""
-        picked = tokens[self.span] if self.rows is None else tokens.index_select(0, self.rows)
-        return picked.view(self.samples, self.n, *tokens.shape[1:])
-
-    def take_gradient(self, tokens: Tensor) -> Tensor:
-        """`take`, with zeros in place of padding."""
-        picked = self.take(tokens)
-        if self.real is None:
-            return picked
-        return picked.mul_(self.real.view(self.samples, self.n, *[1] * (tokens.ndim - 1)))
-
-    def put(self, tokens: Tensor, values: Tensor) -> None:
-        """Write `values` [S, n, ...] to their places in `tokens` [B*T, ...], padding left out."""
-        if self.rows is None or self.real is None:
-            tokens[self.span].view_as(values).copy_(values)
-        else:
-            tokens.index_copy_(0, self.rows[self.real], values.flatten(0, 1)[self.real])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the samples of a [B, T] batch start, in place of a mask; `window` tokens back, all where None."""
+    """Where the samples of a [B, T] batch lie, in place of a mask; they look `window` tokens back, or all the way (None).
+
+    Attention works on slots: the samples sorted by size, each padded to its group's n. `token` [slots] is the token in
+    each slot, padding repeating its sample's last; `slot` [B*T] is the slot of each token; `padding` lists the slots
+    without one. All three are None where slots and tokens are the same.
+    """
 
     shape: tuple[int, int]
     lengths: tuple[int, ...]
     window: int | None
     device: torch.device
     groups: tuple[Group, ...]
+    token: Tensor | None
+    slot: Tensor | None
+    padding: Tensor | None
+
+    def slots(self, heads_first: Tensor) -> Tensor:
+        """[B, H, T, d] to [slots, H, d]; a view, where slots are tokens and the heads were split off [B, T, H*d]."""
+        tokens = heads_first.transpose(1, 2).flatten(0, 1)
+        return tokens if self.token is None else tokens.index_select(0, self.token)
+
+    def tokens(self, slots: Tensor) -> Tensor:
+        """[slots, H, d] to [B, T, H, d], padding left out."""
+        tokens = slots if self.slot is None else slots.index_select(0, self.slot)
+        return tokens.view(*self.shape, *slots.shape[1:])
 
     def dense(self) -> Tensor:
         """The same as a mask, bool [B, 1, T, T]: true where a query (row) may look at a key (column)."""
         rows, width = self.shape
-        owner = torch.arange(len(self.lengths), device=self.device).repeat_interleave(
-            torch.tensor(self.lengths, device=self.device)
-        )
-        owner = owner.view(rows, 1, width)
-        back = torch.arange(width, device=self.device)[:, None] - torch.arange(width, device=self.device)
-        near = (back >= 0) if self.window is None else (back >= 0) & (back < self.window)
-        return ((owner.transpose(1, 2) == owner) & near)[:, None]
+        lengths = torch.tensor(self.lengths, device=self.device)
+        sample = torch.arange(len(lengths), device=self.device).repeat_interleave(lengths).view(rows, 1, width)
+        return ((sample.transpose(1, 2) == sample) & _allowed(width, self.window, self.device))[:, None]
 
 
 def layout_of(shape: tuple[int, int], lengths: tuple[int, ...], window: int | None, device: torch.device) -> Layout:
     """The layout of samples of `lengths` that fill a batch of `shape` in order, no sample across two rows."""
-    by_size: dict[int, list[tuple[int, int]]] = {}
-    start = 0
-    for n in lengths:
-        by_size.setdefault(-(-n // ROUND), []).append((start, n))
-        start += n
-    return Layout(shape, lengths, window, device, tuple(_group(members, device) for members in by_size.values()))
-
-
-def _group(members: list[tuple[int, int]], device: torch.device) -> Group:
-    (first, n), (last, last_n) = members[0], members[-1]
-    span = slice(first, last + last_n)
-    if all(start == first + i * n and length == n for i, (start, length) in enumerate(members)):
-        return Group(len(members), n, span)
-    starts, lengths = (torch.tensor(part, device=device)[:, None] for part in zip(*members, strict=True))
-    longest = max(length for _, length in members)
-    place = torch.arange(longest, device=device)
-    rows = starts + torch.minimum(place, lengths - 1)
-    return Group(len(members), longest, span, rows.flatten(), (place < lengths).flatten())
+    sizes = [-(-n // ROUND) * ROUND if n > ROUND // 2 else ROUND // 2 for n in lengths]
+    starts = [0, *accumulate(lengths)]
+    ordered = sorted(range(len(lengths)), key=sizes.__getitem__)
+    groups, filled = [], 0
+    for n, members in groupby(ordered, key=sizes.__getitem__):
+        count = len(list(members))
+        groups.append(Group(count, n, slice(filled, filled + count * n)))
+        filled += count * n
+    if filled == starts[-1] and ordered == sorted(ordered):
+        return Layout(shape, lengths, window, device, tuple(groups), None, None, None)
+    size, length, start = (torch.tensor([part[i] for i in ordered]) for part in (sizes, lengths, starts))
+    place = torch.arange(filled) - (size.cumsum(0) - size).repeat_interleave(size)
+    length, start = length.repeat_interleave(size), start.repeat_interleave(size)
+    token = start + torch.minimum(place, length - 1)
+    real = place < length
+    slot = torch.empty(starts[-1], dtype=torch.long)
+    slot[token[real]] = real.nonzero().flatten()
+    moved = (part.to(device) for part in (token, slot, (~real).nonzero().flatten()))
+    return Layout(shape, lengths, window, device, tuple(groups), *moved)
 
 
 def mask_or_layout(
@@ -198,81 +190,66 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
 
 def by_sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """Each group by torch's own kernel: no mask is needed where there is no window."""
-    output = query.new_zeros(query.shape[0] * query.shape[2], query.shape[1], value.shape[-1])
+    q, k, v = (layout.slots(x) for x in (query, key, value))
     parts = []
     for group in layout.groups:
-        q, k, v = (group.take(_tokens(x)).transpose(1, 2) for x in (query, key, value))
         windowed = layout.window is not None and layout.window < group.n
         mask = _allowed(group.n, layout.window, query.device) if windowed else None
-        o = nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, scale=scale, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        q_n, k_n, v_n = (x[group.span].view(group.samples, group.n, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        part = nn.functional.scaled_dot_product_attention(
+            q_n, k_n, v_n, mask, scale=scale, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
-        parts.append((group, o.transpose(1, 2)))
-    for group, part in parts:
-        group.put(output, part)
-    return output.view(query.shape[0], query.shape[2], *output.shape[1:])
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    return layout.tokens(torch.cat(parts))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-        rows, heads, width, _ = query.shape
-        output = query.new_empty(rows * width, heads, value.shape[-1])
+        slots, key_heads = [layout.slots(x) for x in (query, key, value)], key.shape[1]
+        output = query.new_empty(len(slots[0]), query.shape[1], value.shape[-1])
         saved: list[Tensor] = []
         for group in layout.groups:
-            q, k, v = _by_key_head(group, key.shape[1], query, key, value)
+            q, k, v = (_by_key_head(x, group, key_heads) for x in slots)
             p = torch.baddbmm(_mask(q, k, layout.window), q, k.transpose(1, 2), alpha=scale).softmax(-1)
-            group.put(output, _by_token(torch.bmm(p, v), group, key.shape[1], heads))
+            _put(output, torch.bmm(p, v), group, key_heads)
             saved += (q, k, v, p)
-        ctx.layout, ctx.scale, ctx.shapes = layout, scale, (query.shape, key.shape, value.shape)
+        ctx.layout, ctx.scale, ctx.key_heads = layout, scale, key_heads
         ctx.save_for_backward(*saved)
-        return output.view(rows, width, heads, -1)
+        return layout.tokens(output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [grad.new_empty(s[0] * s[2], s[1], s[3]) for s in ctx.shapes]
-        key_heads, tokens = ctx.shapes[1][1], grad.flatten(0, 1)
-        for group, (q, k, v, p) in zip(ctx.layout.groups, _fours(ctx.saved_tensors), strict=True):
-            do = _rows_of(group.take_gradient(tokens), key_heads)
-            dp = torch.bmm(do, v.transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        layout, key_heads = ctx.layout, ctx.key_heads
+        d_output = layout.slots(grad.transpose(1, 2))
+        if layout.padding is not None:
+            d_output.index_fill_(0, layout.padding, 0)
+        saved = ctx.saved_tensors
+        heads = (grad.shape[2], key_heads, key_heads)
+        grads = [grad.new_empty(len(d_output), h, x.shape[-1]) for h, x in zip(heads, saved[:3], strict=True)]
+        for i, group in enumerate(layout.groups):
+            q, k, v, p = saved[4 * i : 4 * i + 4]
+            do = _by_key_head(d_output, group, key_heads)
+            ds = torch._softmax_backward_data(torch.bmm(do, v.transpose(1, 2)), p, -1, p.dtype)
             dq = torch.baddbmm(q, ds, k, beta=0, alpha=ctx.scale)
             dk = torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=ctx.scale)
-            dv = torch.bmm(p.transpose(1, 2), do)
-            for total, part in zip(grads, (dq, dk, dv), strict=True):
-                group.put(total, _by_token(part, group, key_heads, total.shape[1]))
-        dq, dk, dv = (
-            total.view(s[0], s[2], s[1], s[3]).transpose(1, 2) for total, s in zip(grads, ctx.shapes, strict=True)
-        )
+            for total, part in zip(grads, (dq, dk, torch.bmm(p.transpose(1, 2), do)), strict=True):
+                _put(total, part, group, key_heads)
+        dq, dk, dv = (layout.tokens(total).transpose(1, 2) for total in grads)
         return dq, dk, dv, None, None
 
 
-def _fours(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    return (tensors[i : i + 4] for i in range(0, len(tensors), 4))
+def _by_key_head(slots: Tensor, group: Group, key_heads: int) -> Tensor:
+    """The group's part of [slots, H, d] as [S*K, n*G, d]."""
+    samples = slots[group.span].view(group.samples, group.n, key_heads, -1, slots.shape[-1])
+    return samples.transpose(1, 2).reshape(group.samples * key_heads, -1, slots.shape[-1])
 
 
-def _tokens(heads_first: Tensor) -> Tensor:
-    """[B, H, T, d] to [B*T, H, d]: a view, where the heads were split off a [B, T, H*d] tensor."""
-    return heads_first.transpose(1, 2).flatten(0, 1)
-
-
-def _by_key_head(group: Group, key_heads: int, *heads_first: Tensor) -> tuple[Tensor, ...]:
-    """Each [B, H, T, d] to [S*K, n*G, d], its samples of `group` and its heads by the key head they share."""
-    return tuple(_rows_of(group.take(_tokens(x)), key_heads) for x in heads_first)
-
-
-def _rows_of(samples: Tensor, key_heads: int) -> Tensor:
-    """[S, n, H, d] to [S*K, n*G, d]."""
-    count, n, heads, size = samples.shape
-    by_key_head = samples.view(count, n, key_heads, heads // key_heads, size).transpose(1, 2)
-    return by_key_head.reshape(count * key_heads, -1, size)
-
-
-def _by_token(values: Tensor, group: Group, key_heads: int, heads: int) -> Tensor:
-    """[S*K, n*G, d] to [S, n, H, d]."""
-    split = values.view(group.samples, key_heads, group.n, heads // key_heads, -1)
-    return split.transpose(1, 2).reshape(group.samples, group.n, heads, -1)
+def _put(slots: Tensor, values: Tensor, group: Group, key_heads: int) -> None:
+    """Write values [S*K, n*G, d] to the group's part of [slots, H, d]."""
+    samples = slots[group.span].view(group.samples, group.n, key_heads, -1, slots.shape[-1])
+    samples.copy_(values.view(group.samples, key_heads, group.n, -1, slots.shape[-1]).transpose(1, 2))
 
 
 def _mask(q: Tensor, k: Tensor, window: int | None) -> Tensor:

@@ -12,7 +12,6 @@ Shapes: N tokens, D features.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -68,7 +67,6 @@ def form_of(norm: nn.Module) -> tuple[float, bool] | None:
     return None
 
 
-@cache
 def rms_norm_class(cls: type[nn.Module], eps: float, offset: bool) -> type[nn.Module]:
     """A subclass of the norm `cls` that computes it as one function."""
 
