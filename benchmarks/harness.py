@@ -1,0 +1,241 @@
+"""Measures contestants in turn, A B A B ..., each in its own process and environment; each result is a file.
+
+A claim is a list of cases; a case is what several contestants do with the same input. Every measurement is one JSON file
+under results/, named by commit, case, contestant, configuration and repetition: what is there is not measured again, so a
+run that was cut off goes on where it was, and a table can be made at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+SECONDS_A_MEASUREMENT = 600
+OURS = "atoll"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who measures what: a module of `environment` that calls `benchmarks.worker.serve`, and its configuration."""
+
+    name: str
+    module: str
+    environment: str = OURS
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def python(self) -> Path:
+        """Atoll runs where the harness runs, each peer in `.venv-PEER`."""
+        return Path(sys.executable) if self.environment == OURS else ROOT / f".venv-{self.environment}" / "bin/python"
+
+    @property
+    def digest(self) -> str:
+        """Names the configuration."""
+        return hashlib.sha256(json.dumps([self.module, dict(self.config)], sort_keys=True).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Contestants with the same work. `needs` makes the inputs they read before the first of them starts."""
+
+    name: str
+    contestants: tuple[Contestant, ...]
+    needs: Callable[[], None] = lambda: None
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a claim promises: a ratio to another contestant in the same case, or a number of our own."""
+
+    claim: str
+    case: str
+    metric: str
+    contestant: str
+    against: str | None = None
+    """The ratio is contestant / against, or the other way round where less is better."""
+    at_least: float | None = None
+    at_most: float | None = None
+    less_is_better: bool = False
+    unit: str = "x"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One file of results."""
+
+    commit: str
+    case: str
+    contestant: str
+    config: Mapping[str, Any]
+    repeat: int
+    started: str
+    load: float
+    """Processes that wanted a core in the minute before: about 0 on a machine that does nothing else."""
+    versions: Mapping[str, str]
+    result: Mapping[str, Any]
+
+
+def commit() -> str:
+    """The last commit that changed the program or the benchmarks; with a digest of what is not committed yet."""
+    paths = ["src", "benchmarks", ":!benchmarks/results", ":!*.md"]
+    head = _git("log", "-1", "--format=%h", "--", *paths).strip()
+    changes = _git("diff", "HEAD", "--", *paths) + _git("status", "--porcelain", "--", *paths)
+    return head if not changes else f"{head}-{hashlib.sha256(changes.encode()).hexdigest()[:6]}"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def path_of(at: str, case: Case, contestant: Contestant, repeat: int) -> Path:
+    """Where a measurement's result lies."""
+    return RESULTS / at / case.name / f"{contestant.name}-{contestant.digest}-{repeat}.json"
+
+
+def read(at: str, case: Case, contestant: Contestant) -> list[Measurement]:
+    """What was measured so far, in order."""
+    files = (path_of(at, case, contestant, repeat) for repeat in range(case.repeats))
+    return [Measurement(**json.loads(file.read_text())) for file in files if file.exists()]
+
+
+def missing(at: str, case: Case) -> list[tuple[int, Contestant]]:
+    """What is still to measure, in the order of measuring: every contestant once, then every contestant again."""
+    turns = ((repeat, one) for repeat in range(case.repeats) for one in case.contestants)
+    return [(repeat, one) for repeat, one in turns if not path_of(at, case, one, repeat).exists()]
+
+
+def measure(at: str, case: Case, deadline: float) -> bool:
+    """Measures what is missing of a case until the deadline (of time.monotonic); tells whether it is complete."""
+    todo = missing(at, case)
+    if not todo:
+        return True
+    case.needs()
+    with ExitStack() as processes:
+        workers: dict[str, Worker] = {}
+        for repeat, contestant in todo:
+            if time.monotonic() > deadline:
+                return False
+            if contestant.name not in workers:
+                workers[contestant.name] = processes.enter_context(worker(contestant))
+            _measure_once(at, case, contestant, repeat, workers[contestant.name])
+    return True
+
+
+def _measure_once(at: str, case: Case, contestant: Contestant, repeat: int, process: Worker) -> None:
+    started, load = time.strftime("%Y-%m-%dT%H:%M:%S"), os.getloadavg()[0]
+    result = process.ask({})
+    print(f"  {case.name} {contestant.name} {repeat + 1}/{case.repeats}: {_brief(result)}", flush=True)
+    done = Measurement(
+        at, case.name, contestant.name, contestant.config, repeat, started, load, process.versions, result
+    )
+    path = path_of(at, case, contestant, repeat)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(done.__dict__, indent=1) + "\n")
+
+
+def _brief(result: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(result.items())[:4])
+
+
+class Failed(RuntimeError):
+    """A contestant could not measure; its log says why."""
+
+
+@dataclass
+class Worker:
+    """A contestant's process."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def ask(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends a line and waits for the answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            print(json.dumps(data), file=self.process.stdin, flush=True)
+        except BrokenPipeError as error:
+            raise self._failed("ended") from error
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(SECONDS_A_MEASUREMENT):
+                raise self._failed(f"gave no answer in {SECONDS_A_MEASUREMENT} s")
+        line = self.process.stdout.readline()
+        if not line:
+            raise self._failed("ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _failed(self, how: str) -> Failed:
+        return Failed(f"{self.log.stem} {how}; the end of {self.log}:\n" + self.log.read_text()[-2000:])
+
+
+@contextmanager
+def worker(contestant: Contestant) -> Iterator[Worker]:
+    """The contestant's process, ready to measure. It ends with the block, and everything it has started with it."""
+    if not contestant.python.exists():
+        peer = contestant.environment
+        raise Failed(f"there is no environment for {peer}: python -m benchmarks.peers.setup {peer}")
+    log = inputs() / "logs" / f"{contestant.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [str(contestant.python), "-m", contestant.module], cwd=ROOT, env=environment(contestant), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+        )  # fmt: skip
+    try:
+        started = Worker(process, log)
+        started.versions = started.ask(contestant.config)["versions"]
+        yield started
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Lets the process end by itself, then ends what is left of its group."""
+    assert process.stdin is not None
+    with suppress(subprocess.TimeoutExpired, BrokenPipeError):
+        process.stdin.close()
+        process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def inputs() -> Path:
+    """The folder of what contestants read; it may be deleted at any time."""
+    from atoll.cache import home
+
+    folder = home() / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def environment(contestant: Contestant) -> dict[str, str]:
+    """Our contestants see this working tree's program, wherever an environment was installed from."""
+    own = f"{ROOT / 'src'}{os.pathsep}{ROOT}" if contestant.environment == OURS else str(ROOT)
+    settings = {
+        "PYTHONPATH": own,
+        "BENCHMARK_INPUTS": str(inputs()),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_HOME": str(inputs() / "flwr-home"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    return {**os.environ, **settings}

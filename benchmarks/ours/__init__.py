@@ -1,0 +1,1 @@
+"""Our side of each benchmark: what runs in Atoll's own environment."""

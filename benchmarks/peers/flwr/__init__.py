@@ -1,0 +1,1 @@
+"""Runs in `.venv-flwr`; its packages are in requirements.txt."""

@@ -1,0 +1,1 @@
+"""A Flower app that fine-tunes a tiny Llama with LoRA, as Flower's own examples are built."""

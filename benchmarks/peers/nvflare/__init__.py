@@ -1,0 +1,1 @@
+"""Runs in `.venv-nvflare`; its packages are in requirements.txt."""

@@ -1,0 +1,1 @@
+"""Runs in `.venv-pfl`; its packages are in requirements.txt."""

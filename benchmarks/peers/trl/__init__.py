@@ -1,0 +1,1 @@
+"""Runs in `.venv-trl`; its packages are in requirements.txt."""

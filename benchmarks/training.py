@@ -1,0 +1,89 @@
+"""Claim: LoRA training of SmolLM2-135M, non-padding tokens a second: 2.5 times TRL's default, 1.5 times TRL's best.
+
+Every contestant has a frozen bf16 base, fp32 adapters of rank 8 on all linear layers, AdamW, and the same batches; their
+losses must agree to 1%. On tiny models of the other families we must not be slower than a plain PEFT loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from benchmarks import inputs
+from benchmarks.harness import Bar, Case, Contestant
+
+START = "smollm2-135m-start.safetensors"
+BATCH = {"fixed": 4, "chat": 8}
+"""Samples a step: about 512 tokens."""
+
+BEST: dict[str, dict[str, Any]] = {
+    "fixed": {"layout": "padded", "attention": "eager", "sft": {"gradient_checkpointing": False, "bf16": True}},
+    "chat": {"layout": "packed", "attention": "eager", "sft": {"gradient_checkpointing": False, "bf16": True}},
+}
+"""TRL's best configuration: the fastest of the twelve that the case training-tuning tries."""
+
+FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "gemma", "qwen", "phi", "mamba")
+
+BARS = [
+    *(
+        Bar("training", f"training-{kind}", "tokens_per_s", "atoll", against=against, at_least=least)
+        for kind in ("fixed", "chat")
+        for against, least in (("trl-default", 2.5), ("trl-best", 1.5))
+    ),
+    *(
+        Bar("training", f"training-{kind}", "loss", "atoll", against=against, at_least=0.99, at_most=1.01)
+        for kind in ("fixed", "chat")
+        for against in ("trl-default", "trl-best")
+    ),
+    Bar("training", "training-fixed", "tokens_per_s", "atoll", against="limit"),
+    *(Bar("training", "training-families", family, "atoll", against="plain", at_least=1) for family in FAMILIES),
+]
+
+
+def cases(tiny: bool) -> list[Case]:
+    """Fixed lengths, chat samples, the families, and the search for TRL's best configuration."""
+    steps = 2 if tiny else 4
+    return [*(against_trl(kind, steps) for kind in ("fixed", "chat")), families(steps * 5), *tunings(steps)]
+
+
+def against_trl(kind: str, steps: int) -> Case:
+    """4 x 128 tokens, or 8 chat samples, a step."""
+    common = work(kind, steps)
+    contestants = [
+        Contestant("atoll", "benchmarks.ours.training", config={**common, "steps": steps, "save_start": START}),
+        Contestant("trl-default", "benchmarks.peers.trl.train", "trl", {**common, "start": START}),
+        Contestant("trl-best", "benchmarks.peers.trl.train", "trl", {**common, "start": START, **BEST[kind]}),
+    ]
+    if kind == "fixed":
+        size = {"model": inputs.MODEL, "size": 2048, "seconds": 2, "rank": 8, "length": 128}
+        contestants.append(Contestant("limit", "benchmarks.ours.limit", config=size))
+    return Case(f"training-{kind}", tuple(contestants), partial(inputs.training, kind, steps * BATCH[kind]))
+
+
+def work(kind: str, steps: int) -> dict[str, Any]:
+    """What every contestant is given."""
+    count = steps * BATCH[kind]
+    return {"model": inputs.MODEL, "file": f"{kind}-{count}.npz", "batch": BATCH[kind]}
+
+
+def families(steps: int) -> Case:
+    """One tiny model of each family on chat samples, whose tokens are cut down to the tiny vocabulary."""
+    common: Mapping[str, Any] = {"file": f"bytes-{4 * steps}.npz", "batch": 4, "steps": steps, "families": FAMILIES}
+    contestants = tuple(
+        Contestant(name, "benchmarks.ours.plain", config={**common, "what": name}) for name in ("atoll", "plain")
+    )
+    return Case("training-families", contestants, partial(inputs.byte_samples, 4 * steps))
+
+
+def tunings(steps: int) -> list[Case]:
+    """How TRL's best configuration was found."""
+    return [
+        Case(
+            f"training-tuning-{kind}",
+            (Contestant("trl", "benchmarks.peers.trl.tune", "trl", work(kind, steps)),),
+            partial(inputs.training, kind, steps * BATCH[kind]),
+            repeats=1,
+        )
+        for kind in ("fixed", "chat")
+    ]
