@@ -19,6 +19,7 @@ from atoll.data.sources import ClientData, Labels, load
 from atoll.errors import AtollError
 from atoll.keys import key
 from atoll.local.work import Local, Report, evaluate, train, unwatched
+from atoll.models.fast import accelerate
 from atoll.models.spaces import read
 from atoll.params import Params
 from atoll.record.folder import RunFolder
@@ -48,6 +49,8 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
     data, left_out = load_data(plan, tokenizer, say)
     say("preparing the model")
     model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
+    if not plan.model.own_factory:
+        accelerate(model)
     local = make_local(plan, model, tokenizer, report)
     start = {name: x.clone() for name, x in read(plan.space, model).items()}
     return Assembly(model, tokenizer, local, data, left_out, start)

@@ -97,9 +97,10 @@ class LoRA:
 
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates an int and divides by the rank
+            lora_alpha=self.alpha,  # PEFT annotates an int and divides by the rank
             lora_dropout=self.dropout,
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            exclude_modules=refused_by_peft(getattr(getattr(model, "config", None), "model_type", "")),
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(seed)
@@ -121,7 +122,9 @@ class LoRA:
 
     def plan(self, shapes: Shapes) -> PlannedShapes:
         """A [rank, in] and B [out, rank] for every adapted linear module."""
-        adapted = {name: sizes for name, sizes in shapes.linears.items() if self._adapts(name)}
+        refused = refused_by_peft(shapes.family)
+        open_to_us = {name: sizes for name, sizes in shapes.linears.items() if name.rsplit(".", 1)[-1] not in refused}
+        adapted = {name: sizes for name, sizes in open_to_us.items() if self._adapts(name)}
         if not adapted:
             ends = sorted({name.rsplit(".", 1)[-1] for name in shapes.linears})
             wanted = self.targets if isinstance(self.targets, str) else self.targets[0]
@@ -148,6 +151,13 @@ class LoRA:
 
 
 ALL_LINEAR = "all-linear"
+
+STATE_SPACE_FAMILIES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+
+
+def refused_by_peft(family: str) -> list[str]:
+    """Modules that PEFT will not adapt: Mamba's fused kernels read the plain parameters of these past their module."""
+    return ["out_proj", "conv1d"] if family in STATE_SPACE_FAMILIES else []
 
 
 def full() -> Full:

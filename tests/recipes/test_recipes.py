@@ -1,0 +1,52 @@
+"""Every shipped recipe builds; every method that states a number gives it on real texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atoll import recipe, run
+from atoll.build import build
+from atoll.record.card import read_story
+from atoll.record.folder import create
+
+SHIPPED = list(recipe.shipped())
+METHODS = [name for name in SHIPPED if name.startswith("methods/")]
+RUNS = [name for name in SHIPPED if name.startswith("runs/")]
+
+
+def on_its_bench(name: str) -> recipe.Tree:
+    """The method laid over the run that its number is stated for."""
+    method = recipe.resolve(name)
+    parts = {key: method[key] for key in ("finetune", "fleet") if key in method}
+    return recipe.merge(recipe.resolve(method["checked"]["run"]), parts | {"name": method["name"]})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_where_it_is_from(name):
+    tree = recipe.resolve(name)
+    assert "arXiv" in tree["reference"]
+    assert tree["name"] == Path(name).name
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_builds(name):
+    plan = run.plan(name)
+    assert plan.trains
+    assert plan.clients
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [name for name in METHODS if "checked" in recipe.resolve(name)])
+def test_a_method_gives_the_number_it_states(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path))
+    tree = on_its_bench(name)
+    plan = build(recipe.validate(tree, name), tree)
+    folder = create(plan.recipe.name)
+    run.write_recipe(folder, plan)
+    run.execute(plan, folder, (), lambda line: None)
+    final = read_story(folder).final
+    stated = recipe.validate(tree | {"checked": recipe.resolve(name)["checked"]}, name).checked
+    assert final.mean == pytest.approx(stated.loss, rel=stated.within)
