@@ -1,0 +1,141 @@
+"""What a run says while it runs: every event has a line, no silence while clients work, no flood either."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import get_args
+
+import pytest
+from rich.console import Console
+
+from atoll.local.work import Tick
+from atoll.record.events import (
+    ClientLeftOut,
+    Evaluated,
+    Event,
+    Missing,
+    Replied,
+    RoundEnded,
+    RunEnded,
+    RunStarted,
+)
+from atoll.terminal import Live, Plain, at_work, counted, told
+
+CLINIC = {"loss": 1.5, "standard_error": 0.1, "samples": 8.0}
+EVENTS: list[tuple[Event, str]] = [
+    (
+        RunStarted("mine", "abc", 3, ["clinic"], {"clinic": 9}, 1200, 50000, 0),
+        "mine: 1 client, 3 rounds; 1,200 of 50,000 parameters train; plan abc",
+    ),
+    (ClientLeftOut("ward", "0 of 2\n2 empty"), "ward is left out, it has no usable data: 0 of 2; 2 empty"),
+    (Replied(0, "clinic", 2.25, 5000, 1.25, 0, {}), "round 1: clinic: loss 2.250, 5.0 kB up, 1.2 s"),
+    (Replied(4, "clinic", 2.25, 5000, 1.25, 2, {}), "round 5: clinic: loss 2.250, 5.0 kB up, 1.2 s, 2 rounds late"),
+    (Missing(0, "clinic", "the loss is nan", True), "round 1: clinic refused: the loss is nan"),
+    (Missing(0, "clinic", "no answer", False), "round 1: clinic dropped: no answer"),
+    (
+        RoundEnded(1, 2, 1, 0, 0.5, 2000, 1000, 3.0, 0.0, {}),
+        "round 2 done: 2 accepted, 1 refused; loss 0.500, 2.0 kB down, 1.0 kB up, 3.0 s",
+    ),
+    (
+        Evaluated(0, True, {"clinic": CLINIC}, 1.5, 1.5, 2.0),
+        "held-out loss before the first round: mean 1.500, worst 1.500 (clinic), 2.0 s",
+    ),
+    (
+        Evaluated(2, False, {"clinic": CLINIC, "ward": CLINIC | {"loss": 2.5}}, 2.0, 2.5, 2.0),
+        "held-out loss after round 2: mean 2.000, worst 2.500 (ward), 2.0 s",
+    ),
+    (RunEnded(3, "finished", 61.0), "finished: 3 rounds in 61 s"),
+]
+
+
+@pytest.mark.parametrize(("event", "line"), EVENTS)
+def test_every_event_in_a_line(event: Event, line: str) -> None:
+    assert told(event) == line
+
+
+def test_no_kind_of_event_is_forgotten() -> None:
+    assert {type(event) for event, _ in EVENTS} == set(get_args(Event))
+
+
+def tick(done: int, kind: str = "train", loss: float = 0.5) -> Tick:
+    return Tick(kind, "clinic", 1, 4, done, 9, loss)
+
+
+def test_where_a_client_is() -> None:
+    assert at_work(tick(3)) == "round 2 of 4 · clinic · local step 3 of 9 · loss 0.500"
+    assert at_work(tick(0, loss=math.nan)) == "round 2 of 4 · clinic · local step 0 of 9"
+    assert at_work(tick(3, "evaluate")) == "evaluation after 1 of 4 rounds · clinic · batch 3 of 9 · loss 0.500"
+    assert (counted(1, "round"), counted(0, "round")) == ("1 round", "0 rounds")
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_plain_log_breaks_silence_after_two_seconds() -> None:
+    clock, lines = Clock(), list[str]()
+    with Plain(lines.append, clock) as plain:
+        for second in range(10):
+            clock.time = second
+            plain.report(tick(second))
+    assert [line.split(" of 9")[0][-1] for line in lines] == ["3", "6", "9"]
+
+
+def test_plain_log_of_a_long_run_is_no_flood() -> None:
+    clock, lines = Clock(), list[str]()
+    plain = Plain(lines.append, clock)
+    for second in range(3600):
+        clock.time = second
+        plain.report(tick(second))
+    assert 100 < len(lines) < 300
+
+
+def test_plain_log_counts_every_line_as_a_sign_of_life() -> None:
+    clock, lines = Clock(), list[str]()
+    plain = Plain(lines.append, clock)
+    for second in range(8):
+        clock.time = second
+        plain.event(EVENTS[2][0])
+        plain.report(tick(second))
+    assert lines == [EVENTS[2][1]] * 8
+
+
+def test_live_line_shows_the_step_and_keeps_rounds() -> None:
+    clock, screen = Clock(), io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, highlight=False)
+    with Live(console, clock) as live:
+        live.say("loading")
+        clock.time = 75
+        live.report(tick(3))
+        live._display.refresh()
+        live.event(EVENTS[2][0])
+        live.event(EVENTS[6][0])
+    shown = screen.getvalue()
+    assert "1:15  round 2 of 4 · clinic · local step 3 of 9 · loss 0.500" in shown
+    assert EVENTS[6][1] in shown
+    assert EVENTS[2][1] not in shown
+
+
+def test_a_run_reports_every_step(
+    tiny: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch, shared_home: object
+) -> None:
+    from atoll.run import run
+
+    monkeypatch.setenv("ATOLL_HOME", str(shared_home))
+    monkeypatch.setenv("ATOLL_RUNS", f"{tmp_path}/runs")
+    heard: list[Tick] = []
+    run(tiny, ["finetune.rounds=1", "evaluate.every=0"], report=heard.append)
+    north = [t for t in heard if t.client == "north"]
+    assert [(t.kind, t.round, t.done, t.of) for t in north] == [
+        ("evaluate", 0, 0, 1), ("evaluate", 0, 1, 1),
+        ("train", 0, 0, 2), ("train", 0, 1, 2), ("train", 0, 2, 2),
+        ("evaluate", 1, 0, 1), ("evaluate", 1, 1, 1),
+    ]  # fmt: skip
+    assert all(math.isnan(t.loss) == (t.done == 0) for t in north)
