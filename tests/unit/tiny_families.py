@@ -32,7 +32,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXConfig", {**SHAPE, "intermediate_size": 48}),
     "opt": ("OPTConfig", {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0}),
     "bloom": ("BloomConfig", {**SHAPE, "n_layer": 2, "n_head": 4}),
-    "gemma2": ("Gemma2Config", {**WINDOWED, "final_logit_softcapping": 2.0, "layer_types": LAYERS}),
+    "gemma2": (
+        "Gemma2Config",
+        {**WINDOWED, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0, "layer_types": LAYERS},
+    ),
     "gemma3": ("Gemma3TextConfig", {**WINDOWED, "layer_types": LAYERS}),
     "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 4}),
     "qwen2": ("Qwen2Config", GROUPED),

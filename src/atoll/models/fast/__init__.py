@@ -73,8 +73,6 @@ def _attention(model: nn.Module) -> Swap:
     config = causal_lm.config.get_text_config()
     if not getattr(causal_lm, "_supports_attention_backend", False):
         return f"{type(causal_lm).__name__} takes no attention function"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it caps its attention logits"
     before = causal_lm.config._attn_implementation
     AttentionInterface.register(attention.NAME, attention.attention)
     AttentionMaskInterface.register(attention.NAME, attention.mask_or_layout)

@@ -122,10 +122,16 @@ def mask_or_layout(
         lengths = _sample_lengths(function, batch_size, q_length, window, device)
         if lengths is not None:
             return layout_of((batch_size, q_length), lengths, window, device)
+    if _softcap(kwargs.get("config")) is not None:
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, **kwargs
     )
     return mask
+
+
+def _softcap(config: Any) -> float | None:
+    return getattr(config, "attn_logit_softcapping", None)
 
 
 def _sample_lengths(
@@ -160,31 +166,52 @@ def attention(
     attention_mask: Layout | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, T, d], key and value [B, K, T, d] to [B, T, H, d].
 
     Raises:
-        NotImplementedError: for what neither way computes (logit caps, sinks): `accelerate` leaves such models alone.
+        NotImplementedError: for what no way here computes (sinks, biases): `accelerate` leaves such models alone.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    beyond = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if kwargs.get(name) is not None]
+    beyond = [name for name in ("s_aux", "position_bias", "head_mask") if kwargs.get(name) is not None]
     if beyond:
         raise NotImplementedError(f"attention with {', '.join(beyond)}")
-    layout = attention_mask
-    if not isinstance(layout, Layout) or dropout > 0:
-        mask = layout.dense() if isinstance(layout, Layout) else layout
-        output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-        return output, None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = by_hand if query.device.type == "cpu" and max(layout.lengths) <= LONG else by_sdpa
-    return kernel(query, key, value, layout, scale), None
+    layout, scale = attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layout, Layout) and dropout == 0:
+        if softcap is not None or (query.device.type == "cpu" and max(layout.lengths) <= LONG):
+            return by_hand(query, key, value, layout, scale, softcap), None
+        return by_sdpa(query, key, value, layout, scale), None
+    mask = layout.dense() if isinstance(layout, Layout) else layout
+    if softcap is not None:
+        return _capped(query, key, value, mask, scale, softcap, dropout), None
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scale, **kwargs)
+    return output, None
 
 
-def by_hand(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Each group by two batched products and a softmax; its probabilities are kept for the backward pass."""
-    output: Tensor = _Attention.apply(query, key, value, layout, scale)  # type: ignore[no-untyped-call]
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, dropout: float
+) -> Tensor:
+    """Gemma 2's attention with any mask (bool, true where a query may look), as plain operations."""
+    per_key = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(per_key, 1) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    p = nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
+    return (p @ value).transpose(1, 2)
+
+
+def by_hand(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Each group by two batched products and a softmax; its probabilities are kept for the backward pass.
+
+    `softcap` bends the scores s to softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118, section 2).
+    """
+    output: Tensor = _Attention.apply(query, key, value, layout, scale, softcap)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -205,15 +232,22 @@ def by_sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, softcap: float | None
+    ) -> Tensor:
         slots, key_heads = [layout.slots(x) for x in (query, key, value)], key.shape[1]
         output = query.new_empty(len(slots[0]), query.shape[1], value.shape[-1])
-        saved: list[Tensor] = []
+        saved: list[Tensor | None] = []
         for group in layout.groups:
             q, k, v = (_by_key_head(x, group, key_heads) for x in slots)
-            p = torch.baddbmm(_mask(q, k, layout.window), q, k.transpose(1, 2), alpha=scale).softmax(-1)
+            mask, bent = _mask(q, k, layout.window), None
+            if softcap is None:
+                p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+            else:
+                bent = torch.baddbmm(mask, q, k.transpose(1, 2), beta=0, alpha=scale / softcap).tanh_()
+                p = torch.add(mask, bent, alpha=softcap).softmax(-1)
             _put(output, torch.bmm(p, v), group, key_heads)
-            saved += (q, k, v, p)
+            saved += (q, k, v, p, bent)
         ctx.layout, ctx.scale, ctx.key_heads = layout, scale, key_heads
         ctx.save_for_backward(*saved)
         return layout.tokens(output)
@@ -229,15 +263,17 @@ class _Attention(torch.autograd.Function):
         heads = (grad.shape[2], key_heads, key_heads)
         grads = [grad.new_empty(len(d_output), h, x.shape[-1]) for h, x in zip(heads, saved[:3], strict=True)]
         for i, group in enumerate(layout.groups):
-            q, k, v, p = saved[4 * i : 4 * i + 4]
+            q, k, v, p, bent = saved[5 * i : 5 * i + 5]
             do = _by_key_head(d_output, group, key_heads)
             ds = torch._softmax_backward_data(torch.bmm(do, v.transpose(1, 2)), p, -1, p.dtype)
+            if bent is not None:
+                ds.addcmul_(ds, bent.square(), value=-1)
             dq = torch.baddbmm(q, ds, k, beta=0, alpha=ctx.scale)
             dk = torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=ctx.scale)
             for total, part in zip(grads, (dq, dk, torch.bmm(p.transpose(1, 2), do)), strict=True):
                 _put(total, part, group, key_heads)
         dq, dk, dv = (layout.tokens(total).transpose(1, 2) for total in grads)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _by_key_head(slots: Tensor, group: Group, key_heads: int) -> Tensor:
