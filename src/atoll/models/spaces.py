@@ -97,7 +97,7 @@ class LoRA:
 
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # PEFT annotates an int and divides by the rank
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates an int and divides by the rank
             lora_dropout=self.dropout,
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
             exclude_modules=refused_by_peft(getattr(getattr(model, "config", None), "model_type", "")),
@@ -105,7 +105,7 @@ class LoRA:
         )
         torch.manual_seed(seed)
         try:
-            wrapped: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+            wrapped: nn.Module = get_peft_model(model, config)
         except ValueError as error:
             raise AtollError(
                 "LoRA found no module to adapt", where="space.targets", found=self.targets,
