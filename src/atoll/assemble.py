@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from atoll import parts
-from atoll.build import POOLED, Plan
+from atoll.build import POOLED, Plan, build
 from atoll.cache import Say, quiet
 from atoll.client import Client, FileStore
 from atoll.data.sources import ClientData, Labels, load
@@ -22,6 +22,7 @@ from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.models.fast import accelerate
 from atoll.models.spaces import read
 from atoll.params import Params
+from atoll.recipe import Tree, validate
 from atoll.record.folder import RunFolder
 
 
@@ -118,6 +119,12 @@ def clients(plan: Plan, assembly: Assembly, folder: RunFolder) -> Callable[[str]
         return Client(name, plan.hash, plan.rounds.streams, works, data, FileStore(folder.client(name)))
 
     return client
+
+
+def rebuild(tree: Tree, folder: RunFolder) -> Callable[[str], Client]:
+    """`clients` from nothing but the plan's tree: what a worker process does."""
+    plan = build(validate(tree, str(folder.recipe)), tree)
+    return clients(plan, assemble(plan), folder)
 
 
 def pooled(data: Mapping[str, ClientData]) -> ClientData:

@@ -65,7 +65,11 @@ SLOTS: dict[str, dict[str, str]] = {
         "poisson": "atoll.schedule:poisson",
         "buffered": "atoll.schedule:buffered",
     },
-    "fleet": {"inprocess": "atoll.fleet.inprocess:inprocess", "faults": "atoll.fleet.faults:faults"},
+    "fleet": {
+        "inprocess": "atoll.fleet.inprocess:inprocess",
+        "processes": "atoll.fleet.processes:processes",
+        "faults": "atoll.fleet.faults:faults",
+    },
     "sink": {"tensorboard": "atoll.record.sinks:tensorboard"},
 }
 

@@ -11,14 +11,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 from atoll import parts, recipe
-from atoll.assemble import Assembly, again, assemble, clients
+from atoll.assemble import Assembly, again, assemble, clients, rebuild
 from atoll.build import POOLED, Plan, build
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError, Interrupted
@@ -157,34 +158,57 @@ class Progress:
     ended: str = ""
 
 
-def stage(ready: Plan, things: Assembly, folder: RunFolder, sinks: Sequence[Sink]) -> State:
-    """Rounds until they are done, early stopping says so, or somebody asks to stop. Goes on from a checkpoint.
+@dataclass(frozen=True)
+class Stage:
+    """A stage at work: what the loop needs beside its state."""
 
-    A kill at any point loses at most the round or the evaluation it hits: both are done again, with the same result.
-    """
-    own_sinks = [parts.make("sink", one, f"sinks[{i}]")(folder.path) for i, one in enumerate(ready.recipe.sinks)]
+    ready: Plan
+    things: Assembly
+    folder: RunFolder
+    fleet: Fleet
+    record: Record
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began, time before a resume included."""
+        return time.perf_counter() - self.started
+
+
+def stage(ready: Plan, things: Assembly, folder: RunFolder, sinks: Sequence[Sink]) -> State:
+    """Rounds from where the checkpoint is, or from the start, to the end. A stage that has ended is left as it is."""
     state, progress = begin(ready, things, folder)
     if progress.ended:
         return state
+    own_sinks = [parts.make("sink", one, f"sinks[{i}]")(folder.path) for i, one in enumerate(ready.recipe.sinks)]
     record = Record(folder.record, [*sinks, *own_sinks], keep_bytes=progress.record_bytes)
     names = [*things.data, POOLED] if ready.trainers == [POOLED] else list(things.data)
-    fleet = ready.fleet(names, clients(ready, things, folder), state.clock)
-    fleet.submit(state.in_flight)
-    started = time.perf_counter() - progress.seconds
+    make = clients(ready, things, folder)
+    with closing(ready.fleet(names, make, partial(rebuild, ready.tree, folder), state.clock)) as fleet:
+        fleet.submit(state.in_flight)
+        return drive(
+            Stage(ready, things, folder, fleet, record, time.perf_counter() - progress.seconds), state, progress
+        )
+
+
+def drive(at: Stage, state: State, progress: Progress) -> State:
+    """Rounds until they are done, early stopping says so, or somebody asks to stop.
+
+    A kill at any point loses at most the round or the evaluation it hits: both are done again, with the same result.
+    """
     if state.round == 0:
-        introduce(ready, things, record)
+        introduce(at)
     while True:
-        if due(ready, state.round):
-            progress = measure(ready, state, fleet, things, record, progress, final=state.round == 0)
-        if reason := why_end(ready, state.round, progress):
+        if due(at.ready, state.round):
+            progress = measure(at, state, progress, final=state.round == 0)
+        if reason := why_end(at.ready, state.round, progress):
             break
-        stop_if_asked(folder)
-        state = whole_round(ready, state, fleet, record)
-        progress = checkpoint(folder, state, progress, record, time.perf_counter() - started)
-    progress = measure(ready, state, fleet, things, record, progress, final=True)
-    record(RunEnded(state.round, reason, time.perf_counter() - started))
-    checkpoint(folder, state, replace(progress, ended=reason), record, time.perf_counter() - started)
-    fleet.close()
+        stop_if_asked(at.folder)
+        state = whole_round(at, state)
+        progress = checkpoint(at, state, progress)
+    progress = measure(at, state, progress, final=True)
+    at.record(RunEnded(state.round, reason, at.seconds))
+    checkpoint(at, state, replace(progress, ended=reason))
     return state
 
 
@@ -215,9 +239,10 @@ def start_of(ready: Plan, things: Assembly) -> Params:
     return params
 
 
-def introduce(ready: Plan, things: Assembly, record: Record) -> None:
+def introduce(at: Stage) -> None:
     """What is going to happen, and who cannot take part."""
-    record(
+    ready, things = at.ready, at.things
+    at.record(
         RunStarted(
             name=ready.recipe.name,
             plan=ready.hash,
@@ -233,7 +258,7 @@ def introduce(ready: Plan, things: Assembly, record: Record) -> None:
         )
     )
     for client, report in things.left_out.items():
-        record(ClientLeftOut(client, report))
+        at.record(ClientLeftOut(client, report))
 
 
 def due(ready: Plan, round: int) -> bool:
@@ -242,15 +267,13 @@ def due(ready: Plan, round: int) -> bool:
     return round == 0 or (every > 0 and round % every == 0 and round < ready.recipe.finetune.rounds)
 
 
-def measure(
-    ready: Plan, state: State, fleet: Fleet, things: Assembly, record: Record, progress: Progress, final: bool
-) -> Progress:
+def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progress:
     """Evaluates, and notes whether it got better."""
-    wanted = ready.recipe.evaluate
-    held_out = [name for name, data in things.data.items() if len(data.test)]
+    wanted = at.ready.recipe.evaluate
+    held_out = [name for name, data in at.things.data.items() if len(data.test)]
     samples = wanted.final_samples if final else wanted.samples
-    heard = evaluate(ready.rounds, state, fleet, held_out, samples, final)
-    record(heard)
+    heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
+    at.record(heard)
     if heard.mean < progress.best - wanted.min_delta:
         return replace(progress, best=heard.mean, without_better=0)
     return replace(progress, without_better=progress.without_better + 1)
@@ -274,17 +297,17 @@ def stop_if_asked(folder: RunFolder) -> None:
         )
 
 
-def whole_round(ready: Plan, state: State, fleet: Fleet, record: Record) -> State:
+def whole_round(at: Stage, state: State) -> State:
     """One round, and its events."""
     started = time.perf_counter()
     heard: list[Verdict] = []
 
     def observe(verdict: Verdict) -> None:
         heard.append(without_tensors(verdict))
-        record(event_of(state.round, verdict))
+        at.record(event_of(state.round, verdict))
 
-    after = run_round(ready.rounds, state, fleet, observe)
-    record(sum_up(ready, state, after, heard, time.perf_counter() - started))
+    after = run_round(at.ready.rounds, state, at.fleet, observe)
+    at.record(sum_up(state, after, heard, time.perf_counter() - started))
     return after
 
 
@@ -302,7 +325,7 @@ def event_of(round: int, verdict: Verdict) -> Replied | Missing:
     return Missing(round, verdict.client, verdict.reason, not isinstance(verdict, Dropped))
 
 
-def sum_up(ready: Plan, before: State, after: State, heard: Sequence[Verdict], seconds: float) -> RoundEnded:
+def sum_up(before: State, after: State, heard: Sequence[Verdict], seconds: float) -> RoundEnded:
     """A round in one event."""
     accepted = [verdict.reply for verdict in heard if isinstance(verdict, Accepted)]
     losses = [reply.metrics.get("loss", float("nan")) for reply in accepted]
@@ -322,10 +345,10 @@ def sum_up(ready: Plan, before: State, after: State, heard: Sequence[Verdict], s
     )
 
 
-def checkpoint(folder: RunFolder, state: State, progress: Progress, record: Record, seconds: float) -> Progress:
+def checkpoint(at: Stage, state: State, progress: Progress) -> Progress:
     """Everything that going on needs, in one file."""
-    progress = replace(progress, record_bytes=record.position, seconds=seconds)
-    save_state(folder.checkpoint, state, asdict(progress))
+    progress = replace(progress, record_bytes=at.record.position, seconds=at.seconds)
+    save_state(at.folder.checkpoint, state, asdict(progress))
     return progress
 
 

@@ -27,7 +27,7 @@ from annotated_types import Ge, Le
 from atoll.client import Client
 from atoll.exchange import Dropped, Event, Reply, Task
 from atoll.fleet.base import Fleet
-from atoll.fleet.inprocess import MakeFleet, Seconds, inprocess
+from atoll.fleet.inprocess import MakeFleet, Rebuild, Seconds, inprocess
 from atoll.keys import rng
 from atoll.params import Params
 from atoll.parts import Slot
@@ -112,8 +112,8 @@ def faults(
     """Any fleet, misbehaving: rates per task of each fault (see the module's text)."""
     make = inner or inprocess()
 
-    def build(names: Sequence[str], client: Callable[[str], Client], clock: float) -> Fleet:
-        fleet = make(names, client, clock)
+    def build(names: Sequence[str], client: Callable[[str], Client], rebuild: Rebuild, clock: float) -> Fleet:
+        fleet = make(names, client, rebuild, clock)
         return FaultFleet(fleet, drop, lose, corrupt, duplicate, delay, delay_seconds, kill_at, seed)
 
     return build

@@ -59,10 +59,14 @@ class InProcess:
         """Holds nothing."""
 
 
+Rebuild = Callable[[], Callable[[str], Client]]
+"""Makes the makers of clients anew, from the plan: for fleets whose clients live elsewhere. Picklable."""
+
+
 class MakeFleet(Protocol):
     """What a recipe's `fleet` is: makes the fleet of a run from its clients."""
 
-    def __call__(self, names: Sequence[str], client: Callable[[str], Client], clock: float) -> Fleet:
+    def __call__(self, names: Sequence[str], client: Callable[[str], Client], rebuild: Rebuild, clock: float) -> Fleet:
         """`clock` is where virtual time goes on, for a run that is resumed."""
         ...
 
@@ -72,8 +76,9 @@ Seconds = Annotated[float, Ge(0)]
 
 def inprocess(seconds: Mapping[str, Seconds] | None = None, default_seconds: Seconds = 1.0) -> MakeFleet:
     """Simulated clients in this process. `seconds` are speed profiles: virtual seconds a training task, by client."""
+    return lambda names, client, rebuild, clock: InProcess(names, client, speeds(seconds or {}, default_seconds), clock)
 
-    def speed(task: Task) -> float:
-        return (seconds or {}).get(task.client, default_seconds) if task.kind == "train" else 0.0
 
-    return lambda names, client, clock: InProcess(names, client, speed, clock)
+def speeds(seconds: Mapping[str, float], default_seconds: float) -> Speed:
+    """Virtual seconds of a task: the client's own, or the default, for training; none for anything else."""
+    return lambda task: seconds.get(task.client, default_seconds) if task.kind == "train" else 0.0

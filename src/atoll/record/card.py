@@ -93,8 +93,8 @@ class Table:
 
 
 def loss_table(story: Story) -> Table | None:
-    """The comparison that the run was made for; None before the base is measured."""
-    if story.base is None:
+    """The comparison that the run was made for; None before the base is measured, or where nothing is held out."""
+    if story.base is None or not story.base.clients:
         return None
     sites = list(story.base.clients)
     named: list[tuple[str, Evaluated | None]] = [("base", story.base)]

@@ -1,0 +1,170 @@
+"""The processes fleet: simulated clients in a few worker processes on this machine, each with a warm model of its own.
+
+For models so small that one core is busier than two: a batch of ten images does not fill two cores, two clients do. Time
+is virtual as in `inprocess`, and answers come in the same order; workers only do what is due early, ahead of time. What
+crosses between processes is what would cross a network: bytes, by messages.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Annotated
+
+from annotated_types import Ge
+
+from atoll import messages
+from atoll.client import Client
+from atoll.errors import AtollError
+from atoll.exchange import Broadcast, Dropped, Event, Task
+from atoll.fleet.base import Fleet
+from atoll.fleet.inprocess import MakeFleet, Rebuild, Seconds, Speed, speeds
+from atoll.params import Params
+
+
+@dataclass
+class Worker:
+    """A process, the pipe to it, the task it has and the last broadcast it heard."""
+
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+    task: Task | None = None
+    round: int | None = None
+
+    def give(self, task: Task) -> None:
+        """Hands it a task, and the task's broadcast unless it is the one it heard last."""
+        if self.round != task.broadcast.round:
+            self.pipe.send_bytes(messages.pack_broadcast(task.broadcast))
+            self.round = task.broadcast.round
+        self.pipe.send_bytes(messages.pack_task(task))
+        self.task = task
+
+    def take(self) -> Event:
+        """Its answer; a worker that died answers with a drop, and is of no more use."""
+        assert self.task is not None
+        task, self.task = self.task, None
+        try:
+            return messages.unpack_event(self.pipe.recv_bytes())
+        except EOFError:
+            self.process.join()
+            return Dropped(task.client, task.id, f"its worker process ended with status {self.process.exitcode}")
+
+
+@dataclass
+class Processes:
+    """See the module's text."""
+
+    names: Sequence[str]
+    speed: Speed
+    clock: float
+    workers: list[Worker]
+    _due: dict[str, tuple[float, Task]] = field(default_factory=dict)
+    _answers: dict[str, Event] = field(default_factory=dict)
+
+    def clients(self) -> list[str]:
+        """See `Fleet`."""
+        return list(self.names)
+
+    def now(self) -> float:
+        """Virtual seconds since the start of the run."""
+        return self.clock
+
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """See `Fleet`. Idle workers begin at once with what is due first."""
+        self._due |= {task.id: (task.sent + self.speed(task), task) for task in tasks}
+        self._assign()
+
+    def receive(self, tasks: Collection[str]) -> Event:
+        """See `Fleet`. The answer that is due first, waited for if its worker is not done."""
+        first = min((id for id in self._due if id in tasks), key=lambda id: self._due[id][0])
+        while first not in self._answers:
+            self._collect()
+            self._assign()
+        due, _ = self._due.pop(first)
+        self.clock = max(self.clock, due)
+        return self._answers.pop(first)
+
+    def reduce(self, total: Params) -> Params:
+        """One server hears everybody."""
+        return total
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in self.workers:
+            with contextlib.suppress(OSError):
+                worker.pipe.send_bytes(b"")
+            worker.process.join(timeout=10)
+            worker.process.kill()
+            worker.pipe.close()
+
+    def _assign(self) -> None:
+        """Gives idle workers the tasks that are due first and that nobody has."""
+        taken = {worker.task.id for worker in self.workers if worker.task} | self._answers.keys()
+        waiting = sorted((due, i, task) for i, (due, task) in enumerate(self._due.values()) if task.id not in taken)
+        for worker in (w for w in self.workers if w.task is None and w.process.is_alive()):
+            if not waiting:
+                return
+            worker.give(waiting.pop(0)[2])
+
+    def _collect(self) -> None:
+        """Waits until some worker has answered, or has died."""
+        busy = {worker.pipe: worker for worker in self.workers if worker.task}
+        if not busy:
+            raise AtollError(
+                "all worker processes have ended", where="fleet", remedy="`atoll resume` goes on; see its output above"
+            )
+        for pipe in wait(list(busy)):
+            worker = busy[pipe]  # type: ignore[index]
+            assert worker.task is not None
+            id = worker.task.id
+            self._answers[id] = worker.take()
+
+
+def processes(
+    workers: Annotated[int, Ge(1)] | None = None,
+    seconds: Mapping[str, Seconds] | None = None,
+    default_seconds: Seconds = 1.0,
+) -> MakeFleet:
+    """Simulated clients in `workers` processes of this machine (one a core by default), each with its own model.
+
+    Faster than `inprocess` for small models and memory to spare; `seconds` and `default_seconds` are as there.
+    """
+    count = workers or os.cpu_count() or 1
+
+    def make(names: Sequence[str], client: Callable[[str], Client], rebuild: Rebuild, clock: float) -> Fleet:
+        return Processes(
+            names, speeds(seconds or {}, default_seconds), clock, [start(rebuild, count) for _ in range(count)]
+        )
+
+    return make
+
+
+def start(rebuild: Rebuild, count: int) -> Worker:
+    """A new worker process; `count` of them share the cores."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(rebuild, theirs, max(1, (os.cpu_count() or 1) // count)), daemon=True)
+    process.start()
+    theirs.close()
+    return Worker(process, ours)
+
+
+def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
+    """A worker's life: rebuild the clients, then a task at a time until an empty message or the other end is gone."""
+    import torch
+
+    torch.set_num_threads(threads)
+    client = rebuild()
+    broadcast: Broadcast | None = None
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while data := pipe.recv_bytes():
+            if messages.is_broadcast(data):
+                broadcast = messages.unpack_broadcast(data)
+                continue
+            assert broadcast is not None
+            task = messages.unpack_task(data, broadcast)
+            pipe.send_bytes(messages.pack_event(client(task.client).handle(task)))

@@ -1,0 +1,119 @@
+"""The processes fleet gives what the in-process fleet gives, and outlives its workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoll import messages, run
+from atoll.exchange import Broadcast, Dropped, Reply, Task
+from atoll.params import equal
+from atoll.record.card import read_story
+from atoll.record.checkpoint import load_state
+from atoll.transforms.chain import Payload
+
+RECIPE = """
+recipe: 1
+name: several
+model: tiny:llama
+data: {{use: folders, path: {data}}}
+finetune:
+  rounds: 3
+  local_steps: 2
+  schedule: {schedule}
+  up: [{{use: error-feedback, chain: [{{use: topk, fraction: 0.2}}]}}]
+evaluate: {{samples: 4, final_samples: 4}}
+fleet: {{use: {fleet}, seconds: {{north: 1, south: 2.5, west: 4}}}}
+"""
+
+
+def result(tmp_path: Path, sites: Path, fleet: str, schedule: str):
+    recipe = tmp_path / f"{fleet}.yaml"
+    recipe.write_text(RECIPE.format(data=sites, fleet=fleet, schedule=schedule))
+    return run.run(str(recipe), ["fleet.workers=2"] if fleet == "processes" else [])
+
+
+@pytest.mark.parametrize(
+    "schedule", ["synchronous", "{use: buffered, concurrency: 3, buffer: 2}"], ids=["sync", "async"]
+)
+def test_gives_what_one_process_gives(tmp_path, monkeypatch, sites, schedule):
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / "runs"))
+    one, several = (
+        load_state(result(tmp_path, sites, fleet, schedule).checkpoint) for fleet in ("inprocess", "processes")
+    )
+    assert several.clock == one.clock
+    assert several.acknowledged == one.acknowledged
+    for name, x in one.params["update"].items():
+        assert torch.allclose(several.params["update"][name], x, atol=1e-4)
+
+
+def explode(samples=8):
+    """A data factory whose clients end their process when the worker `north` asks for samples."""
+    from atoll.data.sources import ClientData
+
+    good = [(torch.zeros(4, dtype=torch.int32).numpy(), torch.zeros(4, dtype=torch.int32).numpy())] * samples
+    return {"north": ClientData(Fatal(good), ()), "south": ClientData(good, ()), "west": ClientData(good, ())}
+
+
+class Fatal(list):
+    def __getitem__(self, index):
+        import multiprocessing
+        import os
+
+        if multiprocessing.parent_process() is not None:
+            os._exit(9)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_dies_drops_its_client_and_the_round_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    recipe = tmp_path / "fatal.yaml"
+    recipe.write_text(
+        "recipe: 1\nname: fatal\nmodel: tiny:llama\ndata: test_processes:explode\n"
+        "finetune: {rounds: 1, local_steps: 1}\nevaluate: {every: 0}\nfleet: {use: processes, workers: 2}\n"
+    )
+    story = read_story(run.run(str(recipe)))
+    assert [(m.client, m.refused) for m in story.missing] == [("north", False)]
+    assert "status 9" in story.missing[0].reason
+    assert sorted(r.client for r in story.replies) == ["south", "west"]
+
+
+def example() -> Broadcast:
+    payload = Payload({"w": torch.randn(3, 2)}, ({"w#at": torch.arange(3)}, {}))
+    return Broadcast(4, {"update": payload, "control": Payload({"c": torch.ones(1)}, ())})
+
+
+def test_messages_carry_everything_both_ways():
+    sent = example()
+    again = messages.unpack_broadcast(messages.pack_broadcast(sent))
+    assert again.round == 4
+    assert all(equal(again.payloads[s].main, sent.payloads[s].main) for s in sent.payloads)
+    assert [len(again.payloads[s].sides) for s in ("update", "control")] == [2, 0]
+    task = Task("train", "north", "plan", sent, key=7, sent=1.5, acknowledged="train:3:north", data={"samples": 4})
+    assert messages.unpack_task(messages.pack_task(task), sent) == task
+    reply = Reply(
+        task.id, "north", "plan", 4, sent.payloads, {"all": 3.0}, {"loss": 0.5}, keeps_state=True, seconds=0.1
+    )
+    back = messages.unpack_event(messages.pack_event(reply))
+    assert isinstance(back, Reply)
+    assert {f: getattr(back, f) for f in ("task", "weights", "metrics", "keeps_state")} == {
+        f: getattr(reply, f) for f in ("task", "weights", "metrics", "keeps_state")
+    }
+    assert equal(back.payloads["update"].main, reply.payloads["update"].main)
+    gone = Dropped("north", task.id, "why")
+    assert messages.unpack_event(messages.pack_event(gone)) == gone
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 64, b"no message at all"])
+def test_bytes_that_are_no_message_are_a_value_error(data):
+    with pytest.raises(ValueError, match="not a message"):
+        messages.unpack_event(data)
+
+
+def test_a_task_goes_with_its_own_broadcast():
+    task = Task("train", "north", "plan", example(), key=7)
+    with pytest.raises(ValueError, match="round 4"):
+        messages.unpack_task(messages.pack_task(task), Broadcast(5, {}))
