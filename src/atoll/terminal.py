@@ -127,11 +127,16 @@ def at_work(tick: Tick) -> str:
 
 
 class Plain:
-    """Plain lines. Local steps get one when nothing was said for 2 seconds, or for a sixtieth of the time so far."""
+    """Plain lines. Local steps get one when nothing was said for 2 seconds, or for a sixtieth of the time so far.
+
+    The start of a client's work gets one where it may take as long: the first of its kind, and where steps are slow.
+    """
 
     def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
         self._write, self._now = write, now
-        self._started = self._last = now()
+        self._started = self._last = self._ticked = now()
+        self._kinds: set[str] = set()
+        self._slow = False
 
     def say(self, line: str) -> None:
         """See `Watch`."""
@@ -144,8 +149,14 @@ class Plain:
 
     def report(self, tick: Tick) -> None:
         """See `Watch`."""
-        patience = max(SILENCE_SECONDS, (self._now() - self._started) / 60)
-        if self._now() - self._last > patience:
+        now = self._now()
+        patience = max(SILENCE_SECONDS, (now - self._started) / 60)
+        if tick.done:
+            self._slow = now - self._ticked > patience
+        begins_slowly = tick.done == 0 and (self._slow or tick.kind not in self._kinds)
+        self._kinds.add(tick.kind)
+        self._ticked = now
+        if begins_slowly or now - self._last > patience:
             self.say(at_work(tick))
 
     def __enter__(self) -> Self:

@@ -85,7 +85,7 @@ def test_plain_log_breaks_silence_after_two_seconds() -> None:
         for second in range(10):
             clock.time = second
             plain.report(tick(second))
-    assert [line.split(" of 9")[0][-1] for line in lines] == ["3", "6", "9"]
+    assert [line.split(" of 9")[0][-1] for line in lines] == ["0", "3", "6", "9"]
 
 
 def test_plain_log_of_a_long_run_is_no_flood() -> None:
@@ -104,7 +104,19 @@ def test_plain_log_counts_every_line_as_a_sign_of_life() -> None:
         clock.time = second
         plain.event(EVENTS[2][0])
         plain.report(tick(second))
-    assert lines == [EVENTS[2][1]] * 8
+    assert lines == [EVENTS[2][1], at_work(tick(0)), *[EVENTS[2][1]] * 7]
+
+
+def test_plain_log_names_the_client_before_slow_work() -> None:
+    clock, lines = Clock(), list[str]()
+    plain = Plain(lines.append, clock)
+    for client, seconds in (("quick", 0.1), ("slow", 5.0), ("next", 0.1), ("last", 0.1)):
+        for done in (0, 1):
+            clock.time += seconds * done
+            plain.report(tick(done)._replace(client=client))
+    assert [line.split(" · ")[1:3] for line in lines] == [
+        ["quick", "local step 0 of 9"], ["slow", "local step 1 of 9"], ["next", "local step 0 of 9"]
+    ]  # fmt: skip
 
 
 def test_live_line_shows_the_step_and_keeps_rounds() -> None:

@@ -44,7 +44,8 @@ def facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    return model["name"] + (f", {model['params']:,} parameters" if model["params"] else "")
+    known = f", {model['params']:,} parameters" if model["params"] else ""
+    return f"{model['name']}{known}"
 
 
 def _trains(data: Mapping[str, Any]) -> str:
