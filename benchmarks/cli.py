@@ -6,8 +6,7 @@ from benchmarks.harness import Bar, Case, Contestant
 
 COMMANDS = {"help": (["--help"], 0.3), "plan": (["plan", "quickstart"], 3.0)}
 BARS = [
-    Bar("cli", f"cli-{name}", "seconds", "atoll", at_most=seconds, less_is_better=True, unit="s")
-    for name, (_, seconds) in COMMANDS.items()
+    Bar("cli", f"cli-{name}", "seconds", "atoll", at_most=seconds, unit="s") for name, (_, seconds) in COMMANDS.items()
 ]
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ ANSWER_SHARE = (0.3, 0.7)
 
 
 def training(name: str, count: int) -> None:
-    """The model and `count` samples: `fixed` are 128 tokens with a label each, `chat` 16 to 128 with labels at the end."""
+    """The model and `count` samples of a kind; see SAMPLES."""
     folder = model()
     target = inputs() / f"{name}-{count}.npz"
     if not target.exists():
         tokens, rng = text_tokens(folder), np.random.default_rng(7)
-        make = fixed if name == "fixed" else chat
-        save(target, [make(tokens, rng) for _ in range(count)])
+        save(target, [SAMPLES[name](tokens, rng) for _ in range(count)])
 
 
 def byte_samples(count: int) -> None:
@@ -59,9 +59,9 @@ def text_tokens(folder: Path) -> list[int]:
     return ids
 
 
-def fixed(tokens: list[int], rng: np.random.Generator) -> Sample:
-    """128 consecutive tokens, all labeled."""
-    ids = window(tokens, 128, rng)
+def fixed(tokens: list[int], rng: np.random.Generator, length: int = 128) -> Sample:
+    """`length` consecutive tokens, all labeled."""
+    ids = window(tokens, length, rng)
     return ids, ids
 
 
@@ -97,6 +97,14 @@ def tiny_llama() -> None:
     model, tokenizer = load_model("tiny:llama")
     model.save_pretrained(inputs() / "tiny-llama")
     tokenizer.save_pretrained(inputs() / "tiny-llama")
+
+
+SAMPLES: dict[str, Callable[[list[int], np.random.Generator], Sample]] = {
+    "fixed": fixed,
+    "chat": chat,
+    "long": partial(fixed, length=1024),
+}
+"""How a sample is cut from the text, by kind."""
 
 
 def images(users: int, samples: int) -> None:

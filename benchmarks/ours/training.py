@@ -13,7 +13,7 @@ from atoll.local.work import train
 from atoll.recipe import validate
 from atoll.stream import UPDATE
 from benchmarks.ours.parts import KEY
-from benchmarks.samples import tokens
+from benchmarks.samples import inputs_folder, tokens
 from benchmarks.worker import Measure, serve
 
 
@@ -59,15 +59,14 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
         "local_steps": config["steps"],
         "clip_norm": 1.0,
     }
-    return {"recipe": 1, "name": "benchmark", "model": config["model"], "data": data, "finetune": finetune}
+    model = config["model"] if "model" in config else str(inputs_folder() / config["folder"])
+    return {"recipe": 1, "name": "benchmark", "model": model, "data": data, "finetune": finetune}
 
 
 def save_start(config: Mapping[str, Any], things: Assembly) -> None:
     """The adapter that training starts from, for contestants that must start from the same."""
     if name := config.get("save_start"):
         from safetensors.torch import save_file
-
-        from benchmarks.samples import inputs_folder
 
         save_file(things.start, inputs_folder() / name)
 
