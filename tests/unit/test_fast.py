@@ -198,7 +198,7 @@ def test_a_swap_that_changes_the_answers_is_undone(monkeypatch: pytest.MonkeyPat
     own = attention.attention
     monkeypatch.setattr(attention, "attention", lambda *a, **k: (own(*a, **k)[0] * 1.1, None))
     report = accelerate(model)
-    assert "answers differ" in report.left["attention"]
+    assert "differs by" in report.left["attention"]
     assert model.config._attn_implementation == before
 
 
@@ -236,3 +236,42 @@ def test_attention_is_the_masked_softmax(lengths: list[int], rows: int, window: 
 
 def test_keeping_freed_memory_says_whether_it_can() -> None:
     assert memory.keep_freed_memory() in (True, False)
+
+
+def test_a_mask_that_leaks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_sample_lengths", lambda allowed, rows, width, *rest: (width,) * rows)
+    assert "differs by" in accelerate(build("llama")).left["attention"]
+
+
+TEXTS = (
+    "A patient comes to the clinic with a fever and a sore throat for three days. A viral infection is most likely.",
+    "Question: if a train travels 60 miles in 1.5 hours, what is its average speed? Answer: 40 miles per hour.",
+    "The council voted on Tuesday to extend the opening hours of the library, as students need a quiet place.",
+)
+
+
+@pytest.mark.real
+def test_the_real_model_is_swapped_whole_and_its_bf16_gradients_are_as_close_to_fp32_as_the_plain_ones() -> None:
+    """bf16 alone moves the gradients by 7 % of their norm, plain or accelerated."""
+    from atoll.models.load import load_model
+
+    def adapted(dtype: str) -> tuple[nn.Module, list[Sample]]:
+        model, tokenizer = load_model("smollm2-135m", dtype=dtype)
+        ids = [tokenizer(text, return_tensors="np").input_ids[0].astype("int32") for text in TEXTS]
+        return with_lora(model).train(), [(each, each) for each in ids]
+
+    def error(found: dict[str, torch.Tensor]) -> torch.Tensor:
+        missed, size = (
+            torch.stack([x.norm() for x in each]).norm()
+            for each in ([found[name] - exact[name] for name in exact], exact.values())
+        )
+        return missed / size
+
+    model, batch = adapted("float32")
+    exact = gradients(model, torch.stack(plain_losses(model, batch)).sum())
+    model, _ = adapted("bfloat16")
+    plain = error(gradients(model, torch.stack(plain_losses(model, batch)).sum()))
+    assert accelerate(model).swapped == {"attention": 30, "linear": 210, "norm": 61}
+    assert packable(model)
+    losses, _ = token_losses(model, pack(batch))
+    assert error(gradients(model, losses.sum())) < 1.3 * plain

@@ -1,21 +1,20 @@
 """Faster parts for the local training of any Hugging Face causal LM, each held by a test to the plain result.
 
-`accelerate` swaps parts of a model in place, by type: attention, PEFT's LoRA linear layers, RMS norms. After each swap the
-model is run on a few tokens and must say what it said before; a part that does not, or that a family does in its own way,
-stays the family's own, and the report says why. Names of parameters do not change: adapters are saved and read as before.
+`accelerate` swaps parts of a model in place, by type: attention, PEFT's LoRA linear layers, RMS norms. After each swap
+every layer is run on a few tokens and must say what it said before (`check`); a part that does not, or that a family does
+in its own way, stays the family's own, and the report says why. Names of parameters do not change: adapters are saved and
+read as before.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from atoll.data.collate import evaluating
+from atoll.models.fast.check import causal_lm, listen
 from atoll.models.fast.memory import keep_freed_memory
 
 __all__ = ["Accelerated", "accelerate"]
@@ -49,14 +48,14 @@ def accelerate(model: nn.Module) -> Accelerated:
     report = Accelerated()
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
-    expected = _answers(model)
+    said = listen(model)
     for part, swap in (("attention", _attention), ("linear", _linears), ("norm", _norms)):
         outcome = swap(model)
         if isinstance(outcome, str):
             report.left[part] = outcome
             continue
         count, undo = outcome
-        if reason := _changed(model, expected):
+        if reason := said.differ(model):
             undo()
             report.left[part] = reason
         else:
@@ -69,15 +68,15 @@ def _attention(model: nn.Module) -> Swap:
 
     from atoll.models.fast import attention
 
-    causal_lm = _causal_lm(model)
-    config = causal_lm.config.get_text_config()
-    if not getattr(causal_lm, "_supports_attention_backend", False):
-        return f"{type(causal_lm).__name__} takes no attention function"
-    before = causal_lm.config._attn_implementation
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    if not getattr(inner, "_supports_attention_backend", False):
+        return f"{type(inner).__name__} takes no attention function"
+    before = inner.config._attn_implementation
     AttentionInterface.register(attention.NAME, attention.attention)
     AttentionMaskInterface.register(attention.NAME, attention.mask_or_layout)
-    causal_lm.set_attn_implementation(attention.NAME)
-    return config.num_hidden_layers, lambda: causal_lm.set_attn_implementation(before)
+    inner.set_attn_implementation(attention.NAME)
+    return config.num_hidden_layers, lambda: inner.set_attn_implementation(before)
 
 
 def _linears(model: nn.Module) -> Swap:
@@ -110,30 +109,3 @@ def _reclass(new_classes: dict[nn.Module, type[nn.Module]]) -> Swap:
 
     assign(new_classes)
     return len(before), lambda: assign(before)
-
-
-def _causal_lm(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def _answers(model: nn.Module) -> list[Tensor]:
-    """Logits for a few tokens: one sample, and two packed ones where the family takes positions."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5, 3]], device=device)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]], device=device)
-    inputs: list[dict[str, Tensor]] = [{"input_ids": ids}]
-    if "position_ids" in inspect.signature(_causal_lm(model).forward).parameters:
-        inputs.append({"input_ids": ids, "position_ids": positions})
-    with evaluating(model), torch.no_grad():
-        return [model(use_cache=False, **each).logits.float() for each in inputs]
-
-
-def _changed(model: nn.Module, expected: list[Tensor]) -> str:
-    """How the model's answers differ from the expected ones, beyond rounding; empty where they do not."""
-    tolerance = 1e-3 + 4 * torch.finfo(next(model.parameters()).dtype).eps
-    try:
-        found = _answers(model)
-    except (NotImplementedError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    difference = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
-    return f"its answers differ by {difference:.1%}" if not difference <= tolerance else ""
