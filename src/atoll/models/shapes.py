@@ -33,7 +33,9 @@ class Shapes:
         family: the model type in transformers: "llama", "gpt2", ...
         params: name -> (shape, dtype in the checkpoint); params that share storage stand under their first name.
         linears: name of each linear module -> (in, out); GPT-2's Conv1D modules too, the output embeddings not.
-        layers, hidden, vocab: numbers of layers, features and tokens.
+        layers: how many layers it has.
+        hidden: features of a hidden state.
+        vocab: tokens of the vocabulary.
         context: the most tokens a sample may have; 0 where the family sets no bound.
     """
 
