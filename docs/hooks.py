@@ -100,7 +100,9 @@ def recipe_tables() -> str:
 
 def shown(default: Any) -> str:
     """A default as a recipe would say it; a section's stands in its own table."""
-    return "see below" if isinstance(default, recipe.Section) else "null" if default is None else str(default)
+    if isinstance(default, recipe.Section):
+        return "see below"
+    return "null" if default is None else str(default) or '""'
 
 
 def attribute_docs(model: type) -> Iterator[tuple[str, str]]:

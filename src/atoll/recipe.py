@@ -36,25 +36,41 @@ class Finetune(Section):
     """The stage `finetune`: rounds of local work and aggregation."""
 
     rounds: Count = 5
+    """Rounds in all."""
     objective: PartAsWritten = "sft"
+    """What is minimized."""
     context: Annotated[int, Ge(8)] = 512
     """The longest sample in tokens."""
     space: PartAsWritten = "lora"
+    """What trains and travels."""
     batch_size: Count = 4
+    """Samples in a batch."""
     local_steps: Count | None = None
     """Optimizer steps a round; without it, `epochs` passes over each client's own samples."""
     epochs: Count = 1
+    """Only without `local_steps`."""
     accumulate: Count = 1
+    """Batches in an optimizer step."""
     optimizer: PartAsWritten = "adamw"
+    """The inner one; it starts anew in every round."""
     rate: PartAsWritten = "constant"
+    """How the learning rate changes over the whole run."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
+    """Of the gradients in a local step."""
     correction: PartAsWritten = "none"
+    """What a method does to local gradients, and sends beside the update."""
     schedule: PartAsWritten = "synchronous"
+    """Whom a round asks, and when it closes."""
     weighting: Literal["examples", "uniform"] = "examples"
+    """What a client's update counts: its training samples, or 1."""
     up: list[PartAsWritten] = []
+    """The transforms of an update, in the order of encoding."""
     down: list[PartAsWritten] = []
+    """The transforms of a broadcast."""
     aggregate: PartAsWritten = "mean"
+    """How many updates become one."""
     outer: PartAsWritten = "sgd"
+    """How that one moves the shared params."""
     population: Literal["all", "pooled"] | list[str] = "all"
     """Who may be sampled: all clients, the named ones, or `pooled`: one client that holds everybody's samples."""
 
@@ -88,17 +104,26 @@ class Recipe(Section):
     recipe: Literal[1]
     """The version of the format."""
     name: str
+    """Names the folder of its runs: `name-1`, `name-2`, ..."""
     description: str = ""
     reference: str = ""
+    """A method's paper and algorithm."""
     checked: Checked | None = None
+    """A method's number."""
     seed: Annotated[int, Ge(0)] = 0
+    """All randomness of the run starts here."""
     model: PartAsWritten = "smollm2-135m"
+    """A preset, a folder, a hub id, `tiny:FAMILY`, or a factory of your own."""
     data: PartAsWritten
+    """Where the clients' data come from."""
     finetune: Finetune = Finetune()
     evaluate: Evaluate = Evaluate()
     baselines: list[Literal["local", "pooled"]] = []
+    """What the result is measured against: each client alone, everybody's data in one place."""
     fleet: PartAsWritten = "inprocess"
+    """Where clients run."""
     sinks: list[PartAsWritten] = []
+    """Who hears the events beside the record."""
     start: str | None = Field(default=None, alias="from")
     """Another run, whose result is where this one starts."""
 

@@ -65,6 +65,14 @@ def test_readme_shows_fedprox_as_it_is_shipped():
     assert shown in shipped
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_recipe_that_is_shown_is_built_or_shipped(page: Path):
+    shipped = [path.read_text(encoding="utf-8") for path in recipe.shipped().values()]
+    for block in blocks(page):
+        if block.language == "yaml":
+            assert block.title or any(block.text in text for text in shipped), f"{name(page)}:{block.line}"
+
+
 def test_readme_is_short_to_a_finished_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert next(n for n, line in enumerate(text, 1) if line.startswith("make setup")) <= 20
