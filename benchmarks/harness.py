@@ -55,6 +55,8 @@ class Case:
     contestants: tuple[Contestant, ...]
     needs: Callable[[], None] = lambda: None
     repeats: int = 5
+    stay: bool = True
+    """Whether a contestant's process stays for its next turn; else each measurement has a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def measure(at: str, case: Case, deadline: float) -> bool:
         for repeat, contestant in todo:
             if time.monotonic() > deadline:
                 return False
+            if not case.stay:
+                with worker(contestant) as process:
+                    _measure_once(at, case, contestant, repeat, process)
+                continue
             if contestant.name not in workers:
                 workers[contestant.name] = processes.enter_context(worker(contestant))
             _measure_once(at, case, contestant, repeat, workers[contestant.name])

@@ -55,4 +55,4 @@ def memory(users: int) -> Case:
         for count in (10, users):
             inputs.images(count, SAMPLES)
 
-    return Case("simulation-memory", (contestant(10), contestant(users)), needs)
+    return Case("simulation-memory", (contestant(10), contestant(users)), needs, stay=False)

@@ -6,6 +6,7 @@ losses must agree to 1%. On tiny models of the other families we must not be slo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -17,10 +18,13 @@ START = "smollm2-135m-start.safetensors"
 BATCH = {"fixed": 4, "chat": 8}
 """Samples a step: about 512 tokens."""
 
-BEST: dict[str, dict[str, Any]] = {
-    "fixed": {"layout": "padded", "attention": "eager", "sft": {"gradient_checkpointing": False, "bf16": True}},
-    "chat": {"layout": "packed", "attention": "eager", "sft": {"gradient_checkpointing": False, "bf16": True}},
-}
+
+def trl(layout: str, attention: str, autocast: bool) -> dict[str, Any]:
+    """A configuration of TRL without gradient checkpointing."""
+    return {"layout": layout, "attention": attention, "sft": {"gradient_checkpointing": False, "bf16": autocast}}
+
+
+BEST = {"fixed": trl("padded", "eager", True), "chat": trl("packed", "eager", True)}
 """TRL's best configuration: the fastest of the twelve that the case training-tuning tries."""
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "gemma", "qwen", "phi", "mamba")
@@ -28,12 +32,12 @@ FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "gemma", "qwen", "phi",
 BARS = [
     *(
         Bar("training", f"training-{kind}", "tokens_per_s", "atoll", against=against, at_least=least)
-        for kind in ("fixed", "chat")
+        for kind in BATCH
         for against, least in (("trl-default", 2.5), ("trl-best", 1.5))
     ),
     *(
         Bar("training", f"training-{kind}", "loss", "atoll", against=against, at_least=0.99, at_most=1.01)
-        for kind in ("fixed", "chat")
+        for kind in BATCH
         for against in ("trl-default", "trl-best")
     ),
     Bar("training", "training-fixed", "tokens_per_s", "atoll", against="limit"),
@@ -44,7 +48,8 @@ BARS = [
 def cases(tiny: bool) -> list[Case]:
     """Fixed lengths, chat samples, the families, and the search for TRL's best configuration."""
     steps = 2 if tiny else 4
-    return [*(against_trl(kind, steps) for kind in ("fixed", "chat")), families(steps * 5), *tunings(steps)]
+    tunings = [tuning(kind, steps) for kind in BATCH]
+    return [*tunings, *(against_trl(kind, steps) for kind in BATCH), families(steps * 5)]
 
 
 def against_trl(kind: str, steps: int) -> Case:
@@ -76,14 +81,17 @@ def families(steps: int) -> Case:
     return Case("training-families", contestants, partial(inputs.byte_samples, 4 * steps))
 
 
-def tunings(steps: int) -> list[Case]:
-    """How TRL's best configuration was found."""
-    return [
-        Case(
-            f"training-tuning-{kind}",
-            (Contestant("trl", "benchmarks.peers.trl.tune", "trl", work(kind, steps)),),
-            partial(inputs.training, kind, steps * BATCH[kind]),
-            repeats=1,
+def tuning(kind: str, steps: int) -> Case:
+    """How TRL's best configuration was found: every layout, attention and precision of the adapters, measured once."""
+    choices = itertools.product(("padded", "padding-free", "packed"), ("eager", "sdpa"), (True, False))
+    contestants = tuple(
+        Contestant(
+            f"{layout}-{attention}-{'bf16' if autocast else 'fp32'}",
+            "benchmarks.peers.trl.train",
+            "trl",
+            {**work(kind, steps), **trl(layout, attention, autocast)},
         )
-        for kind in ("fixed", "chat")
-    ]
+        for layout, attention, autocast in choices
+    )
+    needs = partial(inputs.training, kind, steps * BATCH[kind])
+    return Case(f"training-tuning-{kind}", contestants, needs, repeats=1, stay=False)
