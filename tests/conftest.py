@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "contract"))
+from support import Atoll, Said
 
 
 @pytest.fixture
@@ -30,17 +27,6 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records = [{"prompt": f"What color is item {i}?", "completion": f"Item {i} is {color}."} for i in range(40)]
         (root / f"{site}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return root
-
-
-class Said(NamedTuple):
-    """What a command line gave: its exit status and what it wrote."""
-
-    status: int
-    out: str
-    err: str
-
-
-Atoll = Callable[..., Said]
 
 
 @pytest.fixture(scope="session")

@@ -78,8 +78,10 @@ class Finetune(Section):
 class Evaluate(Section):
     """Held-out loss at the clients."""
 
+    start: bool = True
+    """Whether to evaluate before the first round: the base model."""
     every: Annotated[int, Ge(0)] = 1
-    """Rounds between evaluations; 0: at the start and at the end alone."""
+    """Rounds between evaluations; 0: none between the start and the end."""
     samples: Count = 64
     """Held-out samples a client between rounds."""
     final_samples: Count = 256
@@ -139,22 +141,27 @@ def read(name_or_path: str, settings: Iterable[str] = ()) -> tuple[Recipe, Tree]
     return validate(tree, name_or_path), tree
 
 
-def resolve(name_or_path: str, method: str = "") -> Tree:
-    """The tree of a recipe over everything it extends; with `method`, that one stands where its own method stood."""
+def resolve(name_or_path: str) -> Tree:
+    """The tree of a recipe over everything it extends."""
     tree = load(locate(name_or_path))
     chain = [name_or_path]
-    while base := tree.pop("extends", None) or method:
+    while base := tree.pop("extends", None):
         if not isinstance(base, str):
             raise AtollError(
                 "not a recipe to extend", where=f"{chain[-1]}: extends", found=base, allowed="a name or a path"
             )
-        if method and (base == method or base.startswith("methods/")):
-            base, method = method, ""
         if base in chain:
             raise AtollError("recipes extend each other in a circle", where=chain[0], found=" -> ".join([*chain, base]))
         chain.append(base)
         tree = merge(load(locate(base)), tree)
     return tree
+
+
+def with_method(tree: Tree, method: str) -> Tree:
+    """A run's tree with what a method says laid over it: how methods are compared on one run."""
+    said = resolve(method)
+    over: Tree = merge(tree, {key: said[key] for key in ("finetune", "fleet") if key in said})
+    return over
 
 
 def shipped() -> dict[str, Path]:

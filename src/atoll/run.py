@@ -131,7 +131,7 @@ def execute(
 def baselines(ready: Plan, with_data: Sequence[str]) -> Iterator[tuple[str, Plan]]:
     """What the federated result is measured against: the same work by one client alone, or on everybody's data pooled."""
     stage = ready.recipe.finetune
-    quiet_evaluation = {"every": 0}
+    quiet_evaluation = {"start": False, "every": 0}
     for kind in ready.recipe.baselines:
         if kind == "local":
             for client in with_data:
@@ -250,7 +250,7 @@ def introduce(at: Stage) -> None:
             clients=ready.trainers,
             samples={name: len(data.train) for name, data in things.data.items()},
             trains=numel(things.start),
-            of=sum(p.numel() for p in things.model.parameters()),
+            of=ready.shapes.count if ready.shapes else sum(p.numel() for p in things.model.parameters()),
             seed=ready.recipe.seed,
             baselines=[name for name, _ in baselines(ready, list(things.data))],
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
@@ -262,9 +262,11 @@ def introduce(at: Stage) -> None:
 
 
 def due(ready: Plan, round: int) -> bool:
-    """Whether to evaluate before round `round` begins: at the start, then as the recipe says. The end comes by itself."""
-    every = ready.recipe.evaluate.every
-    return round == 0 or (every > 0 and round % every == 0 and round < ready.recipe.finetune.rounds)
+    """Whether to evaluate before round `round` begins: as the recipe says. The end comes by itself."""
+    wanted = ready.recipe.evaluate
+    if round == 0:
+        return wanted.start
+    return wanted.every > 0 and round % wanted.every == 0 and round < ready.recipe.finetune.rounds
 
 
 def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progress:

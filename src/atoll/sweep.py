@@ -109,8 +109,8 @@ def choose(methods: Sequence[str], grid: dict[str, dict[str, list[Any]]], trials
 
 
 def tree_of(name_or_path: str, trial: Trial) -> recipe.Tree:
-    """The recipe on the trial's method instead of its own, with the trial's settings, and without baselines."""
-    tree = recipe.resolve(name_or_path, method=trial.method)
+    """The recipe with the trial's method laid over it, then the trial's settings; without baselines."""
+    tree = recipe.with_method(recipe.resolve(name_or_path), trial.method)
     for path, value in trial.settings.items():
         tree = recipe.put(tree, path, value)
     return tree | {"baselines": []}

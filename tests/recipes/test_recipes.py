@@ -19,8 +19,7 @@ RUNS = [name for name in SHIPPED if name.startswith("runs/")]
 def on_its_bench(name: str) -> recipe.Tree:
     """The method laid over the run that its number is stated for."""
     method = recipe.resolve(name)
-    parts = {key: method[key] for key in ("finetune", "fleet") if key in method}
-    return recipe.merge(recipe.resolve(method["checked"]["run"]), parts | {"name": method["name"]})
+    return recipe.with_method(recipe.resolve(method["checked"]["run"]), name) | {"name": method["name"]}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -14,7 +14,7 @@ from atoll.chat import Chat, converse
 from atoll.models.tiny import tiny as tiny_model
 from atoll.record.folder import RunFolder
 from atoll.result import Result, load_result
-from conftest import Atoll
+from support import Atoll
 
 QUESTION = "What color is item 3?"
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"

@@ -16,7 +16,7 @@ import pytest
 import atoll as package
 from atoll.cli import COMMANDS
 from atoll.record.folder import RunFolder
-from conftest import Atoll
+from support import Atoll
 
 
 def test_public_names() -> None:
@@ -212,10 +212,10 @@ def test_data_preview(atoll: Atoll, sites: Path) -> None:
     arguments = ("data", str(sites / "north.jsonl"), "--model", "tiny:llama")
     data = json.loads(atoll(*arguments, "--json", "--show", "1").out)
     assert sum(data["samples"].values()) == 40
-    labelled = "".join(text for text, on in data["shown"][0] if on)
-    assert re.fullmatch(r"Item \d+ is red\.<\|im_end\|>", labelled)
+    labeled = "".join(text for text, on in data["shown"][0] if on)
+    assert re.fullmatch(r"Item \d+ is red\.<\|im_end\|>", labeled)
     everything = json.loads(atoll(*arguments, "--json", "--show", "0", "--objective", "causal-lm").out)
-    assert everything["labelled_share"] == 1.0
+    assert everything["labeled_share"] == 1.0
     assert "40 kept of 40" in atoll(*arguments).out
 
 

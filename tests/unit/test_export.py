@@ -17,7 +17,7 @@ from atoll.models.tiny import tiny as tiny_model
 from atoll.params import equal
 from atoll.record.folder import RunFolder
 from atoll.result import tuned_params
-from conftest import Atoll
+from support import Atoll
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import Atoll, Said
+from support import Atoll, Said
 
 
 class Mistake(NamedTuple):

@@ -45,8 +45,8 @@ def test_it_counts_what_prepare_keeps(shown: Preview, tmp_path: Path) -> None:
     prepared = prepare(tmp_path / "clinic", byte_tokenizer(), 128, cache_root=tmp_path / "cache")
     assert shown.samples == {"train": len(prepared.train), "test": len(prepared.test)}
     assert shown.tokens == prepared.train.tokens + prepared.test.tokens
-    assert shown.labelled_tokens == prepared.train.labelled_tokens + prepared.test.labelled_tokens
-    assert 0 < shown.labelled_share < 1
+    assert shown.labeled_tokens == prepared.train.labeled_tokens + prepared.test.labeled_tokens
+    assert 0 < shown.labeled_share < 1
     assert shown.report == prepared.report
     assert shown.report.left_out == {NO_ANSWER: (1, "clinic/a.jsonl:2"), TOO_LONG: (1, "clinic/a.jsonl:3")}
     every = sorted([*prepared.train.lengths, *prepared.test.lengths])
@@ -63,7 +63,7 @@ def test_tokens_are_marked_and_give_the_text_back(shown: Preview) -> None:
     assert len(shown.shown) == 2
     assert len(first) == len(tokenizer(text)["input_ids"])
     assert "".join(token.text for token in first) == text
-    assert "".join(token.text for token in first if token.labelled) == "four é 漢!<|im_end|>"
+    assert "".join(token.text for token in first if token.labeled) == "four é 漢!<|im_end|>"
 
 
 def test_tokens_keep_the_spaces_that_a_decoder_drops_at_the_start(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_tokens_keep_the_spaces_that_a_decoder_drops_at_the_start(tmp_path: Path
     core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     write(tmp_path / "a.jsonl", [{"prompt": "two is", "completion": " even"}])
     [sample] = preview(tmp_path, PreTrainedTokenizerFast(tokenizer_object=core), 64).shown
-    assert [(token.text, token.labelled) for token in sample] == [("two", False), (" is", False), (" even", True)]
+    assert [(token.text, token.labeled) for token in sample] == [("two", False), (" is", False), (" even", True)]
 
 
 def test_the_terminal_shows_every_fact_and_the_samples(shown: Preview) -> None:
@@ -89,7 +89,7 @@ def test_the_terminal_shows_every_fact_and_the_samples(shown: Preview) -> None:
         "1 no answer, first at clinic/a.jsonl:2",
         "topic",
     ]
-    for fact in [*facts, "four é 漢!", f"{shown.labelled_share:.1%} with a loss"]:
+    for fact in [*facts, "four é 漢!", f"{shown.labeled_share:.1%} with a loss"]:
         assert fact in text
     assert "\x1b[1;32mfour é 漢!" in console.export_text(styles=True)
 
@@ -98,8 +98,8 @@ def test_it_is_plain_data_for_json(shown: Preview) -> None:
     plain = json.loads(json.dumps(shown.as_dict()))
     assert plain["report"]["kept"] == shown.report.kept
     assert plain["samples"] == shown.samples
-    assert plain["labelled_share"] == shown.labelled_share
-    assert next(text for text, labelled in plain["shown"][0] if labelled) == "f"
+    assert plain["labeled_share"] == shown.labeled_share
+    assert next(text for text, labeled in plain["shown"][0] if labeled) == "f"
 
 
 def test_plain_text_is_previewed_as_windows(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_plain_text_is_previewed_as_windows(tmp_path: Path) -> None:
     found = preview(tmp_path, byte_tokenizer(), 20)
     assert found.objective == "causal_lm"
     assert found.samples == {"train": 5, "test": 1}
-    assert found.labelled_share == 1.0
+    assert found.labeled_share == 1.0
     assert found.files == {f"{tmp_path.name}/test.jsonl": "test", f"{tmp_path.name}/train.jsonl": "train"}
     assert found.lengths[1.0] == 100
 
@@ -117,7 +117,7 @@ def test_nothing_usable_is_a_preview_too(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": ""}])
     found = preview(tmp_path, byte_tokenizer(), 64)
     assert not found.report.usable
-    assert (found.tokens, found.labelled_share, found.lengths, found.shown) == (0, 0.0, {}, ())
+    assert (found.tokens, found.labeled_share, found.lengths, found.shown) == (0, 0.0, {}, ())
     assert render(found)
 
 
@@ -134,4 +134,4 @@ def test_labels_of_the_preview_are_those_of_training(shown: Preview, tmp_path: P
         for data in (prepared.train, prepared.test)
         for row, sample in zip(data.rows, data, strict=True)
     }
-    assert [token.labelled for token in shown.shown[0]] == (by_row[0][1] != IGNORE).tolist()
+    assert [token.labeled for token in shown.shown[0]] == (by_row[0][1] != IGNORE).tolist()

@@ -10,7 +10,7 @@ import pytest
 
 from atoll.errors import AtollError
 from atoll.sweep import Outcome, choose, parse_grid, points, ranked, tree_of
-from conftest import Atoll
+from support import Atoll
 
 
 def test_grid_for_all_and_for_one_method() -> None:

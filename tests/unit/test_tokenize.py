@@ -128,8 +128,8 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
     return run
 
 
-def labelled_runs(sample: Sample, tokenizer: Any) -> list[str]:
-    """The text of each run of labelled tokens."""
+def labeled_runs(sample: Sample, tokenizer: Any) -> list[str]:
+    """The text of each run of labeled tokens."""
     ids, labels = sample
     edges = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE, [False]]).astype(int)))
     return [tokenizer.decode(ids[start:stop]) for start, stop in edges.reshape(-1, 2)]
@@ -146,7 +146,7 @@ def test_the_loss_is_on_every_answer_and_its_end_and_nowhere_else(name: str, pre
     [sample] = prepared([{"messages": chat}], tokenizer).train
     end = ENDS.get(name, "<|im_end|>")
     last = "<|im_end|>" if name == "eos_at_the_end_only" else end
-    assert labelled_runs(sample, tokenizer) == ["user" + end, "yes é 漢\n\nbye" + last]
+    assert labeled_runs(sample, tokenizer) == ["user" + end, "yes é 漢\n\nbye" + last]
     text = ChatFormat(tokenizer).render(chat)
     assert sample[0].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -171,27 +171,27 @@ def test_what_precedes_an_answer_is_the_prompt_a_model_is_given(name: str, conte
 def test_blanks_that_the_template_trims_do_not_move_the_loss(name: str, prepared: Prepare) -> None:
     tokenizer = tokenizer_for(name)
     [sample] = prepared([{"messages": turns(" q ", "\n a", "r\n", "b  ")}], tokenizer).train
-    assert labelled_runs(sample, tokenizer) == ["a" + ENDS[name], "b" + ENDS[name]]
+    assert labeled_runs(sample, tokenizer) == ["a" + ENDS[name], "b" + ENDS[name]]
 
 
 def test_the_system_prompt_of_the_template_stays_and_carries_no_loss(prepared: Prepare) -> None:
     tokenizer = tokenizer_for("smollm2")
     [sample] = prepared([{"prompt": "2+2?", "completion": "4"}], tokenizer).train
     assert "You are a helpful AI assistant" in tokenizer.decode(sample[0])
-    assert labelled_runs(sample, tokenizer) == ["4<|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == ["4<|im_end|>"]
 
 
 def test_thinking_that_the_template_drops_or_rewrites_does_not_move_the_loss(prepared: Prepare) -> None:
     tokenizer = tokenizer_for("qwen3")
     chat = turns("2+2?", "<think>\neasy\n</think>\n\n4", "3+3?", "<think>hard</think>6")
     [sample] = prepared([{"messages": chat}], tokenizer).train
-    assert labelled_runs(sample, tokenizer) == ["4<|im_end|>", "<think>\nhard\n</think>\n\n6<|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == ["4<|im_end|>", "<think>\nhard\n</think>\n\n6<|im_end|>"]
 
 
 def test_thinking_that_the_prompt_opens_but_the_text_lacks(prepared: Prepare) -> None:
     tokenizer = tokenizer_for("r1")
     [sample] = prepared([{"messages": turns("a", "<think>x</think>b", "c", "<think>y</think>d")}], tokenizer).train
-    assert labelled_runs(sample, tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_tool_calls_are_part_of_the_answer(prepared: Prepare) -> None:
@@ -204,7 +204,7 @@ def test_tool_calls_are_part_of_the_answer(prepared: Prepare) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]}
     chat = [turns("time?")[0], call, {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It's noon"}]
     [sample] = prepared([{"messages": chat}], tokenizer).train
-    assert labelled_runs(sample, tokenizer) == ["<call>clock<|im_end|>", "It's noon<|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == ["<call>clock<|im_end|>", "It's noon<|im_end|>"]
 
 
 def test_an_answer_of_blanks_between_words_keeps_its_blanks(prepared: Prepare) -> None:
@@ -214,7 +214,7 @@ def test_an_answer_of_blanks_between_words_keeps_its_blanks(prepared: Prepare) -
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     [sample] = prepared([{"prompt": "  q  ", "completion": "a   b  "}], tokenizer).train
-    assert labelled_runs(sample, tokenizer) == ["a   b  <|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == ["a   b  <|im_end|>"]
 
 
 def test_conversations_that_the_template_refuses_are_counted(prepared: Prepare) -> None:
@@ -231,7 +231,7 @@ def test_without_a_template_a_completion_follows_its_prompt(prepared: Prepare) -
     tokenizer = tokenizer_for("none")
     [sample] = prepared([{"prompt": "2+2=", "completion": "4"}], tokenizer).train
     assert tokenizer.decode(sample[0]) == "2+2=4<|im_end|>"
-    assert labelled_runs(sample, tokenizer) == ["4<|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == ["4<|im_end|>"]
 
 
 def test_special_tokens_that_the_tokenizer_adds_frame_a_completion_once(prepared: Prepare) -> None:
@@ -244,7 +244,7 @@ def test_special_tokens_that_the_tokenizer_adds_frame_a_completion_once(prepared
     )
     [sample] = prepared([{"prompt": "2+2=", "completion": "4"}], tokenizer).train
     assert tokenizer.decode(sample[0]) == "<|im_start|>2+2=4<|im_end|>"
-    assert labelled_runs(sample, tokenizer) == ["4<|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == ["4<|im_end|>"]
 
 
 def test_plain_text_is_cut_into_windows_that_give_the_text_back(prepared: Prepare) -> None:
@@ -394,16 +394,16 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     folder = tmp_path_factory.mktemp("tokens") / "train"
     with TokenWriter(folder) as writer:
         for row, sample in enumerate(samples):
-            ids, labelled = zip(*sample, strict=True)
-            writer.add(np.array(ids), np.array(labelled), row * 2)
+            ids, labeled = zip(*sample, strict=True)
+            writer.add(np.array(ids), np.array(labeled), row * 2)
     data = load(folder)
     assert len(data) == len(samples)
     for (ids, labels), sample in zip(data, samples, strict=True):
         assert (ids.dtype, labels.dtype) == (np.int32, np.int32)
         assert ids.tolist() == [token for token, _ in sample]
-        assert labels.tolist() == [token if labelled else IGNORE for token, labelled in sample]
+        assert labels.tolist() == [token if labeled else IGNORE for token, labeled in sample]
     assert data.tokens == sum(map(len, samples))
-    assert data.labelled_tokens == sum(labelled for sample in samples for _, labelled in sample)
+    assert data.labeled_tokens == sum(labeled for sample in samples for _, labeled in sample)
     assert data.rows.tolist() == [row * 2 for row in range(len(samples))]
 
 
@@ -438,7 +438,7 @@ def test_smollm2_learns_the_answer_and_where_it_ends(tmp_path: Path) -> None:
     source = open_source(write(tmp_path / "a.jsonl", [{"messages": chat}]), held_out=0.0)
     [sample] = prepare(source, tokenizer, 256, cache_root=tmp_path).train
     assert "helpful AI assistant named SmolLM" in tokenizer.decode(sample[0])
-    assert labelled_runs(sample, tokenizer) == [chat[1]["content"] + "<|im_end|>", chat[3]["content"] + "<|im_end|>"]
+    assert labeled_runs(sample, tokenizer) == [chat[1]["content"] + "<|im_end|>", chat[3]["content"] + "<|im_end|>"]
     prompt = tokenizer.apply_chat_template(chat[:3], tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert sample[0][: len(ids)].tolist() == ids  # what generation starts from is what training conditioned on

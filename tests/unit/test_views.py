@@ -14,7 +14,7 @@ from atoll.record.events import ClientLeftOut, Evaluated, Event, Missing, Record
 from atoll.record.folder import RunFolder
 from atoll.record.sinks import scalars
 from atoll.terminal import console
-from conftest import Atoll
+from support import Atoll
 
 
 def written(path: Path, events: Sequence[Event], recipe: str = "recipe: 1\n") -> RunFolder:

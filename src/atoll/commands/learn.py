@@ -15,7 +15,7 @@ def data(
     path: Annotated[Path, typer.Argument(help="A client's file or folder.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "smollm2-135m",
     context: Annotated[int, typer.Option(min=8, help="The longest sample, in tokens.")] = 512,
-    samples: Annotated[int, typer.Option("--show", min=0, help="Samples to show, the labelled part marked.")] = 3,
+    samples: Annotated[int, typer.Option("--show", min=0, help="Samples to show, the labeled part marked.")] = 3,
     objective: Annotated[
         Literal["sft", "causal-lm"] | None, typer.Option(help="Where the loss is; by the data's format if not given.")
     ] = None,

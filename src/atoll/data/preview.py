@@ -33,7 +33,7 @@ class Token:
     """
 
     text: str
-    labelled: bool
+    labeled: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Preview:
         samples: number of samples in each split; long plain texts give several.
         lengths: quantile -> tokens of a record, those longer than the context included.
         tokens: tokens in all samples.
-        labelled_tokens: those with a loss.
+        labeled_tokens: those with a loss.
         shown: the first samples, token by token.
     """
 
@@ -61,20 +61,20 @@ class Preview:
     samples: dict[str, int]
     lengths: dict[float, int]
     tokens: int
-    labelled_tokens: int
+    labeled_tokens: int
     shown: tuple[tuple[Token, ...], ...]
 
     @property
-    def labelled_share(self) -> float:
+    def labeled_share(self) -> float:
         """Tokens with a loss over all tokens; 0 where there are none."""
-        return self.labelled_tokens / self.tokens if self.tokens else 0.0
+        return self.labeled_tokens / self.tokens if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`: each shown sample is a list of [text, labelled]."""
+        """Plain data for `--json`: each shown sample is a list of [text, labeled]."""
         return asdict(self) | {
             "report": asdict(self.report) | {"kept": self.report.kept},
-            "labelled_share": self.labelled_share,
-            "shown": [[[token.text, token.labelled] for token in sample] for sample in self.shown],
+            "labeled_share": self.labeled_share,
+            "shown": [[[token.text, token.labeled] for token in sample] for sample in self.shown],
         }
 
 
@@ -108,7 +108,7 @@ def preview(
         lengths.append(len(encoded.ids))
         for start, stop in fit(encoded, context, objective, report):
             samples[encoded.record.split] += 1
-            totals += stop - start, encoded.labelled[start:stop].sum()
+            totals += stop - start, encoded.labeled[start:stop].sum()
             if len(shown) < show:
                 shown.append(tuple(_tokens(encoded, start, stop, tokenizer)))
     return Preview(
@@ -120,7 +120,7 @@ def preview(
         samples=samples,
         lengths={q: int(np.quantile(lengths, q, method="nearest")) for q in QUANTILES} if lengths else {},
         tokens=int(totals[0]),
-        labelled_tokens=int(totals[1]),
+        labeled_tokens=int(totals[1]),
         shown=tuple(shown),
     )
 
@@ -129,18 +129,18 @@ def _tokens(encoded: Encoded, start: int, stop: int, tokenizer: PreTrainedTokeni
     """Tokens as text, each decoded behind the ones before it: alone, some would lose a space or half a character."""
     ids = encoded.ids[start:stop].tolist()
     before = after = 0
-    for at, labelled in enumerate(encoded.labelled[start:stop].tolist(), 1):
+    for at, labeled in enumerate(encoded.labeled[start:stop].tolist(), 1):
         known = str(tokenizer.decode(ids[before:after]))
         text = str(tokenizer.decode(ids[before:at]))
         if text.endswith("\ufffd") and at < len(ids):
-            yield Token("", labelled)
+            yield Token("", labeled)
         else:
-            yield Token(text[len(known) :], labelled)
+            yield Token(text[len(known) :], labeled)
             before, after = after, at
 
 
 def render(preview: Preview) -> RenderableType:
-    """The preview for a terminal: the facts, then the samples with the labelled tokens in bold green."""
+    """The preview for a terminal: the facts, then the samples with the labeled tokens in bold green."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
@@ -168,7 +168,7 @@ def _facts(preview: Preview) -> list[tuple[str, str]]:
         ("records", f"{report.kept} kept of {report.read}"),
         ("left out", "\n".join(left_out) or "none"),
         ("samples", f"{preview.samples['train']} train, {preview.samples['test']} test"),
-        ("tokens", f"{preview.tokens}, {preview.labelled_share:.1%} with a loss, context {preview.context}"),
+        ("tokens", f"{preview.tokens}, {preview.labeled_share:.1%} with a loss, context {preview.context}"),
         ("length", ", ".join(f"{q:.0%}: {length}" for q, length in preview.lengths.items())),
     ]
 
@@ -177,6 +177,6 @@ def _marked(sample: tuple[Token, ...]) -> Text:
     from rich.text import Text
 
     marked = Text()
-    for labelled, run in groupby(sample, key=lambda token: token.labelled):
-        marked.append("".join(token.text for token in run), style="bold green" if labelled else "dim")
+    for labeled, run in groupby(sample, key=lambda token: token.labeled):
+        marked.append("".join(token.text for token in run), style="bold green" if labeled else "dim")
     return marked

@@ -75,9 +75,9 @@ def partitioned(
 
 
 def four_sites() -> dict[str, ClientSource]:
-    """A clinic, a school, a help desk and a counselling service: four really different sets of questions and answers.
+    """A clinic, a school, a help desk and a counseling service: four really different sets of questions and answers.
 
-    Fetched once into the cache; sources and licences are in SOURCES.md beside the data.
+    Fetched once into the cache; sources and licenses are in SOURCES.md beside the data.
     """
     from atoll.data.prepared import four_sites as fetch
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["sft", "causal_lm"]
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
@@ -58,7 +58,7 @@ class Encoded:
     """One record's tokens, int32 [length], and which of them have a loss, bool [length]."""
 
     ids: NDArray[np.int32]
-    labelled: NDArray[np.bool_]
+    labeled: NDArray[np.bool_]
     record: Record
 
 
@@ -99,7 +99,7 @@ def _write(
         for encoded in encode(records(source, report), tokenizer, objective, report):
             writer = train if encoded.record.split == "train" else test
             for start, stop in fit(encoded, context, objective, report):
-                writer.add(encoded.ids[start:stop], encoded.labelled[start:stop], encoded.record.row)
+                writer.add(encoded.ids[start:stop], encoded.labeled[start:stop], encoded.record.row)
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
 
 
@@ -152,9 +152,9 @@ def _encode(
         verbose=False,
     )
     for (record, _, spans), ids, offsets in zip(written, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        labelled = np.ones(len(ids), bool) if objective == "causal_lm" else _in_spans(offsets, spans)
-        ids, labelled = _close(ids, labelled, tokenizer.eos_token_id) if closed else (ids, labelled)
-        yield Encoded(np.asarray(ids, np.int32), labelled, record)
+        labeled = np.ones(len(ids), bool) if objective == "causal_lm" else _in_spans(offsets, spans)
+        ids, labeled = _close(ids, labeled, tokenizer.eos_token_id) if closed else (ids, labeled)
+        yield Encoded(np.asarray(ids, np.int32), labeled, record)
 
 
 def _written(
@@ -190,19 +190,19 @@ def _in_spans(offsets: list[tuple[int, int]], spans: Spans) -> NDArray[np.bool_]
     """
     bounds = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))  # twice as fast as np.array here
     start, stop = bounds[::2], bounds[1::2]
-    labelled = np.zeros(len(offsets), bool)
+    labeled = np.zeros(len(offsets), bool)
     for first, last in spans:
-        labelled |= (start < last) & (stop > first)
-    return labelled
+        labeled |= (start < last) & (stop > first)
+    return labeled
 
 
-def _close(ids: list[int], labelled: NDArray[np.bool_], eos: int | None) -> tuple[list[int], NDArray[np.bool_]]:
+def _close(ids: list[int], labeled: NDArray[np.bool_], eos: int | None) -> tuple[list[int], NDArray[np.bool_]]:
     if eos is None:
-        return ids, labelled
+        return ids, labeled
     if not ids or ids[-1] != eos:
-        ids, labelled = [*ids, eos], np.append(labelled, True)
-    labelled[-1] = True
-    return ids, labelled
+        ids, labeled = [*ids, eos], np.append(labeled, True)
+    labeled[-1] = True
+    return ids, labeled
 
 
 def _batches(found: Iterable[Record]) -> Iterator[list[Record]]:
@@ -231,7 +231,7 @@ def fit(encoded: Encoded, context: int, objective: Objective, report: Report) ->
         return [(start, stop) for start, stop in pairwise(edges) if stop - start > 1]
     elif length > context:
         reason = TOO_LONG
-    elif not encoded.labelled.any():
+    elif not encoded.labeled.any():
         reason = NO_ANSWER
     else:
         return [(0, length)]

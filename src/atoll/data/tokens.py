@@ -2,7 +2,7 @@
 
 A split of n samples and t tokens is five .npy files: `ids` int32 [t], `mask` uint8 [t / 8 rounded up] (one bit a token:
 is there a loss?), `offsets` int64 [n + 1] (where each sample starts in `ids`), and per sample `rows` int64 [n] (the row
-of the source it came from) and `labelled` int32 [n] (its tokens with a loss). Reading a sample touches its own pages
+of the source it came from) and `labeled` int32 [n] (its tokens with a loss). Reading a sample touches its own pages
 only, so a data set larger than memory costs what is used of it, and processes share the pages.
 """
 
@@ -35,7 +35,7 @@ class TokenDataset(Sequence[Sample]):
     mask: NDArray[np.uint8]
     offsets: Ints
     all_rows: Ints
-    all_labelled: NDArray[np.int32]
+    all_labeled: NDArray[np.int32]
     chosen: Ints
 
     def __len__(self) -> int:
@@ -69,9 +69,9 @@ class TokenDataset(Sequence[Sample]):
         return self.offsets[self.chosen + 1] - self.offsets[self.chosen]
 
     @property
-    def labelled(self) -> NDArray[np.int32]:
+    def labeled(self) -> NDArray[np.int32]:
         """Tokens with a loss of each sample, int32 [n]."""
-        return self.all_labelled[self.chosen]
+        return self.all_labeled[self.chosen]
 
     @property
     def tokens(self) -> int:
@@ -79,17 +79,17 @@ class TokenDataset(Sequence[Sample]):
         return int(self.lengths.sum())
 
     @property
-    def labelled_tokens(self) -> int:
+    def labeled_tokens(self) -> int:
         """All tokens with a loss."""
-        return int(self.labelled.sum())
+        return int(self.labeled.sum())
 
 
 def load(folder: Path) -> TokenDataset:
     """Memory-map what a `TokenWriter` has written."""
-    ids, mask, offsets, rows, labelled = (
+    ids, mask, offsets, rows, labeled = (
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _DTYPES
     )
-    return TokenDataset(ids, mask, offsets, rows, labelled, np.arange(len(rows), dtype=np.int64))
+    return TokenDataset(ids, mask, offsets, rows, labeled, np.arange(len(rows), dtype=np.int64))
 
 
 class TokenWriter:
@@ -115,14 +115,14 @@ class TokenWriter:
         self._bits = np.zeros(0, bool)
         self._tokens = 0
 
-    def add(self, ids: NDArray[Any], labelled: NDArray[np.bool_], row: int) -> None:
-        """Append one sample: ids [length], labelled bool [length], the row of the source it came from."""
+    def add(self, ids: NDArray[Any], labeled: NDArray[np.bool_], row: int) -> None:
+        """Append one sample: ids [length], labeled bool [length], the row of the source it came from."""
         self._tokens += len(ids)
         self._arrays["ids"].extend(ids)
         self._arrays["offsets"].extend(np.array([self._tokens]))
         self._arrays["rows"].extend(np.array([row]))
-        self._arrays["labelled"].extend(np.array([labelled.sum()]))
-        bits = np.concatenate([self._bits, labelled])
+        self._arrays["labeled"].extend(np.array([labeled.sum()]))
+        bits = np.concatenate([self._bits, labeled])
         whole = len(bits) // 8 * 8
         self._arrays["mask"].extend(np.packbits(bits[:whole]))
         self._bits = bits[whole:]
@@ -140,7 +140,7 @@ _DTYPES: dict[str, Any] = {
     "mask": np.uint8,
     "offsets": np.int64,
     "rows": np.int64,
-    "labelled": np.int32,
+    "labeled": np.int32,
 }
 
 

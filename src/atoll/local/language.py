@@ -16,7 +16,7 @@ from atoll.local.work import Objective
 
 @dataclass(frozen=True)
 class Language:
-    """Cross-entropy of a causal language model at labelled tokens."""
+    """Cross-entropy of a causal language model at labeled tokens."""
 
     labels: Literal["sft", "causal_lm"]
 

@@ -93,10 +93,11 @@ class Table:
 
 
 def loss_table(story: Story) -> Table | None:
-    """The comparison that the run was made for; None before the base is measured, or where nothing is held out."""
-    if story.base is None or not story.base.clients:
+    """The comparison that the run was made for; None before anything is measured, or where nothing is held out."""
+    measured = story.base or story.final
+    if measured is None or not measured.clients:
         return None
-    sites = list(story.base.clients)
+    sites = list(measured.clients)
     named: list[tuple[str, Evaluated | None]] = [("base", story.base)]
     named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
     named += [("federated", story.final)]
