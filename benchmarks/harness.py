@@ -24,6 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 SECONDS_A_MEASUREMENT = 600
+DISTURBED = 0.5
+"""Cores in use by others above which a measurement is made again, if there is still hope."""
+TRIES = 3
+PATIENCE_SECONDS = 120
 OURS = "atoll"
 
 
@@ -85,8 +89,8 @@ class Measurement:
     config: Mapping[str, Any]
     repeat: int
     started: str
-    load: float
-    """Processes that wanted a core in the minute before: about 0 on a machine that does nothing else."""
+    busy: float
+    """Cores that others used just before or just after, whichever was more."""
     versions: Mapping[str, str]
     result: Mapping[str, Any]
 
@@ -142,15 +146,45 @@ def measure(at: str, case: Case, deadline: float) -> bool:
 
 
 def _measure_once(at: str, case: Case, contestant: Contestant, repeat: int, process: Worker) -> None:
-    started, load = time.strftime("%Y-%m-%dT%H:%M:%S"), os.getloadavg()[0]
-    result = process.ask({})
-    print(f"  {case.name} {contestant.name} {repeat + 1}/{case.repeats}: {_brief(result)}", flush=True)
+    for _ in range(TRIES):
+        before, started = quiet(), time.strftime("%Y-%m-%dT%H:%M:%S")
+        result = process.ask({})
+        busy = max(before, cores_in_use(after=1.0))
+        note = "" if busy <= DISTURBED else f" (others used {busy:.1f} cores)"
+        print(f"  {case.name} {contestant.name} {repeat + 1}/{case.repeats}: {_brief(result)}{note}", flush=True)
+        if not note:
+            break
     done = Measurement(
-        at, case.name, contestant.name, contestant.config, repeat, started, load, process.versions, result
+        at, case.name, contestant.name, contestant.config, repeat, started, busy, process.versions, result
     )
     path = path_of(at, case, contestant, repeat)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(done.__dict__, indent=1) + "\n")
+
+
+def quiet() -> float:
+    """Waits for a while until nobody else uses the machine; gives the cores that are in use all the same."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (busy := cores_in_use()) > DISTURBED and time.monotonic() < deadline:
+        time.sleep(2)
+    return busy
+
+
+def cores_in_use(after: float = 0.0, seconds: float = 0.5) -> float:
+    """Cores that all processes together use during `seconds`; contestants that wait use none."""
+    time.sleep(after)
+    before = _busy_seconds()
+    time.sleep(seconds)
+    return (_busy_seconds() - before) / seconds
+
+
+def _busy_seconds() -> float:
+    """Processor seconds that were used, summed over cores (Linux; 0 elsewhere)."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system = map(int, stat.read_text().split(maxsplit=4)[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def _brief(result: Mapping[str, Any]) -> str:

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.harness import RESULTS, Bar, Case, Measurement, commit, read
+from benchmarks.harness import DISTURBED, RESULTS, Bar, Case, Measurement, commit, read
 from benchmarks.run import CLAIMS, claim
-
-BUSY = 0.5
-"""Other processes that wanted a core, on average, above which a measurement counts as taken under load."""
 
 Results = dict[str, dict[str, list[Measurement]]]
 """Case -> contestant -> its measurements, in order."""
@@ -50,7 +47,7 @@ def markdown(at: str, bars: Sequence[Bar], results: Results) -> Iterator[str]:
     yield from (f"# Benchmarks at {at}", "", "Median of the repetitions, least to greatest in parentheses.", "")
     yield from ("| case | what | against | found | bar | met |", "|---|---|---|---|---|---|")
     yield from (row(bar, results) for bar in bars)
-    yield from ("", "| case | contestant | measured | at load |", "|---|---|---|---|")
+    yield from ("", "| case | contestant | measured | disturbed |", "|---|---|---|---|")
     for case, contestants in results.items():
         yield from (numbers(case, name, found) for name, found in contestants.items() if found)
     yield from ("", "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(versions(results).items())))
@@ -93,8 +90,8 @@ def numbers(case: str, contestant: str, measurements: Sequence[Measurement]) -> 
     """Everything that a contestant measured."""
     names = [name for name, value in measurements[0].result.items() if isinstance(value, int | float)]
     shown = "; ".join(f"{name} {Spread([m.result[name] for m in measurements])}" for name in names)
-    load = max(m.load for m in measurements)
-    return f"| {case} | {contestant} | {shown} | {load:.1f}{' (busy)' if load > 2 + BUSY else ''} |"
+    disturbed = sum(m.busy > DISTURBED for m in measurements)
+    return f"| {case} | {contestant} | {shown} | {disturbed or ''} |"
 
 
 def versions(results: Results) -> dict[str, Any]:
