@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from atoll import recipe
 from atoll.errors import AtollError
 from atoll.sweep import Outcome, choose, parse_grid, points, ranked, tree_of
 from support import Atoll
@@ -45,9 +46,9 @@ def test_budget_is_bounded_by_the_smallest_grid() -> None:
         choose(["two"], grid, 1, 0)
 
 
-def test_method_takes_the_place_of_the_recipes_own(tmp_path: Path) -> None:
+def test_method_is_laid_over_the_recipe_and_settings_over_both(tmp_path: Path) -> None:
     for name, text in {
-        "first": "recipe: 1\nname: first\nfinetune: {correction: {use: proximal, mu: 0.5}, rounds: 9}\n",
+        "first": "recipe: 1\nname: first\nfinetune: {correction: {use: proximal, mu: 0.5}, optimizer: sgd}\n",
         "mine": "extends: methods/fedavg-lora\nname: mine\nfinetune: {rounds: 2}\nbaselines: [pooled]\n",
         "over": "extends: {folder}/mine.yaml\nseed: 3\n",
     }.items():
@@ -56,8 +57,11 @@ def test_method_takes_the_place_of_the_recipes_own(tmp_path: Path) -> None:
     (trial,) = choose([str(tmp_path / "first.yaml")], grid, None, 0)
     tree = tree_of(str(tmp_path / "over.yaml"), trial)
     assert tree["finetune"] == {
-        "correction": {"use": "proximal", "mu": 0.5}, "rounds": 2, "optimizer": {"use": "adamw", "lr": 0.5}
-    }  # fmt: skip
+        **recipe.resolve("methods/fedavg-lora")["finetune"],
+        "correction": {"use": "proximal", "mu": 0.5},
+        "optimizer": {"use": "sgd", "lr": 0.5},
+        "rounds": 2,
+    }
     assert (tree["name"], tree["seed"], tree["baselines"]) == ("mine", 3, [])
 
 
