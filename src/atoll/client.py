@@ -99,9 +99,9 @@ class FileStore:
         flat = nested("committed", self.versions.committed[1]) | nested("pending", state)
         tasks = json.dumps({"committed": self.versions.committed[0], "pending": task})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}")
-        save_file({name: x.contiguous() for name, x in flat.items()}, partial, metadata={"tasks": tasks})
-        os.replace(partial, self.path)
+        unfinished = self.path.with_suffix(".partial")
+        save_file({name: x.contiguous() for name, x in flat.items()}, unfinished, metadata={"tasks": tasks})
+        os.replace(unfinished, self.path)
 
     def _read(self) -> MemoryStore:
         if not self.path.exists():

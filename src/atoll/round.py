@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from atoll.aggregate.base import Weights
 from atoll.exchange import (
     Accepted,
     Broadcast,
@@ -33,6 +34,7 @@ from atoll.keys import key
 from atoll.params import Params
 from atoll.schedule import Schedule, synchronous
 from atoll.stream import Stream
+from atoll.transforms.chain import Payload
 
 Observer = Callable[[Verdict], None]
 
@@ -86,7 +88,7 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     acknowledged = dict(state.acknowledged)
     out = {task.id: task for task in (*state.in_flight, *tasks)}
 
-    exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state), plan.schedule.closed)
+    exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state, dict(out)), plan.schedule.closed)
     for verdict in converse(fleet, exchange, plan.streams, totals):
         if isinstance(verdict, Accepted):
             out.pop(verdict.reply.task, None)
@@ -147,28 +149,41 @@ def converse(
             yield step
 
 
-def receive(plan: RoundPlan, state: State, reply: Reply) -> Accepted | Refused:
-    """Decodes and checks a reply. Whatever is wrong with it, the answer is a refusal with the reason, never an exception."""
+def receive(plan: RoundPlan, state: State, tasks: Mapping[str, Task], reply: Reply) -> Accepted | Refused:
+    """Decodes and checks a reply. Whatever is wrong with it, the answer is a refusal with the reason, never an exception.
+
+    What a reply is worth (its staleness, whose it is) is read from the task that it answers, not from what it claims.
+    """
     refused = partial(Refused, reply.client, reply.task)
+    task = tasks[reply.task]
     if reply.refusal:
         return refused(reply.refusal)
-    if reply.plan != plan.hash:
-        return refused(f"made for another plan ({reply.plan}, this is {plan.hash})")
-    staleness = state.round - reply.round
+    if (reply.client, reply.plan) != (task.client, plan.hash):
+        return refused(f"from {reply.client} for plan {reply.plan}; {task.client} was asked, for plan {plan.hash}")
+    if missing := [stream.name for stream in plan.streams if stream.name not in reply.payloads]:
+        return refused(f"lacks the stream '{missing[0]}'")
+    staleness = state.round - task.broadcast.round
     factor = plan.schedule.discount(staleness)
     weights = {group: weight * factor for group, weight in reply.weights.items()}
     try:
-        contributions = {}
-        for stream in plan.streams:
-            _check_weights(weights, stream.aggregate.groups(state.params[stream.name]))
-            vector = stream.up.decode_reply(reply.payloads[stream.name])
-            _check_vector(vector, state.params[stream.name])
-            contributions[stream.name] = Contribution(vector, weights)
-    except KeyError as error:
-        return refused(f"lacks the stream {error}")
-    except (ValueError, RuntimeError) as error:  # torch raises RuntimeError for shapes that do not fit
-        return refused(str(error))
+        contributions = {
+            s.name: contribution(s, state.params[s.name], reply.payloads[s.name], weights) for s in plan.streams
+        }
+    except DECODING_ERRORS as error:
+        return refused(str(error) or type(error).__name__)
     return Accepted(reply, contributions, staleness)
+
+
+DECODING_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, OverflowError)
+"""What transforms and torch raise on payloads that no client makes: wrong names, shapes, dtypes, numbers."""
+
+
+def contribution(stream: Stream, like: Params, payload: Payload, weights: Weights) -> Contribution:
+    """What a payload adds to its stream's total. Raises one of DECODING_ERRORS for what may not be added."""
+    _check_weights(weights, stream.aggregate.groups(like))
+    vector = stream.up.decode_reply(payload)
+    _check_vector(vector, like)
+    return Contribution(vector, weights)
 
 
 def _check_weights(weights: Mapping[str, float], groups: set[str]) -> None:
@@ -187,6 +202,8 @@ def _check_vector(vector: Params, like: Params) -> None:
     for name, x in vector.items():
         if x.shape != like[name].shape:
             raise ValueError(f"'{name}' has the shape {tuple(x.shape)} instead of {tuple(like[name].shape)}")
+        if x.is_complex():
+            raise ValueError(f"'{name}' has the type {x.dtype}")
         # A sum is finite only if every term is, and it costs one pass instead of two.
         if x.is_floating_point() and not math.isfinite(float(x.sum())):
             raise ValueError(f"'{name}' has values that are not finite")

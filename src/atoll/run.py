@@ -141,9 +141,20 @@ def baselines(ready: Plan, with_data: Sequence[str]) -> Iterator[tuple[str, Plan
             yield POOLED, variant(ready, {"population": POOLED, "local_steps": steps}, quiet_evaluation)
 
 
+ALONE: dict[str, Any] = {
+    "schedule": {"use": "synchronous"},
+    "correction": {"use": "none"},
+    "outer": {"use": "sgd", "lr": 1.0},
+    "up": [],
+    "down": [],
+}
+"""What one client that trains by itself has no use for: sampling, correction, compression, a server's step."""
+
+
 def variant(ready: Plan, finetune: dict[str, Any], evaluation: dict[str, Any]) -> Plan:
-    """The plan with other settings, without baselines of its own. Plain averaging of one client is that client."""
-    tree = recipe.merge(ready.tree, {"finetune": finetune, "evaluate": evaluation, "baselines": []})
+    """The plan for one client that trains by itself. With these parts a round is nothing but its local steps."""
+    changes = {"finetune": ALONE | finetune, "evaluate": evaluation, "baselines": [], "fleet": {"use": "inprocess"}}
+    tree = recipe.merge(ready.tree, changes)
     return build(recipe.validate(tree, ready.recipe.name), tree)
 
 

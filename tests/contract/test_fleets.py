@@ -9,14 +9,15 @@ import torch
 from toys import SITES, START, fedavg_work, rounds, toy_fleet, toy_plan
 
 from atoll.client import Done
-from atoll.exchange import Dropped, Refused
+from atoll.exchange import Dropped, Refused, Reply
 from atoll.fleet.faults import FaultFleet
 from atoll.params import equal
-from atoll.round import broadcast, initial
+from atoll.round import broadcast, initial, receive
 from atoll.schedule import poisson, synchronous
 from atoll.stream import UPDATE, Stream
 from atoll.transforms.chain import Chain
-from atoll.transforms.quantize import int8
+from atoll.transforms.quantize import int4, int8
+from atoll.transforms.sparsify import topk
 
 EVERY = {"inprocess": lambda fleet: fleet, "faults": lambda fleet: FaultFleet(fleet)}
 every_fleet = pytest.mark.parametrize("wrap", EVERY.values(), ids=EVERY.keys())
@@ -157,3 +158,47 @@ def test_uniform_sampling_draws_without_replacement_and_by_key():
     assert sample(clients, [], 5) == sample(clients, [], 5)
     counts = {client: sum(client in cohort for cohort in cohorts) for client in clients}
     assert max(counts.values()) < 2 * min(counts.values())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda r: replace(r, client="west"), "was asked"),
+        (lambda r: replace(r, payloads={}), "lacks the stream"),
+        (lambda r: replace(r, round=99), None),
+        (lambda r: replace(r, round=-5), None),
+        (lambda r: hostile(r, {"a": torch.zeros(1, dtype=torch.complex64), "b": torch.zeros(1)}), "has the type"),
+        (lambda r: hostile(r, {}), "names do not match"),
+    ],
+    ids=["another client", "no payload", "from the future", "from the past", "complex", "empty"],
+)
+def test_a_hostile_reply_is_refused_and_its_claims_are_not_believed(spoil, reason):
+    """`reason` None: the claim is ignored, for the server knows better."""
+
+    class Hostile(FaultFleet):
+        def receive(self, tasks):
+            event = super().receive(tasks)
+            return spoil(event) if event.client == "south" else event
+
+    plan, heard = toy_plan(), []
+    state = rounds(plan, Hostile(toy_fleet(plan, fedavg_work())), 2, observe=heard.append)
+    refused = [verdict for verdict in heard if isinstance(verdict, Refused)]
+    assert [reason in verdict.reason for verdict in refused] == ([True, True] if reason else [])
+    assert all(torch.isfinite(x).all() for x in state.params[UPDATE].values())
+
+
+def hostile(reply, main):
+    return replace(reply, payloads={UPDATE: reply.payloads[UPDATE]._replace(main=main)})
+
+
+@pytest.mark.parametrize("side", [{"w#shape": torch.tensor([2.5])}, {"w#shape": torch.tensor([-1])}, {}])
+@pytest.mark.parametrize("up", [int8(4), int4(4), topk(0.5)], ids=["int8", "int4", "topk"])
+def test_hostile_sides_are_refused_too(up, side):
+    plan = toy_plan(streams=(Stream(up=Chain((up,))),))
+    state = initial(plan, {"w": torch.zeros(4)})
+    tasks, _ = broadcast(plan, state, ["south"], 0.0)
+    _, payload = plan.streams[0].up.encode({}, {"w": torch.randn(4)}, 0)
+    forged = payload._replace(sides=({**payload.sides[0], **side} if side else {},))
+    reply = Reply(tasks[0].id, "south", plan.hash, 0, {UPDATE: forged}, {"all": 1.0})
+    verdict = receive(plan, state, {tasks[0].id: tasks[0]}, reply)
+    assert isinstance(verdict, Refused)
