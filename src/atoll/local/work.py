@@ -113,6 +113,7 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
     write(local.space, local.model, params[UPDATE])
     trainable = local.space.trainable(local.model)
     optimizer = local.optimizer(trainable.values())
+    optimizer.zero_grad(set_to_none=True)  # a task that failed before this one may have left gradients behind
     base_rates = [group["lr"] for group in optimizer.param_groups]
     start = Start(params, state)
     steps = local.steps(len(data.train))
