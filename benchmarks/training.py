@@ -1,7 +1,8 @@
 """Claim: LoRA training of SmolLM2-135M, non-padding tokens a second: 2.5 times TRL's default, 1.5 times TRL's best.
 
 Every contestant has a frozen bf16 base, fp32 adapters of rank 8 on all linear layers, AdamW, and the same batches; their
-losses must agree to 1% (with TRL's default: its packing makes other batches). On tiny models of the other families we must not be slower than a plain PEFT loop.
+losses must agree to 1% (with TRL's default: its packing makes other batches). On tiny models of the other families we must
+not be slower than a plain PEFT loop.
 """
 
 from __future__ import annotations
