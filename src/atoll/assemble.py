@@ -70,10 +70,11 @@ def load_model(plan: Plan, say: Say) -> tuple[nn.Module, Any]:
 def load_data(plan: Plan, tokenizer: Any, say: Say) -> tuple[dict[str, ClientData], dict[str, str]]:
     """Everybody's samples; those who have none are named and left out."""
     if all(isinstance(source, ClientData) for source in plan.sources.values()):
-        return dict(plan.sources), {}
-    say("reading and tokenizing, or mapping what was tokenized before")
-    labels: Labels = getattr(plan.objective, "labels", "sft")
-    loaded = load(plan.sources, tokenizer, plan.recipe.finetune.context, labels)
+        loaded: dict[str, tuple[ClientData, object]] = {n: (data, "no samples") for n, data in plan.sources.items()}
+    else:
+        say("reading and tokenizing, or mapping what was tokenized before")
+        labels: Labels = getattr(plan.objective, "labels", "sft")
+        loaded = {**load(plan.sources, tokenizer, plan.recipe.finetune.context, labels)}
     usable = {name: data for name, (data, _) in loaded.items() if len(data.train)}
     left_out = {name: str(report) for name, (data, report) in loaded.items() if not len(data.train)}
     if not usable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -97,13 +97,14 @@ class Plan:
 
     @property
     def cohort(self) -> float:
-        """Clients that work in a round, on average."""
-        law = self.rounds.schedule.law
-        return {"everyone": len(self.trainers), "poisson": law.cohort * len(self.trainers)}.get(law.kind, law.cohort)
+        """Clients whose updates make a round, on average."""
+        return self.rounds.schedule.law.answers(len(self.trainers))
 
 
-def build(recipe: Recipe, tree: Tree) -> Plan:
+def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
     """Makes every part, checks that they go together, and finds out what will train and travel.
+
+    `left_out` are clients that turned out to have no usable data: the plan is checked again without them.
 
     Raises:
         AtollError: a part is unknown or called wrongly, or the parts cannot work together.
@@ -119,21 +120,26 @@ def build(recipe: Recipe, tree: Tree) -> Plan:
     schedule: Schedule = make("schedule", stage.schedule)
     aggregate: Aggregator = make("aggregate", stage.aggregate)
     outer: Outer = make("outer", stage.outer)
-    sources = parts.make("data", recipe.data, "data")
-    refuse(recipe, up, down, correction, schedule, list(sources))
+    sources = {name: s for name, s in parts.make("data", recipe.data, "data").items() if name not in left_out}
+    sampled = population(recipe, list(sources))
+    size = len(sources) if sampled is None else len(sampled)
+    refuse_names(list(sources))
+    refuse_correction(recipe, correction)
+    refuse_down(down)
+    refuse_schedule(schedule, size)
     space: Space = make("space", stage.space)
     model = choose_model(recipe.model)
     shapes = None if model.own_factory else shapes_of_model(model.name)
     digest = plan_hash(tree)
     streams = (
         Stream(up=up, down=down, aggregate=aggregate, outer=outer),
-        *extra_streams(correction, schedule, len(sources)),
+        *extra_streams(correction, schedule, size),
     )
     return Plan(
         recipe=recipe,
         tree=tree,
         hash=digest,
-        rounds=RoundPlan(digest, recipe.seed, streams, schedule, population=population(recipe, list(sources))),
+        rounds=RoundPlan(digest, recipe.seed, streams, schedule, population=sampled),
         model=model,
         space=space,
         objective=make("objective", stage.objective),
@@ -144,12 +150,22 @@ def build(recipe: Recipe, tree: Tree) -> Plan:
         sources=sources,
         shapes=shapes,
         trains=space.plan(shapes) if shapes else None,
-        warnings=tuple(warnings(recipe, up, schedule, len(sources))),
+        warnings=tuple(warnings(recipe, up, schedule, space, size)),
     )
 
 
+LOCAL = "local-"
+"""Before the client's name in that of its baseline."""
+
+
+def baseline_names(plan: Plan) -> list[str]:
+    """The baselines that a run will have: `local-clinic`, ..., `pooled`."""
+    each = {"local": [LOCAL + name for name in plan.clients], POOLED: [POOLED]}
+    return [name for kind in plan.recipe.baselines for name in each[kind]]
+
+
 def plan_hash(tree: Tree) -> str:
-    """Names the plan by what decides its result; the texts in it do not."""
+    """Names the plan by what both ends must agree on: everything but its texts, its sinks and where clients run."""
     decides = {
         k: v for k, v in tree.items() if k not in ("name", "description", "reference", "checked", "sinks", "fleet")
     }
@@ -169,66 +185,86 @@ def population(recipe: Recipe, clients: Sequence[str]) -> frozenset[str] | None:
     return frozenset(chosen)
 
 
-def extra_streams(correction: Correction, schedule: Schedule, clients: int) -> tuple[Stream, ...]:
-    """A method's own streams. Their outer rate is the share of clients asked: the others' part of the mean is zero."""
-    share = schedule.law.cohort / clients if schedule.law.kind == "uniform" else 1.0
+def extra_streams(correction: Correction, schedule: Schedule, population: int) -> tuple[Stream, ...]:
+    """A method's own streams. Their outer rate is the share of clients that answer: the others' part of a mean is zero."""
+    share = schedule.law.answers(population) / population
     return tuple(replace(stream, outer=sgd(share)) for stream in correction.streams)
 
 
-def refuse(
-    recipe: Recipe, up: Chain, down: Chain, correction: Correction, schedule: Schedule, clients: Sequence[str]
-) -> None:
-    """Raises for combinations that cannot work, with the reason and the remedy."""
+def refuse_names(clients: Sequence[str]) -> None:
+    """The name of the pooled client is taken: a client of that name would be handed everybody's samples."""
+    if POOLED in clients:
+        raise AtollError(
+            "a client may not be called so", where="data", found=POOLED, remedy="rename its folder or file"
+        )
+
+
+def refuse_correction(recipe: Recipe, correction: Correction) -> None:
+    """A control variate is the mean gradient (x - y) / (K eta) of one client, and the server's is the mean of those."""
     stage = recipe.finetune
-    if correction.needs_plain_sgd:
-        optimizer = parts.spec(stage.optimizer, "finetune.optimizer")
-        if optimizer.use != "sgd" or optimizer.arguments.get("momentum") or optimizer.arguments.get("weight_decay"):
+    if not correction.needs_plain_sgd:
+        return
+    optimizer = parts.spec(stage.optimizer, "finetune.optimizer")
+    plain = optimizer.use == "sgd" and not any(optimizer.arguments.get(a) for a in ("momentum", "weight_decay"))
+    wrong = {
+        "optimizer": (plain, optimizer, "sgd without momentum or weight decay"),
+        "clip_norm": (
+            stage.clip_norm is None,
+            stage.clip_norm,
+            "null: a clipped step says nothing of the mean gradient",
+        ),
+        "weighting": (stage.weighting == "uniform", stage.weighting, "uniform: the server's variate is a plain mean"),
+    }
+    for key, (fits, found, allowed) in wrong.items():
+        if not fits:
+            name = parts.spec(stage.correction, "").use
             raise AtollError(
-                "SCAFFOLD needs plain SGD at the clients",
-                where="finetune.optimizer", found=optimizer, allowed="sgd without momentum or weight decay",
-                remedy="its control variate is the mean gradient (x - y) / (K eta), which other optimizers do not give",
+                f"'{name}' needs other local work", where=f"finetune.{key}", found=found, allowed=allowed,
+                remedy="its control variates are mean gradients, (x - y) / (K eta), averaged over clients",
             )  # fmt: skip
-        if stage.clip_norm is not None:
-            raise AtollError(
-                "SCAFFOLD does not go with gradient clipping", where="finetune.clip_norm", found=stage.clip_norm,
-                allowed="null", remedy="a clipped step says nothing of the mean gradient: set clip_norm: null",
-            )  # fmt: skip
+
+
+def refuse_down(down: Chain) -> None:
+    """A broadcast carries the params themselves: what a transform drops or scales would be lost to the clients."""
     for i, transform in enumerate(down.transforms):
-        if not transform.traits.fixed_support or transform.traits.bounded:
+        if not transform.traits.fixed_support or not (transform.traits.unbiased or transform.traits.client_state):
             raise AtollError(
                 "a broadcast must keep every parameter", where=f"finetune.down[{i}]", found=type(transform).__name__,
                 allowed="int8, int4", remedy="the broadcast carries the params themselves: what it drops would become zero",
             )  # fmt: skip
-    if schedule.law.kind in ("uniform", "idle") and schedule.law.cohort > len(clients) and stage.population == "all":
+
+
+def refuse_schedule(schedule: Schedule, population: int) -> None:
+    """A cohort cannot be larger than those it is drawn from."""
+    if schedule.law.least > population:
         raise AtollError(
-            "more clients asked than there are", where="finetune.schedule", found=int(schedule.law.cohort),
-            allowed=f"1 to {len(clients)} ({', '.join(clients[:6])}{' ...' if len(clients) > 6 else ''})",
+            "more clients asked than there are", where="finetune.schedule", found=schedule.law.least,
+            allowed=f"1 to {population}", remedy="lower the cohort, or leave it out to ask everybody",
         )  # fmt: skip
 
 
-def warnings(recipe: Recipe, up: Chain, schedule: Schedule, clients: int) -> list[str]:
+def warnings(recipe: Recipe, up: Chain, schedule: Schedule, space: Space, population: int) -> list[str]:
     """What works and loses quality."""
     stage = recipe.finetune
     names = [parts.spec(one, "up").use.replace("_", "-") for one in stage.up]
     outer = parts.spec(stage.outer, "outer").use
-    found = []
-    if "gaussian-noise" in names:
-        found.append("gaussian-noise makes no privacy claim: it is reproducible and no ledger accounts for it")
-    if "topk" in names:
-        found.append("topk without error-feedback loses what it leaves out for good: put it inside error-feedback")
-    if up.traits.client_state and schedule.law.kind == "uniform" and schedule.law.cohort < clients / 10:
-        found.append(
-            f"error feedback with {schedule.law.cohort:g} of {clients} clients a round: a residual returns rarely, and stale"
-        )
-    if schedule.law.kind == "idle" and outer in ("momentum", "nesterov"):
-        found.append(
-            f"asynchronous rounds with outer {outer} are unstable: stale updates are counted again by the momentum"
-        )
-    if any(one.get("decay", 1) < 1 for one in stage.up if isinstance(one, dict)) and outer in ("momentum", "nesterov"):
-        found.append(
-            "error feedback with decay acts as momentum already (SparseLoCo): outer momentum comes on top of it"
-        )
-    return found
+    momentum = outer in ("momentum", "nesterov")
+    asynchronous = schedule.law.kind == "idle"
+    rarely = schedule.law.answers(population) < population / 10
+    decays = any(one.get("decay", 1) < 1 for one in stage.up if isinstance(one, dict))
+    found = {
+        "gaussian-noise makes no privacy claim: it is reproducible and no ledger accounts for it": "gaussian-noise"
+        in names,
+        "topk without error-feedback loses what it leaves out for good: put it inside error-feedback": "topk" in names,
+        "error feedback with so small a cohort: a residual returns rarely, and stale": up.traits.client_state
+        and rarely,
+        f"asynchronous rounds with outer {outer} are unstable: the momentum counts stale updates again": (
+            asynchronous and momentum
+        ),
+        "error feedback with decay acts as momentum already (SparseLoCo); outer momentum comes on top": decays
+        and momentum,
+    }
+    return [text for text, holds in found.items() if holds]
 
 
 def payload_bytes(chain: Chain, shapes: PlannedShapes) -> int:

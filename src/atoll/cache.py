@@ -13,11 +13,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atoll.errors import AtollError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Say = Callable[[str], None]
 """Told one line before each step that takes longer than about 2 seconds."""
@@ -80,6 +84,17 @@ def write_file(path: Path, content: bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file in one step: after a crash or a power cut it is the old one or the new one, whole."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata=metadata)
+    _sync(unfinished)
+    os.replace(unfinished, path)
 
 
 def once(target: Path, build: Callable[[Path], None]) -> Path:

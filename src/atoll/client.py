@@ -9,8 +9,8 @@ finds the clients where it left them: no residual is applied twice, none is lost
 from __future__ import annotations
 
 import json
-import os
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from atoll.aggregate.base import Weights
+from atoll.cache import replace_tensors
+from atoll.errors import AtollError
 from atoll.exchange import Reply, Task
 from atoll.keys import key
 from atoll.params import Params, nested, under
@@ -43,6 +44,10 @@ Work = Callable[[Mapping[str, Params], Any, Params, Task], Done]
 
 class WorkFailed(Exception):
     """The work cannot give an update: the reason goes to the server as a refusal."""
+
+
+class StateLost(WorkFailed):
+    """The state that the server counts on is gone: the server forgets it, and the client starts anew in a later round."""
 
 
 class Store(Protocol):
@@ -69,7 +74,7 @@ class MemoryStore:
         if acknowledged is not None and acknowledged == self.pending[0]:
             self.committed = self.pending
         if acknowledged != self.committed[0]:
-            raise WorkFailed(f"client state is lost: the server counts on {acknowledged}, here is {self.committed[0]}")
+            raise StateLost(f"client state is lost: the server counts on {acknowledged}, here is {self.committed[0]}")
         self.pending = (None, {})
         return self.committed[1]
 
@@ -98,10 +103,7 @@ class FileStore:
         self.versions.pend(task, state)
         flat = nested("committed", self.versions.committed[1]) | nested("pending", state)
         tasks = json.dumps({"committed": self.versions.committed[0], "pending": task})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".partial")
-        save_file({name: x.contiguous() for name, x in flat.items()}, unfinished, metadata={"tasks": tasks})
-        os.replace(unfinished, self.path)
+        replace_tensors(self.path, flat, {"tasks": tasks})
 
     def _read(self) -> MemoryStore:
         if not self.path.exists():
@@ -110,6 +112,10 @@ class FileStore:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
             tasks = json.loads(file.metadata()["tasks"])
         return MemoryStore(*((tasks[at], under(at, flat)) for at in ("committed", "pending")))
+
+
+NOT_THE_TASKS_FAULT = (AtollError, OSError, MemoryError)
+"""A full disk or too little memory: a message for whoever runs this client, not a reason to go on without it."""
 
 
 @dataclass
@@ -135,7 +141,13 @@ class Client:
                 raise WorkFailed(f"no work of kind '{task.kind}' for plan {task.plan} here")
             payloads, done = self._work(task)
         except WorkFailed as error:
-            return reply(refusal=str(error), seconds=time.perf_counter() - started)
+            lost = isinstance(error, StateLost)
+            return reply(refusal=str(error), lost_state=lost, seconds=time.perf_counter() - started)
+        except NOT_THE_TASKS_FAULT:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}" + "".join(traceback.format_tb(error.__traceback__)[-1:])
+            return reply(refusal=reason, seconds=time.perf_counter() - started)
         return reply(
             payloads=payloads,
             weights=done.weights,
@@ -151,11 +163,11 @@ class Client:
         payloads: dict[str, Payload] = {}
         state = nested("work", done.state)
         for stream in self.streams:
-            if (update := done.updates.get(stream.name)) is None:
-                continue
-            before = under(stream.name, kept) or stream.up.init(update)
-            after, payloads[stream.name] = stream.up.encode(before, update, key(task.key, stream.name))
-            state |= nested(stream.name, after)
-        if state:
+            before = under(stream.name, kept)
+            if (update := done.updates.get(stream.name)) is not None:
+                encoder = before or stream.up.init(update)
+                before, payloads[stream.name] = stream.up.encode(encoder, update, key(task.key, stream.name))
+            state |= nested(stream.name, before)
+        if state and payloads:
             self.store.pend(task.id, state)
-        return payloads, done._replace(state=state)
+        return payloads, done._replace(state=state if payloads else {})

@@ -7,6 +7,7 @@ An exchange is a generator. It yields what it wants done and never does it:
     Accepted(...)     a reply counts: add its contributions to the totals
     Refused(...)      a reply does not count, and why
     Dropped(...)      a client will not answer
+    Abandoned(...)    the round comes to nothing: what was added is not applied
 
 A plain round is one Send and many Waits. Secure aggregation is several of those, one after the other. Both are driven by
 `converse` in round.py, in a simulation and over a network alike. (After httpx's auth_flow.)
@@ -77,6 +78,8 @@ class Reply:
     data: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
     """Why the client did not do the task; empty if it did."""
+    lost_state: bool = False
+    """The reason of a refusal: the state that the server counts on is not here."""
     keeps_state: bool = False
     """Whether the client made a new version of its state, which it commits when the server acknowledges this task."""
     seconds: float = 0.0
@@ -126,6 +129,10 @@ class Refused:
     client: str
     task: str
     reason: str
+    nbytes: int = 0
+    """What it took on the wire all the same."""
+    lost_state: bool = False
+    """Whether the client says that the state which the server counts on is gone."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,17 @@ class Dropped:
     reason: str = "no answer"
 
 
-Verdict = Accepted | Refused | Dropped
+@dataclass(frozen=True)
+class Abandoned:
+    """The round comes to nothing: its totals are thrown away, and no client's state is acknowledged.
+
+    For exchanges of several phases: masks that nobody can take off any more must not be applied.
+    """
+
+    reason: str
+
+
+Verdict = Accepted | Refused | Dropped | Abandoned
 Event = Reply | Dropped
 Exchange = Generator[Send | Wait | Verdict, Event | None, None]
 Receive = Callable[[Reply], Accepted | Refused]

@@ -1,7 +1,9 @@
 """Tasks and replies as bytes, and back: for clients that live in another process or on another machine. Never pickle.
 
-One safetensors buffer: the tensors of every stream under `STREAM:PART/NAME`, everything else as JSON in its metadata. The
-broadcast of a round goes once to whoever works for several clients, so a task names it by its round alone.
+    8 bytes: length of the head | head: JSON | a payload of wire.py for each stream that the head names
+
+The broadcast of a round goes once to whoever works for several clients, so a task names it by its round alone. Reading
+raises ValueError for anything that is no message, or larger than `limit_bytes`, before it takes the memory.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
 from atoll import wire
 from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
-from atoll.params import Params
 from atoll.transforms.chain import Payload
+
+LIMIT_BYTES = 1 << 36
+"""What a message may take unless its reader knows better: 64 GiB."""
+
+WRONG = (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
+"""What a head that is JSON, but not ours, comes to."""
 
 
 def pack_broadcast(sent: Broadcast) -> bytes:
@@ -25,15 +29,18 @@ def pack_broadcast(sent: Broadcast) -> bytes:
     return _pack({"kind": "broadcast", "round": sent.round}, sent.payloads)
 
 
-def unpack_broadcast(data: bytes) -> Broadcast:
-    """Back from `pack_broadcast`."""
-    about, payloads = _unpack(data)
-    return Broadcast(about["round"], payloads)
-
-
 def is_broadcast(data: bytes) -> bool:
     """Whether these bytes are a broadcast, from their head alone."""
-    return bool(_about(data)["kind"] == "broadcast")
+    return bool(_head(data)[0].get("kind") == "broadcast")
+
+
+def unpack_broadcast(data: bytes, limit_bytes: int = LIMIT_BYTES) -> Broadcast:
+    """Back from `pack_broadcast`."""
+    head, payloads = _unpack(data, limit_bytes)
+    try:
+        return Broadcast(int(head["round"]), payloads)
+    except WRONG as error:
+        raise ValueError(f"not a broadcast: {error}") from error
 
 
 def pack_task(task: Task) -> bytes:
@@ -44,10 +51,13 @@ def pack_task(task: Task) -> bytes:
 
 def unpack_task(data: bytes, broadcast: Broadcast) -> Task:
     """Back from `pack_task`, with the broadcast that it names. Raises ValueError if this is another."""
-    about, _ = _unpack(data)
-    if about["round"] != broadcast.round:
-        raise ValueError(f"a task of round {about['round']} with the broadcast of round {broadcast.round}")
-    return Task(**about["task"], broadcast=broadcast)
+    head, _ = _unpack(data, LIMIT_BYTES)
+    try:
+        if head["round"] != broadcast.round:
+            raise ValueError(f"a task of round {head['round']} with the broadcast of round {broadcast.round}")
+        return Task(**head["task"], broadcast=broadcast)
+    except WRONG as error:
+        raise ValueError(f"not a task: {error}") from error
 
 
 def pack_event(event: Event) -> bytes:
@@ -58,41 +68,44 @@ def pack_event(event: Event) -> bytes:
     return _pack({"kind": "reply", "reply": about}, event.payloads)
 
 
-def unpack_event(data: bytes) -> Event:
+def unpack_event(data: bytes, limit_bytes: int = LIMIT_BYTES) -> Event:
     """Back from `pack_event`."""
-    about, payloads = _unpack(data)
-    if about["kind"] == "dropped":
-        return Dropped(**about["dropped"])
-    return replace(Reply(**about["reply"]), payloads=payloads)
-
-
-def _pack(about: dict[str, Any], payloads: Mapping[str, Payload]) -> bytes:
-    flat: Params = {}
-    for stream, payload in payloads.items():
-        flat |= {f"{stream}:{name}": x.contiguous() for name, x in wire.flatten(payload).items()}
-    sides = {stream: len(payload.sides) for stream, payload in payloads.items()}
-    return bytes(save(flat, metadata={"message": json.dumps({**about, "sides": sides})}))
-
-
-def _about(data: bytes) -> dict[str, Any]:
-    """The JSON in the metadata of a safetensors buffer."""
+    head, payloads = _unpack(data, limit_bytes)
     try:
-        length = int.from_bytes(data[:8], "little")
-        about: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["message"])
-    except (KeyError, ValueError) as error:
+        if head["kind"] == "dropped":
+            return Dropped(**head["dropped"])
+        return replace(Reply(**head["reply"]), payloads=payloads)
+    except WRONG as error:
         raise ValueError(f"not a message: {error}") from error
-    return about
 
 
-def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Payload]]:
-    about = _about(data)
+def _pack(head: dict[str, Any], payloads: Mapping[str, Payload]) -> bytes:
+    blocks = {stream: wire.pack(payload) for stream, payload in payloads.items()}
+    text = json.dumps({**head, "streams": {stream: len(block) for stream, block in blocks.items()}}).encode()
+    return b"".join([len(text).to_bytes(8, "little"), text, *blocks.values()])
+
+
+def _head(data: bytes) -> tuple[dict[str, Any], int]:
+    """The head, and where the payloads begin."""
+    end = 8 + int.from_bytes(data[:8], "little")
     try:
-        flat = load(data)
-    except SafetensorError as error:
+        head = json.loads(data[8:end])
+    except WRONG as error:
         raise ValueError(f"not a message: {error}") from error
+    if not isinstance(head, dict):
+        raise ValueError(f"not a message: its head is a {type(head).__name__}")
+    return head, end
+
+
+def _unpack(data: bytes, limit_bytes: int) -> tuple[dict[str, Any], dict[str, Payload]]:
+    if len(data) > limit_bytes:
+        raise ValueError(f"a message of {len(data)} bytes, {limit_bytes} allowed")
+    head, at = _head(data)
     payloads = {}
-    for stream, sides in about.pop("sides").items():
-        start = stream + ":"
-        own = {name.removeprefix(start): x for name, x in flat.items() if name.startswith(start)}
-        payloads[stream] = wire.unflatten(own, sides)
-    return about, payloads
+    try:
+        for stream, length in head.pop("streams").items():
+            payloads[stream] = wire.unpack(data[at : at + length], limit_bytes)
+            at += length
+    except WRONG as error:
+        raise ValueError(f"not a message: {error}") from error
+    return head, payloads

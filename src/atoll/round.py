@@ -8,13 +8,14 @@ server all run through it; what differs is data in the plan. `converse` is the o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from atoll.aggregate.base import Weights
+import torch
+
 from atoll.exchange import (
+    Abandoned,
     Accepted,
     Broadcast,
     Contribution,
@@ -34,7 +35,6 @@ from atoll.keys import key
 from atoll.params import Params
 from atoll.schedule import Schedule, synchronous
 from atoll.stream import Stream
-from atoll.transforms.chain import Payload
 
 Observer = Callable[[Verdict], None]
 
@@ -86,27 +86,36 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     tasks, down = broadcast(plan, state, cohort, fleet.now())
     totals = {stream.name: stream.aggregate.init(state.params[stream.name]) for stream in plan.streams}
     acknowledged = dict(state.acknowledged)
+    sent = state.bytes_down + sum(task.broadcast.nbytes for task in tasks)
     out = {task.id: task for task in (*state.in_flight, *tasks)}
 
     exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state, dict(out)), plan.schedule.closed)
     for verdict in converse(fleet, exchange, plan.streams, totals):
-        if isinstance(verdict, Accepted):
-            out.pop(verdict.reply.task, None)
-            if verdict.reply.keeps_state:
-                acknowledged[verdict.reply.client] = verdict.reply.task
-        else:
-            out.pop(verdict.task, None)
+        settle(verdict, out, acknowledged)
         observe(verdict)
+    if not totals:  # abandoned: nothing is applied, and nobody's new state counts
+        still_out = list(out.values())
+        return replace(state, round=state.round + 1, down=down, clock=fleet.now(), bytes_down=sent, in_flight=still_out)
 
     params, outer = {}, {}
     for stream in plan.streams:
         total = fleet.reduce(totals[stream.name])
-        update = stream.aggregate.finish(stream.up.decode_sum(total))
+        update = stream.aggregate.finish(total, stream.up.decode_sum)
         outer[stream.name], params[stream.name] = stream.outer.step(
             state.outer[stream.name], state.params[stream.name], update
         )
-    sent = state.bytes_down + sum(task.broadcast.nbytes for task in tasks)
     return State(state.round + 1, params, outer, down, fleet.now(), sent, acknowledged, list(out.values()))
+
+
+def settle(verdict: Verdict, out: dict[str, Task], acknowledged: dict[str, str]) -> None:
+    """Takes an answered task off those that are out, and notes which state its client shall go on from; in place."""
+    if isinstance(verdict, Abandoned):
+        return
+    out.pop(verdict.reply.task if isinstance(verdict, Accepted) else verdict.task, None)
+    if isinstance(verdict, Accepted) and verdict.reply.keeps_state:
+        acknowledged[verdict.reply.client] = verdict.reply.task
+    if isinstance(verdict, Refused) and verdict.lost_state:
+        acknowledged.pop(verdict.client, None)
 
 
 def broadcast(
@@ -129,7 +138,10 @@ def broadcast(
 def converse(
     fleet: Fleet, exchange: Exchange, streams: tuple[Stream, ...], totals: dict[str, Params]
 ) -> Iterator[Verdict]:
-    """Drives an exchange over a fleet; adds what is accepted to `totals`; passes every verdict on."""
+    """Drives an exchange over a fleet; adds what is accepted to `totals`; passes every verdict on.
+
+    An exchange that is abandoned leaves `totals` empty.
+    """
     aggregators = {stream.name: stream.aggregate for stream in streams}
     answer: Event | None = None
     while True:
@@ -146,6 +158,8 @@ def converse(
             if isinstance(step, Accepted):
                 for name, given in step.contributions.items():
                     totals[name] = aggregators[name].add(totals[name], given.vector, given.weights)
+            if isinstance(step, Abandoned):
+                totals.clear()
             yield step
 
 
@@ -154,48 +168,58 @@ def receive(plan: RoundPlan, state: State, tasks: Mapping[str, Task], reply: Rep
 
     What a reply is worth (its staleness, whose it is) is read from the task that it answers, not from what it claims.
     """
-    refused = partial(Refused, reply.client, reply.task)
     task = tasks[reply.task]
-    if reply.refusal:
-        return refused(reply.refusal)
-    if (reply.client, reply.plan) != (task.client, plan.hash):
-        return refused(f"from {reply.client} for plan {reply.plan}; {task.client} was asked, for plan {plan.hash}")
-    if missing := [stream.name for stream in plan.streams if stream.name not in reply.payloads]:
-        return refused(f"lacks the stream '{missing[0]}'")
-    staleness = state.round - task.broadcast.round
-    factor = plan.schedule.discount(staleness)
-    weights = {group: weight * factor for group, weight in reply.weights.items()}
     try:
-        contributions = {
-            s.name: contribution(s, state.params[s.name], reply.payloads[s.name], weights) for s in plan.streams
-        }
+        check_sender(task, reply)
+        staleness = state.round - task.broadcast.round
+        factor = plan.schedule.discount(staleness)
+        given = {s.name: contribution(s, state.params[s.name], reply, factor) for s in plan.streams}
     except DECODING_ERRORS as error:
-        return refused(str(error) or type(error).__name__)
-    return Accepted(reply, contributions, staleness)
+        reason = str(error) or type(error).__name__
+        return Refused(task.client, reply.task, reason, reply.nbytes, reply.lost_state)
+    return Accepted(reply, given, staleness)
 
 
-DECODING_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, OverflowError)
-"""What transforms and torch raise on payloads that no client makes: wrong names, shapes, dtypes, numbers."""
+DECODING_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, OverflowError, AttributeError)
+"""What our checks, transforms and torch raise on replies that no client of ours makes."""
+
+LARGEST = 1e30
+"""The largest weighted value that may be added: 10^8 of them stay finite in float32."""
 
 
-def contribution(stream: Stream, like: Params, payload: Payload, weights: Weights) -> Contribution:
-    """What a payload adds to its stream's total. Raises one of DECODING_ERRORS for what may not be added."""
-    _check_weights(weights, stream.aggregate.groups(like))
-    vector = stream.up.decode_reply(payload)
-    _check_vector(vector, like)
-    return Contribution(vector, weights)
+def check_sender(task: Task, reply: Reply) -> None:
+    """Raises ValueError for a refusal, and for a reply that is not the asked client's or does not fit its metrics' type."""
+    if reply.refusal:
+        raise ValueError(reply.refusal)
+    if (reply.client, reply.plan) != (task.client, task.plan):
+        raise ValueError(f"from {reply.client} for plan {reply.plan}; {task.client} was asked, for plan {task.plan}")
+    for name, value in reply.metrics.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"the metric '{name}' is {value!r}, not a number")
 
 
-def _check_weights(weights: Mapping[str, float], groups: set[str]) -> None:
+def contribution(stream: Stream, like: Params, reply: Reply, factor: float) -> Contribution:
+    """What a reply adds to a stream's total, times the discount for its age. Raises one of DECODING_ERRORS."""
+    if stream.name not in reply.payloads:
+        raise ValueError(f"lacks the stream '{stream.name}'")
+    weights = {group: float(weight) for group, weight in reply.weights.items()}
+    check_weights(weights, stream.aggregate.groups(like))
+    vector = stream.up.decode_reply(reply.payloads[stream.name])
+    check_vector(vector, like, max(weights.values(), default=1.0))
+    return Contribution(vector if factor == 1 else {n: x * factor for n, x in vector.items()}, weights)
+
+
+def check_weights(weights: Mapping[str, float], groups: set[str]) -> None:
+    """One finite weight of at least 0 for each group. Raises ValueError."""
     if weights.keys() != groups:
         raise ValueError(f"weights for {sorted(weights)}; {sorted(groups)} are needed")
     for group, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"the weight {weight} for '{group}'; a finite number of at least 0 is needed")
+        if not 0 <= weight <= LARGEST:
+            raise ValueError(f"the weight {weight} for '{group}'; a number from 0 to {LARGEST:g} is needed")
 
 
-def _check_vector(vector: Params, like: Params) -> None:
-    """Same names and shapes as the params, and finite."""
+def check_vector(vector: Params, like: Params, weight: float) -> None:
+    """The names and shapes of the params; values that stay finite when weighted and summed. Raises ValueError."""
     if vector.keys() != like.keys():
         odd = sorted(vector.keys() ^ like.keys())
         raise ValueError(f"{len(odd)} names do not match the plan's params, the first is '{odd[0]}'")
@@ -204,6 +228,7 @@ def _check_vector(vector: Params, like: Params) -> None:
             raise ValueError(f"'{name}' has the shape {tuple(x.shape)} instead of {tuple(like[name].shape)}")
         if x.is_complex():
             raise ValueError(f"'{name}' has the type {x.dtype}")
-        # A sum is finite only if every term is, and it costs one pass instead of two.
-        if x.is_floating_point() and not math.isfinite(float(x.sum())):
-            raise ValueError(f"'{name}' has values that are not finite")
+        if x.is_floating_point() and x.numel():
+            low, high = (float(bound) for bound in torch.aminmax(x))  # NaN comes through, and fails any comparison
+            if not max(abs(low), abs(high)) * max(weight, 1.0) <= LARGEST:
+                raise ValueError(f"'{name}' has values that are not finite or too large: from {low:g} to {high:g}")

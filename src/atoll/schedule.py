@@ -22,8 +22,10 @@ class Law:
     """How a cohort is drawn from the population; privacy accounting reads it."""
 
     kind: Literal["everyone", "uniform", "poisson", "idle"]
-    cohort: float
-    """Clients a round: the number for `uniform`, the expected share for `poisson`, the number kept busy for `idle`."""
+    answers: Callable[[int], float]
+    """Population -> the clients whose updates make a round, on average."""
+    least: int = 1
+    """The smallest population that it can draw from."""
 
 
 Sample = Callable[[Sequence[str], Sequence[str], int], list[str]]
@@ -32,7 +34,7 @@ Sample = Callable[[Sequence[str], Sequence[str], int], list[str]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Whom a round asks, when it closes, and the factor on the weight of an update `staleness` rounds old."""
+    """Whom a round asks, when it closes, and the factor on an update that is `staleness` rounds old."""
 
     law: Law
     sample: Sample
@@ -47,19 +49,11 @@ def everyone_answered(accepted: int, out: int) -> bool:
 
 def synchronous(cohort: Annotated[int, Ge(1)] | None = None) -> Schedule:
     """Every round asks `cohort` clients, drawn uniformly without replacement (all of them by default), and waits for all."""
-    law = Law("everyone", 0) if cohort is None else Law("uniform", cohort)
+    law = Law("everyone", float) if cohort is None else Law("uniform", lambda population: cohort, least=cohort)
 
     def sample(population: Sequence[str], busy: Sequence[str], key: int) -> list[str]:
         if cohort is None:
             return list(population)
-        if cohort > len(population):
-            raise AtollError(
-                "a cohort larger than the population",
-                found=cohort,
-                allowed=f"1 to {len(population)} clients",
-                where="schedule.cohort",
-                remedy="lower the cohort, or leave it out to ask everybody",
-            )
         return _draw(population, cohort, key)
 
     return Schedule(law, sample, everyone_answered)
@@ -72,7 +66,7 @@ def poisson(rate: Annotated[float, Gt(0), Le(1)]) -> Schedule:
         chosen = rng(key).random(len(population)) < rate
         return [client for client, yes in zip(population, chosen, strict=True) if yes]
 
-    return Schedule(Law("poisson", rate), sample, everyone_answered)
+    return Schedule(Law("poisson", lambda population: rate * population), sample, everyone_answered)
 
 
 def buffered(
@@ -80,16 +74,23 @@ def buffered(
 ) -> Schedule:
     """FedBuff: `concurrency` clients work at any time; every `buffer` accepted updates make a round.
 
-    An update that is s rounds old has its weight multiplied by (1 + s)^-exponent. Source: Nguyen et al. 2022 (arXiv
-    2106.06639), Algorithm 1: our `buffer` is their K, `concurrency` their C.
+    An update that is s rounds old is multiplied by (1 + s)^-exponent. Source: Nguyen et al. 2022 (arXiv 2106.06639),
+    Algorithm 1: our `buffer` is their K, `concurrency` their C. Departs from it in that idle clients are asked again when
+    a round ends, not one by one as they answer.
     """
+    if buffer > concurrency:
+        raise AtollError(
+            "a buffer that never fills", where="schedule.buffer", found=buffer, allowed=f"1 to concurrency, {concurrency}",
+            remedy="raise concurrency, or lower buffer",
+        )  # fmt: skip
 
     def sample(population: Sequence[str], busy: Sequence[str], key: int) -> list[str]:
         idle = [client for client in population if client not in busy]
         return _draw(idle, min(max(0, concurrency - len(busy)), len(idle)), key)
 
+    law = Law("idle", lambda population: min(buffer, population))
     return Schedule(
-        Law("idle", concurrency), sample, lambda accepted, out: accepted >= buffer, lambda s: (1 + s) ** -exponent
+        law, sample, lambda accepted, out: accepted >= buffer, lambda staleness: (1 + staleness) ** -exponent
     )
 
 

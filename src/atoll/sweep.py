@@ -25,7 +25,8 @@ from atoll.local.work import Report, unwatched
 from atoll.record.card import read_story
 from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, root
-from atoll.run import stage, write_recipe
+from atoll.run import write_recipe
+from atoll.stage import run_stage
 
 Settings = Mapping[str, Any]
 
@@ -165,8 +166,10 @@ def run_trial(
             [plan.recipe.model, plan.recipe.data, repr(plan.space), work.objective, work.context, plan.recipe.seed],
             sort_keys=True,
         )
-        warm[kind] = again(warm[kind], plan) if kind in warm else assemble(plan, say, report)
-        stage(plan, warm[kind], folder, sinks)
+        if kind not in warm:
+            warm.clear()  # one model in memory at a time
+            warm[kind] = assemble(plan, say, report)
+        run_stage(plan, again(warm[kind], plan), folder, folder, sinks)
 
 
 def outcome(trial: Trial, folder: RunFolder) -> Outcome:

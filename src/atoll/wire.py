@@ -67,4 +67,4 @@ def size(payload: Payload) -> int:
 
 
 def _dtype(x: Tensor) -> str:
-    return _DTYPES[str(x.dtype)]
+    return _DTYPES.get(str(x.dtype), str(x.dtype))

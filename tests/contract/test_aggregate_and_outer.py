@@ -15,6 +15,11 @@ from atoll.params import add
 SHAPE = (3, 2)
 
 
+def same(total):
+    """A chain that has nothing to undo on the sum."""
+    return total
+
+
 def updates(count: int, seed: int = 0):
     draw = torch.Generator().manual_seed(seed)
     return [{"w": torch.randn(SHAPE, generator=draw), "b": torch.randn(4, generator=draw)} for _ in range(count)]
@@ -29,7 +34,7 @@ def test_mean_is_the_weighted_mean_in_any_order(weights, random):
     total = rule.init(given_[0])
     for i in order:
         total = rule.add(total, given_[i], {"all": weights[i]})
-    result = rule.finish(total)
+    result = rule.finish(total, same)
     for name in ("w", "b"):
         expected = np.average([u[name].double().numpy() for u in given_], axis=0, weights=weights)
         np.testing.assert_allclose(result[name].numpy(), expected, rtol=2e-4, atol=1e-5)
@@ -43,8 +48,8 @@ def test_totals_of_two_relays_add_up():
         half = left if i < 2 else right
         half.update(rule.add(half, update, {"all": i + 1.0}))
     assert rule.summable
-    both = rule.finish(add(left, right))
-    once = rule.finish(whole)
+    both = rule.finish(add(left, right), same)
+    once = rule.finish(whole, same)
     assert all(torch.allclose(both[n], once[n], atol=1e-6) for n in once)
 
 
@@ -53,9 +58,9 @@ def test_a_group_that_a_client_does_not_hold_is_not_diluted_and_one_that_nobody_
     one, two = updates(2)
     total = rule.add(rule.init(one), one, {"image": 0.0, "text": 2.0})
     total = rule.add(total, two, {"image": 0.0, "text": 2.0})
-    assert set(rule.finish(total)) == {"b"}
+    assert set(rule.finish(total, same)) == {"b"}
     total = rule.add(rule.init(one), one, {"image": 3.0, "text": 1.0})
-    result = rule.finish(rule.add(total, two, {"image": 0.0, "text": 1.0}))
+    result = rule.finish(rule.add(total, two, {"image": 0.0, "text": 1.0}), same)
     assert torch.allclose(result["w"], one["w"])
     assert torch.allclose(result["b"], (one["b"] + two["b"]) / 2)
 
@@ -116,3 +121,14 @@ def test_params_without_an_update_stay(name):
     assert torch.equal(moved["b"], params["b"])
     assert not torch.equal(moved["w"], params["w"])
     assert state.keys() == step.init(params).keys()
+
+
+def test_what_a_chain_undoes_on_the_sum_is_the_sum_and_not_the_weights():
+    """Fixed point, decoded once: x -> 1000 x at the clients, / 1000 on the sum."""
+    rule, given_ = mean(), updates(3)
+    total = rule.init(given_[0])
+    for update in given_:
+        total = rule.add(total, {name: 1000 * x for name, x in update.items()}, {"all": 2.0})
+    result = rule.finish(total, lambda sums: {name: x / 1000 for name, x in sums.items()})
+    for name in ("w", "b"):
+        assert torch.allclose(result[name], torch.stack([u[name] for u in given_]).mean(0), atol=1e-5)

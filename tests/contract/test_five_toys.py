@@ -21,7 +21,7 @@ from toys import SITES, START, descend, fedavg_work, gradient, line, rounds, toy
 
 from atoll.aggregate.mean import mean
 from atoll.client import Client, Done, FileStore
-from atoll.exchange import Accepted, Contribution, Dropped, Reply, Send, Wait
+from atoll.exchange import Abandoned, Accepted, Contribution, Dropped, Reply, Send, Wait
 from atoll.fleet.faults import FaultFleet
 from atoll.fleet.inprocess import InProcess
 from atoll.keys import generator
@@ -147,7 +147,8 @@ class RingSum:
     def add(self, total, vector, weights):
         return add(total, vector)
 
-    def finish(self, total):
+    def finish(self, total, decode):
+        total = decode(total)
         return {n: (x / total["weight"]).float() if n != "weight" else torch.zeros(1) for n, x in total.items()}
 
 
@@ -198,6 +199,9 @@ def masked(tasks, in_flight, receive, closed):
     while out:
         reply = yield Wait(frozenset(out))
         out.discard(reply.task)
+        if isinstance(reply, Dropped):  # its masks cannot be taken off any more, and the sum is worth nothing
+            yield Abandoned(f"{reply.client} was lost before it had named its masks")
+            return
         correction = {n: -x for n, x in reply.payloads[UPDATE].main.items()}
         yield Accepted(reply, {UPDATE: Contribution(correction, {})})
 
@@ -242,6 +246,26 @@ def test_a_masked_sum_in_two_phases_with_a_dropout(dropped):
     assert all(abs(int(x)) > 2**30 for x in seen), "what one client sends must look nothing like its update"
 
 
+def test_a_masked_round_that_loses_a_client_while_unmasking_is_abandoned():
+    plan = toy_plan(streams=(Stream(up=Chain((FixedPoint(),)), aggregate=RingSum()),), exchange=masked)
+
+    class Dropping(InProcess):
+        def receive(self, tasks):
+            event = super().receive(tasks)
+            return Dropped(event.client, event.task) if event.task == "unmask:0:west" else event
+
+    start, heard = START | {"weight": torch.zeros(1)}, []
+    fleet = Dropping(
+        list(SITES),
+        lambda name: MaskingClient(name, plan.hash, plan.streams, {"train": weighed(fedavg_work())}, SITES[name]),
+    )
+    state = rounds(plan, fleet, 1, initial(plan, start), heard.append)
+    assert equal(state.params[UPDATE], start), "masks must not be applied"
+    assert isinstance(heard[-1], Abandoned)
+    assert state.round == 1
+    assert not equal(rounds(plan, fleet, 1, state).params[UPDATE], start), "the next round goes on"
+
+
 # 3. Buffered asynchrony with staleness ---------------------------------------------------------------------------------
 
 
@@ -255,7 +279,9 @@ def test_buffered_asynchrony_with_staleness():
     # Round 0 asks all; north answers at 1, south at 2. Round 1 asks those two again at 2: north at 3, south at 4. ...
     assert accepted[:5] == [("north", 0, 0), ("south", 0, 0), ("north", 1, 0), ("south", 1, 0), ("west", 0, 2)]
     west = next(v for v in heard if isinstance(v, Accepted) and v.reply.client == "west")
-    assert west.contributions[UPDATE].weights["all"] == pytest.approx(6 * 3**-0.5)
+    assert west.contributions[UPDATE].weights["all"] == 6.0
+    local = descend(START, SITES["west"], 3, 0.1)
+    assert float(west.contributions[UPDATE].vector["a"]) == pytest.approx(float(local["a"]) * 3**-0.5)
     assert state.round == 5
     assert {task.client for task in state.in_flight} <= set(SITES)
 

@@ -29,6 +29,7 @@ finetune:
   optimizer: {{use: sgd, lr: 0.5}}
   clip_norm: null
   correction: scaffold
+  weighting: uniform
   up: [{{use: error-feedback, chain: [{{use: topk, fraction: 0.1}}]}}]
   outer: {{use: nesterov, lr: 0.7}}
   schedule: {schedule}

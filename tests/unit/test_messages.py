@@ -37,7 +37,7 @@ MISTAKES = {
         ["finetune.schedule={use: synchronous, cohort: 9}"], ["more clients asked than there are", "9", "1 to 3"]
     ),
     "scaffold with adamw": Mistake(
-        ["finetune.correction=scaffold"], ["SCAFFOLD needs plain SGD", "adamw", "sgd without momentum"]
+        ["finetune.correction=scaffold"], ["'scaffold' needs other local work", "adamw", "sgd without momentum"]
     ),
     "topk down": Mistake(
         ["finetune.down=[{use: topk, fraction: 0.1}]"],
@@ -194,15 +194,15 @@ def test_loss_that_is_no_number_is_refused_and_the_round_goes_on(atoll: Atoll, t
 def test_full_disk_loses_nothing(atoll: Atoll, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from atoll.record import checkpoint
 
-    written, save = [], checkpoint.save_file
+    written, save = [], checkpoint.replace_tensors
 
     def full_at_second(*arguments: Any, **options: Any) -> None:
-        written.append(arguments[1])
+        written.append(arguments[0])
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_at_second)
+    monkeypatch.setattr(checkpoint, "replace_tensors", full_at_second)
     said = atoll("run", tiny)
     expect_clean(said, ["no space on disk", "runs/tiny-1", "free some space, then `atoll resume tiny-1`"])
     assert json.loads(atoll("runs", "--json").out)[0]["state"] == "stopped"

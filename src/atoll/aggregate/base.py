@@ -1,6 +1,6 @@
 """An aggregator: how the updates of a round become one.
 
-    init(like) -> total      add(total, vector, weights) -> total      finish(total) -> update
+    init(like) -> total      add(total, vector, weights) -> total      finish(total, decode) -> update
 
 The total is a flat dict of tensors. For a sum it can be added to another total (an all-reduce, a relay), masked by secure
 aggregation, or noised before anything is divided, because the weights ride inside it as entries of their own.
@@ -8,7 +8,7 @@ aggregation, or noised before anything is divided, because the weights ride insi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from atoll.params import Params
@@ -40,6 +40,9 @@ class Aggregator(Protocol):
         """Takes one update in. May reuse the tensors of `total`."""
         ...
 
-    def finish(self, total: Params) -> Params:
-        """The aggregated update; parameters that nobody contributed to are left out."""
+    def finish(self, total: Params, decode: Callable[[Params], Params]) -> Params:
+        """The aggregated update; parameters that nobody contributed to are left out.
+
+        `decode` undoes, once and on the sum, what the chain did to the vectors (see Chain.decode_sum).
+        """
         ...

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
@@ -37,11 +38,12 @@ class Worker:
 
     def give(self, task: Task) -> None:
         """Hands it a task, and the task's broadcast unless it is the one it heard last."""
-        if self.round != task.broadcast.round:
-            self.pipe.send_bytes(messages.pack_broadcast(task.broadcast))
-            self.round = task.broadcast.round
-        self.pipe.send_bytes(messages.pack_task(task))
         self.task = task
+        with contextlib.suppress(OSError):  # it has died: `take` finds out
+            if self.round != task.broadcast.round:
+                self.pipe.send_bytes(messages.pack_broadcast(task.broadcast))
+                self.round = task.broadcast.round
+            self.pipe.send_bytes(messages.pack_task(task))
 
     def take(self) -> Event:
         """Its answer; a worker that died answers with a drop, and is of no more use."""
@@ -49,7 +51,7 @@ class Worker:
         task, self.task = self.task, None
         try:
             return messages.unpack_event(self.pipe.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             return Dropped(task.client, task.id, f"its worker process ended with status {self.process.exitcode}")
 
@@ -158,9 +160,10 @@ def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     client = rebuild()
     broadcast: Broadcast | None = None
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while data := pipe.recv_bytes():
             if messages.is_broadcast(data):
                 broadcast = messages.unpack_broadcast(data)
@@ -168,3 +171,9 @@ def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
             assert broadcast is not None
             task = messages.unpack_task(data, broadcast)
             pipe.send_bytes(messages.pack_event(client(task.client).handle(task)))
+
+
+def end_with(parent: Any) -> None:
+    """Ends this process as soon as `parent` has ended, however: a resumed run must not meet workers of the one before."""
+    wait([parent.sentinel])
+    os._exit(1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.data.collate import IGNORE, Batch, pack, packable, pad
+from atoll.errors import AtollError
 from atoll.local.objectives import cross_entropy, token_losses
 from atoll.local.work import Objective
 
@@ -22,6 +23,11 @@ class Language:
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model: samples share one packed row where the family allows it."""
+        if tokenizer is None:
+            raise AtollError(
+                "a text objective needs a named model", where="finetune.objective", found=self.labels,
+                remedy="a model made by a factory of yours needs an objective of yours: objective: module:factory",
+            )  # fmt: skip
         device = next(model.parameters()).device
         together = packable(model)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

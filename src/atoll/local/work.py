@@ -176,6 +176,8 @@ EVALUATION_BATCH = 16
 
 def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
     """Held-out loss: the mean over samples of each sample's mean loss, with its standard error."""
+    if not len(data.test):
+        raise WorkFailed("no held-out samples")
     write(local.space, local.model, params[UPDATE])
     local.model.eval()
     limit = int(task.data.get("samples", len(data.test))) or len(data.test)

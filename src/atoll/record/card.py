@@ -50,8 +50,13 @@ class Story:
 
     @property
     def bytes_down(self) -> int:
-        """All that the server sent."""
+        """All that the server sent to train."""
         return sum(r.bytes_down for r in self.rounds)
+
+    @property
+    def bytes_to_evaluate(self) -> int:
+        """All that the server sent so that clients evaluate."""
+        return sum(e.bytes_down for e in self.evaluations)
 
 
 def read_story(folder: RunFolder) -> Story | None:
@@ -136,7 +141,8 @@ def markdown(name: str, story: Story) -> str:
         *_loss_section(story),
         "## What moved",
         "",
-        f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {len(story.rounds)} rounds; "
+        f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {len(story.rounds)} rounds, "
+        f"and {human_bytes(story.bytes_to_evaluate)} down for evaluation; "
         f"{sum(r.seconds for r in story.rounds):.0f} s in rounds"
         + (f", {story.ended.seconds:.0f} s with evaluation." if story.ended else "."),
         "",

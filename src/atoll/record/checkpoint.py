@@ -7,14 +7,13 @@ they started from once, under `broadcast/ROUND/STREAM/`. A process that dies whi
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from atoll import wire
+from atoll.cache import replace_tensors
 from atoll.errors import AtollError
 from atoll.exchange import Broadcast, Task
 from atoll.params import Params, nested, under
@@ -46,7 +45,7 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
         "broadcasts": sides,
         "extra": extra or {},
     }
-    _replace(path, flat, {"state": json.dumps(about)})
+    replace_tensors(path, flat, {"state": json.dumps(about)})
 
 
 def load_state(path: Path) -> State:
@@ -96,12 +95,3 @@ def _state(about: dict[str, Any], flat: Params) -> State:
 def _task_as_data(task: Task) -> dict[str, Any]:
     fields = {name: getattr(task, name) for name in task.__dataclass_fields__ if name != "broadcast"}
     return fields | {"broadcast": task.broadcast.round}
-
-
-def _replace(path: Path, tensors: Params, metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata=metadata)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, path)

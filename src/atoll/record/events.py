@@ -7,6 +7,7 @@ was made, so that what a lost round had written is not told twice.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,7 @@ class Evaluated:
     mean: float
     worst: float
     seconds: float
+    bytes_down: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,9 @@ class Record:
 
     def __call__(self, event: Event) -> None:
         """Writes an event."""
-        line = {"event": type(event).__name__, "time": round(time.time(), 3), **asdict(event)}
+        line = {"event": type(event).__name__, "time": round(time.time(), 3), **_without_nan(asdict(event))}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         for sink in self.sinks:
             sink(event)
 
@@ -139,4 +141,13 @@ def read_events(path: Path) -> Iterator[Event]:
             return
         kind = _KINDS[data.pop("event")]
         data.pop("time")
-        yield kind(**data)
+        yield kind(**{name: math.nan if value is None else value for name, value in data.items()})
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no numbers that are not finite: they are written as null, and read as not a number."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

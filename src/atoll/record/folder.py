@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from atoll.errors import AtollError, closest
 
@@ -61,13 +62,12 @@ class RunFolder:
         return self.path / "card.md"
 
     def client(self, name: str) -> Path:
-        """A client's state. Names come from data, so they are made safe for a file."""
-        safe = "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in name)
-        return self.path / "clients" / f"{safe}.safetensors"
+        """A client's state. Names come from data: quoted, none leaves the folder and no two share a file."""
+        return self.path / "clients" / f"{quote(name, safe='')}.safetensors"
 
     def baseline(self, name: str) -> RunFolder:
         """The run of a baseline."""
-        return RunFolder(self.path / "baselines" / name)
+        return RunFolder(self.path / "baselines" / quote(name, safe=""))
 
     def baselines(self) -> list[RunFolder]:
         """The baselines that have a record."""
@@ -160,6 +160,9 @@ def find(reference: str) -> RunFolder:
         )
     if reference == "latest":
         return max(known.values(), key=lambda folder: folder.recipe.stat().st_mtime)
+    run, _, inner = reference.partition("/")
+    if run in known and known[run].baseline(inner).recipe.exists():
+        return known[run].baseline(inner)
     if reference not in known:
         raise AtollError(
             "there is no such run", where=str(root().absolute()), found=reference, remedy=closest(reference, known)

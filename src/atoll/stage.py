@@ -1,0 +1,252 @@
+"""A stage at work: rounds until they are done, evaluated on the way, with a checkpoint after each.
+
+This loop is outermost for every method and for every baseline. A kill at any point loses at most the round or the
+evaluation that it hits: both are done again from the last checkpoint, with the same result.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+
+from atoll import parts
+from atoll.assemble import Assembly, clients, rebuild
+from atoll.build import POOLED, Plan, baseline_names
+from atoll.errors import AtollError, Interrupted
+from atoll.evaluate import evaluate
+from atoll.exchange import Abandoned, Accepted, Dropped, Refused, Verdict
+from atoll.fleet.base import Fleet
+from atoll.params import Params, numel
+from atoll.record.checkpoint import load_with_extra, save_state
+from atoll.record.events import ClientLeftOut, Missing, Record, Replied, RoundEnded, RunEnded, RunStarted, Sink
+from atoll.record.folder import RunFolder, find
+from atoll.round import State, initial, run_round
+from atoll.stream import UPDATE
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop of a stage remembers beside the state; a checkpoint keeps it."""
+
+    plan: str
+    best: float = float("inf")
+    without_better: int = 0
+    record_bytes: int = 0
+    seconds: float = 0.0
+    ended: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage at work: what the loop needs beside its state."""
+
+    ready: Plan
+    things: Assembly
+    folder: RunFolder
+    fleet: Fleet
+    record: Record
+    outer: RunFolder
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began, time before a resume included."""
+        return time.perf_counter() - self.started
+
+
+def run_stage(ready: Plan, things: Assembly, folder: RunFolder, outer: RunFolder, sinks: Sequence[Sink]) -> State:
+    """Rounds from where the checkpoint is, or from the start, to the end. A stage that has ended is left as it is.
+
+    `outer` is the folder that people know: a baseline's own lies inside it, and stops when it is asked to.
+    """
+    state, progress = begin(ready, things, folder)
+    if progress.ended:
+        return state
+    own_sinks = [parts.make("sink", one, f"sinks[{i}]")(folder.path) for i, one in enumerate(ready.recipe.sinks)]
+    record = Record(folder.record, [*sinks, *own_sinks], keep_bytes=progress.record_bytes)
+    names = [*things.data, POOLED] if ready.trainers == [POOLED] else list(things.data)
+    make = clients(ready, things, folder)
+    with closing(ready.fleet(names, make, partial(rebuild, ready.tree, folder), state.clock)) as fleet:
+        fleet.submit(state.in_flight)
+        return drive(
+            Stage(ready, things, folder, fleet, record, outer, time.perf_counter() - progress.seconds), state, progress
+        )
+
+
+def drive(at: Stage, state: State, progress: Progress) -> State:
+    """Rounds until they are done, early stopping says so, or somebody asks to stop.
+
+    A kill at any point loses at most the round or the evaluation it hits: both are done again, with the same result.
+    """
+    if state.round == 0:
+        introduce(at)
+    while True:
+        if due(at.ready, state.round):
+            progress = measure(at, state, progress, final=state.round == 0)
+        if reason := why_end(at.ready, state.round, progress):
+            break
+        stop_if_asked(at.outer)
+        state = whole_round(at, state)
+        progress = checkpoint(at, state, progress)
+    progress = measure(at, state, progress, final=True)
+    at.record(RunEnded(state.round, reason, at.seconds))
+    checkpoint(at, state, replace(progress, ended=reason))
+    return state
+
+
+def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Progress]:
+    """From the run's checkpoint if there is one; else from the model, or from the run that this one starts `from`."""
+    if folder.checkpoint.exists():
+        state, kept = load_with_extra(folder.checkpoint)
+        progress = Progress(**kept)
+        if progress.plan != ready.hash:
+            raise AtollError(
+                "the recipe has changed since the run began", where=str(folder.recipe), found=f"plan {ready.hash}",
+                allowed=f"plan {progress.plan}", remedy="start a new run; `from:` lets it go on from this one's result",
+            )  # fmt: skip
+        return state, progress
+    return initial(ready.rounds, start_of(ready, things)), Progress(ready.hash)
+
+
+def start_of(ready: Plan, things: Assembly) -> Params:
+    """The params before the first round."""
+    if ready.recipe.start is None:
+        return things.start
+    other = find(ready.recipe.start)
+    if not other.checkpoint.exists():
+        raise AtollError(
+            "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
+        )
+    params = load_with_extra(other.checkpoint)[0].params[UPDATE]
+    mine = {name: tuple(x.shape) for name, x in things.start.items()}
+    if {name: tuple(x.shape) for name, x in params.items()} != mine:
+        raise AtollError(
+            "the run trained in another space", where="from", found=other.name,
+            remedy="use the model and the finetune.space of that run",
+        )  # fmt: skip
+    return params
+
+
+def introduce(at: Stage) -> None:
+    """What is going to happen, and who cannot take part."""
+    ready, things = at.ready, at.things
+    at.record(
+        RunStarted(
+            name=ready.recipe.name,
+            plan=ready.hash,
+            rounds=ready.recipe.finetune.rounds,
+            clients=ready.trainers,
+            samples={name: len(data.train) for name, data in things.data.items()},
+            trains=numel(things.start),
+            of=ready.shapes.count if ready.shapes else sum(p.numel() for p in things.model.parameters()),
+            seed=ready.recipe.seed,
+            baselines=baseline_names(ready),
+            versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
+            warnings=ready.warnings,
+        )
+    )
+    for client, report in things.left_out.items():
+        at.record(ClientLeftOut(client, report))
+
+
+def due(ready: Plan, round: int) -> bool:
+    """Whether to evaluate before round `round` begins: as the recipe says. The end comes by itself."""
+    wanted = ready.recipe.evaluate
+    if round == 0:
+        return wanted.start
+    return wanted.every > 0 and round % wanted.every == 0 and round < ready.recipe.finetune.rounds
+
+
+def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progress:
+    """Evaluates, and notes whether it got better. Only evaluations between rounds, all on the same samples, are compared."""
+    wanted = at.ready.recipe.evaluate
+    held_out = [name for name, data in at.things.data.items() if len(data.test)]
+    samples = wanted.final_samples if final else wanted.samples
+    heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
+    at.record(heard)
+    if final or math.isnan(heard.mean):
+        return progress
+    if heard.mean < progress.best - wanted.min_delta:
+        return replace(progress, best=heard.mean, without_better=0)
+    return replace(progress, without_better=progress.without_better + 1)
+
+
+def why_end(ready: Plan, round: int, progress: Progress) -> str:
+    """Why the stage is over; empty while it is not."""
+    if round >= ready.recipe.finetune.rounds:
+        return "finished"
+    patience = ready.recipe.evaluate.patience
+    if patience is not None and progress.without_better >= patience:
+        return f"no better held-out loss in {patience} evaluations"
+    return ""
+
+
+def stop_if_asked(folder: RunFolder) -> None:
+    """Between rounds, where nothing is lost."""
+    if folder.asked_to_stop():
+        raise Interrupted(
+            "stopped as asked; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`"
+        )
+
+
+def whole_round(at: Stage, state: State) -> State:
+    """One round, and its events."""
+    started = time.perf_counter()
+    heard: list[Verdict] = []
+
+    def observe(verdict: Verdict) -> None:
+        heard.append(without_tensors(verdict))
+        at.record(event_of(state.round, verdict))
+
+    after = run_round(at.ready.rounds, state, at.fleet, observe)
+    at.record(sum_up(state, after, heard, time.perf_counter() - started))
+    return after
+
+
+def without_tensors(verdict: Verdict) -> Verdict:
+    """What the round's sum needs; the update itself is let go at once."""
+    return replace(verdict, contributions={}) if isinstance(verdict, Accepted) else verdict
+
+
+def event_of(round: int, verdict: Verdict) -> Replied | Missing:
+    """A verdict as the record has it."""
+    if isinstance(verdict, Accepted):
+        reply = verdict.reply
+        loss = reply.metrics.get("loss", float("nan"))
+        return Replied(round, reply.client, loss, reply.nbytes, reply.seconds, verdict.staleness, reply.metrics)
+    if isinstance(verdict, Abandoned):
+        return Missing(round, "everybody", verdict.reason, refused=False)
+    return Missing(round, verdict.client, verdict.reason, not isinstance(verdict, Dropped))
+
+
+def sum_up(before: State, after: State, heard: Sequence[Verdict], seconds: float) -> RoundEnded:
+    """A round in one event."""
+    accepted = [verdict.reply for verdict in heard if isinstance(verdict, Accepted)]
+    losses = [reply.metrics.get("loss", float("nan")) for reply in accepted]
+    kinds = Counter(type(verdict).__name__ for verdict in heard)
+    local_steps = sum(reply.metrics.get("seconds_in_steps", 0.0) for reply in accepted)
+    return RoundEnded(
+        round=before.round,
+        accepted=len(accepted),
+        refused=kinds["Refused"],
+        dropped=kinds["Dropped"],
+        loss=sum(losses) / len(losses) if losses else float("nan"),
+        bytes_down=after.bytes_down - before.bytes_down,
+        bytes_up=sum(reply.nbytes for reply in accepted) + sum(v.nbytes for v in heard if isinstance(v, Refused)),
+        seconds=seconds,
+        clock=after.clock,
+        spans={"local_steps": local_steps, "outside": seconds - local_steps},
+    )
+
+
+def checkpoint(at: Stage, state: State, progress: Progress) -> Progress:
+    """Everything that going on needs, in one file."""
+    progress = replace(progress, record_bytes=at.record.position, seconds=at.seconds)
+    save_state(at.folder.checkpoint, state, asdict(progress))
+    return progress
