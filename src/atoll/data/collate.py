@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Batch:
         """Tokens that are not padding."""
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def targets(self) -> Tensor:
         """The token to predict at each position, long [B, T]: the next label; IGNORE at the last of a sample."""
         targets = torch.full_like(self.labels, IGNORE)
@@ -57,7 +58,7 @@ class Batch:
         targets[:, :-1] = self.labels[:, 1:].masked_fill(starts, IGNORE)
         return targets
 
-    @property
+    @cached_property
     def owners(self) -> Tensor:
         """The sample each position belongs to, long [B, T] (padding belongs to the sample before it)."""
         return ((self.position_ids == 0).flatten().cumsum(0) - 1).view_as(self.position_ids)
