@@ -22,6 +22,7 @@ BARS = [
     Bar("overhead", "overhead", "outside_ms", "atoll", at_most=50, unit="ms"),
     Bar("overhead", "overhead", "outside_ms", "atoll", against="flwr-1x2", less_is_better=True),
     Bar("overhead", "overhead", "outside_ms", "atoll", against="flwr-2x1", less_is_better=True),
+    Bar("overhead", "overhead", "with_checkpoint_ms", "atoll", unit="ms"),
     Bar("overhead", "overhead", "first_round_ms", "atoll", at_most=50, unit="ms"),
     Bar("overhead", "overhead", "first_round_ms", "atoll", against="flwr-1x2", less_is_better=True),
     Bar("overhead", "overhead-process", "seconds", "atoll", against="flwr", less_is_better=True, at_least=2.5),
