@@ -47,10 +47,10 @@ class Mean:
         return total
 
     def finish(self, total: Params, decode: Callable[[Params], Params]) -> Params:
-        """Decodes the sum, then divides it by the summed weights. Groups that nobody held are left out."""
+        """Decodes the sum, then divides it by the summed weights, in place. Groups that nobody held are left out."""
         weights = {name.removeprefix(WEIGHT): float(w) for name, w in total.items() if name.startswith(WEIGHT)}
         sums = decode({name: x for name, x in total.items() if not name.startswith(WEIGHT)})
-        return {n: x / weights[self.group_of(n)] for n, x in sums.items() if weights[self.group_of(n)] > 0}
+        return {n: x.div_(weights[self.group_of(n)]) for n, x in sums.items() if weights[self.group_of(n)] > 0}
 
 
 def mean() -> Mean:
