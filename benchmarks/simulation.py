@@ -17,16 +17,18 @@ OURS = "benchmarks.ours.runs"
 PFL = "benchmarks.peers.pfl.simulation"
 FLOWER = "benchmarks.peers.flwr.simulation"
 BARS = [
-    Bar("simulation", "simulation-cnn", "clients_per_s", "atoll", against="pfl-1x2", at_least=1.3),
-    Bar("simulation", "simulation-cnn", "clients_per_s", "atoll", against="pfl-2x1", at_least=1.3),
-    Bar("simulation", "simulation-cnn", "clients_per_s", "atoll", against="flwr-1x2", at_least=2.2),
-    Bar("simulation", "simulation-cnn", "clients_per_s", "atoll", against="flwr-2x1", at_least=2.2),
+    *(
+        Bar("simulation", "simulation-cnn", "clients_per_s", ours, against=peer, at_least=least)
+        for ours in ("atoll-1x2", "atoll-2x1")
+        for peer, least in (("pfl-1x2", 1.3), ("pfl-2x1", 1.3), ("flwr-1x2", 2.2), ("flwr-2x1", 2.2))
+    ),
     Bar("simulation", "simulation-memory", "peak_rss_mib", "atoll-1000", against="atoll-10", at_most=1.2),
 ]
+"""NAME-PxT: P processes with T threads each. The better configuration of each side counts."""
 
 
 def cases(tiny: bool) -> list[Case]:
-    """Peers run as one process with two threads and as two with one: their better one counts."""
+    """Everybody runs as one process with two threads and as two with one."""
     users = 100 if tiny else 1000
     size = {"users": users, "cohort": 4 if tiny else 50, "rounds": 2 if tiny else 3}
     return [speed(size), memory(users)]
@@ -35,7 +37,8 @@ def cases(tiny: bool) -> list[Case]:
 def speed(size: dict[str, int]) -> Case:
     """Who simulates most clients a second."""
     contestants = (
-        Contestant("atoll", OURS, config={"what": "simulation", **size}),
+        Contestant("atoll-1x2", OURS, config={"what": "simulation", **size}),
+        Contestant("atoll-2x1", OURS, config={"what": "simulation", **size, "workers": 2}),
         Contestant("pfl-1x2", PFL, "pfl", {**size, "processes": 1, "threads": 2}),
         Contestant("pfl-2x1", PFL, "pfl", {**size, "processes": 2, "threads": 1}),
         Contestant("flwr-1x2", FLOWER, "flwr", {"what": "simulation", **size, "cores": 2}),

@@ -62,7 +62,7 @@ def row(bar: Bar, results: Results) -> str:
     shown = f"{Spread(values)} {bar.unit}" if values else "not measured"
     verdict = ("yes" if met(bar, values) else "**no**") if values and wanted else ""
     limit = f"{sense}{wanted} {bar.unit}" if wanted else ""
-    return f"| {bar.case} | {bar.metric} | {bar.against or ''} | {shown} | {limit} | {verdict} |"
+    return f"| {bar.case} | {bar.contestant}: {bar.metric} | {bar.against or ''} | {shown} | {limit} | {verdict} |"
 
 
 def found(bar: Bar, contestants: dict[str, list[Measurement]]) -> list[float]:

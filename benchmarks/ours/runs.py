@@ -78,7 +78,14 @@ def cnn_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
         "schedule": {"use": "synchronous", "cohort": config["cohort"]},
     }
     data = {"use": "benchmarks.ours.parts:image_clients", "users": config["users"]}
-    return {**common("simulation"), "model": "benchmarks.ours.parts:cnn", "data": data, "finetune": finetune}
+    fleet = {"use": "processes", "workers": config["workers"]} if "workers" in config else "inprocess"
+    return {
+        **common("simulation"),
+        "fleet": fleet,
+        "model": "benchmarks.ours.parts:cnn",
+        "data": data,
+        "finetune": finetune,
+    }
 
 
 def common(name: str) -> dict[str, Any]:
