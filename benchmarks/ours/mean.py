@@ -14,7 +14,7 @@ from atoll.exchange import Reply, Task
 from atoll.params import Params, zeros_like
 from atoll.round import RoundPlan, initial, run_round
 from atoll.stream import UPDATE, Stream
-from atoll.transforms.chain import Payload
+from atoll.transforms.chain import Chain, Payload
 from benchmarks.updates import Stopwatch, gigabytes, updates
 from benchmarks.worker import Measure, peak_rss_bytes, serve
 
@@ -59,7 +59,7 @@ def ours(config: Mapping[str, Any]) -> float:
             aggregator.add(total, update, {ALL: 1.0 + number})
         del update
     with watch:
-        aggregator.finish(total)
+        aggregator.finish(total, Chain().decode_sum)
     return watch.seconds
 
 
