@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,8 @@ class Measurement:
     """Cores that others used just before or just after, whichever was more."""
     versions: Mapping[str, str]
     result: Mapping[str, Any]
+    discarded: Sequence[Mapping[str, Any]] = ()
+    """Results of earlier tries, which others disturbed: whether to try again never depends on the result."""
 
 
 def commit() -> str:
@@ -146,16 +148,18 @@ def measure(at: str, case: Case, deadline: float) -> bool:
 
 
 def _measure_once(at: str, case: Case, contestant: Contestant, repeat: int, process: Worker) -> None:
-    for _ in range(TRIES):
+    discarded: list[Mapping[str, Any]] = []
+    for last in (False,) * (TRIES - 1) + (True,):
         before, started = quiet(), time.strftime("%Y-%m-%dT%H:%M:%S")
         result = process.ask({})
         busy = max(before, cores_in_use(after=1.0))
         note = "" if busy <= DISTURBED else f" (others used {busy:.1f} cores)"
         print(f"  {case.name} {contestant.name} {repeat + 1}/{case.repeats}: {_brief(result)}{note}", flush=True)
-        if not note:
+        if last or not note:
             break
+        discarded.append(result)
     done = Measurement(
-        at, case.name, contestant.name, contestant.config, repeat, started, busy, process.versions, result
+        at, case.name, contestant.name, contestant.config, repeat, started, busy, process.versions, result, discarded
     )
     path = path_of(at, case, contestant, repeat)
     path.parent.mkdir(parents=True, exist_ok=True)

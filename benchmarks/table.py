@@ -1,4 +1,7 @@
-"""The table of what was measured, as Markdown: `python -m benchmarks.table [--at KEY] > table.md`."""
+"""The table of what was measured, as Markdown: `python -m benchmarks.table [--at COMMIT ...] > table.md`.
+
+Of several commits, each case is taken from the last one that has measurements of it; the table says from which.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ class Spread:
 
 
 def main() -> None:
-    """Prints the table of a key: a commit, by default the one that is checked out."""
+    """Prints the table of a commit, by default the one that is checked out, or of several."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("--at", default=None, help=f"a folder under {RESULTS.name}/")
-    at = parser.parse_args().at or commit()
+    parser.add_argument("--at", nargs="+", default=[], help=f"folders under {RESULTS.name}/, the oldest first")
+    at = parser.parse_args().at or [commit()]
     claims = [claim(name) for name in CLAIMS]
     results = everything(at, [case for one in claims for case in one.cases(False)])
     print("\n".join(markdown(at, [bar for one in claims for bar in one.BARS], results)))
@@ -37,17 +40,31 @@ def main() -> None:
         print(f"\n{note}")
 
 
-def everything(at: str, cases: Sequence[Case]) -> Results:
-    """All that was measured."""
-    return {case.name: {one.name: read(at, case, one) for one in case.contestants} for case in cases}
+def everything(at: Sequence[str], cases: Sequence[Case]) -> Results:
+    """All that was measured, each case at the last commit that has it."""
+    return {case.name: latest(at, case) for case in cases}
 
 
-def markdown(at: str, bars: Sequence[Bar], results: Results) -> Iterator[str]:
+def latest(at: Sequence[str], case: Case) -> dict[str, list[Measurement]]:
+    """The measurements of a case, of one commit."""
+    for key in reversed(at):
+        found = {one.name: read(key, case, one) for one in case.contestants}
+        if any(found.values()):
+            return found
+    return {}
+
+
+def markdown(at: Sequence[str], bars: Sequence[Bar], results: Results) -> Iterator[str]:
     """The bars first, then the numbers behind them."""
-    yield from (f"# Benchmarks at {at}", "", "Median of the repetitions, least to greatest in parentheses.", "")
+    yield from (
+        f"# Benchmarks at {', '.join(at)}",
+        "",
+        "Median of the repetitions, least to greatest in parentheses.",
+        "",
+    )
     yield from ("| case | what | against | found | bar | met |", "|---|---|---|---|---|---|")
     yield from (row(bar, results) for bar in bars)
-    yield from ("", "| case | contestant | measured | disturbed |", "|---|---|---|---|")
+    yield from ("", "| case | contestant | measured | commit | disturbed |", "|---|---|---|---|---|")
     for case, contestants in results.items():
         yield from (numbers(case, name, found) for name, found in contestants.items() if found)
     yield from ("", "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(versions(results).items())))
@@ -91,7 +108,7 @@ def numbers(case: str, contestant: str, measurements: Sequence[Measurement]) -> 
     names = [name for name, value in measurements[0].result.items() if isinstance(value, int | float)]
     shown = "; ".join(f"{name} {Spread([m.result[name] for m in measurements])}" for name in names)
     disturbed = sum(m.busy > DISTURBED for m in measurements)
-    return f"| {case} | {contestant} | {shown} | {disturbed or ''} |"
+    return f"| {case} | {contestant} | {shown} | {measurements[0].commit} | {disturbed or ''} |"
 
 
 def versions(results: Results) -> dict[str, Any]:
