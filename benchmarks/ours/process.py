@@ -35,7 +35,7 @@ def prepare(config: Mapping[str, Any]) -> Measure:
 
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Two clients with the same samples, both every round."""
+    """Two clients with the same samples, both every round; in float32, as Flower's app loads the model."""
     data = {"use": "benchmarks.ours.parts:token_clients", "file": "bytes-32.npz", "batch_size": 4, "clients": 2}
     finetune = {
         "rounds": config["rounds"],
@@ -43,7 +43,8 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": 4,
         "local_steps": config["steps"],
     }
-    return {**common("tiny"), "model": str(inputs_folder() / "tiny-llama"), "data": data, "finetune": finetune}
+    model = {"use": str(inputs_folder() / "tiny-llama"), "dtype": "float32"}
+    return {**common("tiny"), "model": model, "data": data, "finetune": finetune}
 
 
 if __name__ == "__main__":
