@@ -2,6 +2,8 @@
 
     8 bytes: length of the head | head: JSON | a payload of wire.py for each stream that the head names
 
+each filled up to a multiple of eight bytes, so that tensors can be used where they lie.
+
 The broadcast of a round goes once to whoever works for several clients, so a task names it by its round alone. Reading
 raises ValueError for anything that is no message, or larger than `limit_bytes`, before it takes the memory.
 """
@@ -11,11 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any
 
 from atoll import wire
 from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
 from atoll.transforms.chain import Payload
+from atoll.wire import Buffer
 
 LIMIT_BYTES = 1 << 36
 """What a message may take unless its reader knows better: 64 GiB."""
@@ -24,17 +28,17 @@ WRONG = (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecod
 """What a head that is JSON, but not ours, comes to."""
 
 
-def pack_broadcast(sent: Broadcast) -> bytes:
-    """The round's params, encoded."""
+def pack_broadcast(sent: Broadcast) -> list[Buffer]:
+    """The round's params, encoded; in pieces, as everything that is packed here, to be written one after the other."""
     return _pack({"kind": "broadcast", "round": sent.round}, sent.payloads)
 
 
-def is_broadcast(data: bytes) -> bool:
+def is_broadcast(data: Buffer) -> bool:
     """Whether these bytes are a broadcast, from their head alone."""
     return bool(_head(data)[0].get("kind") == "broadcast")
 
 
-def unpack_broadcast(data: bytes, limit_bytes: int = LIMIT_BYTES) -> Broadcast:
+def unpack_broadcast(data: Buffer, limit_bytes: int = LIMIT_BYTES) -> Broadcast:
     """Back from `pack_broadcast`."""
     head, payloads = _unpack(data, limit_bytes)
     try:
@@ -43,13 +47,13 @@ def unpack_broadcast(data: bytes, limit_bytes: int = LIMIT_BYTES) -> Broadcast:
         raise ValueError(f"not a broadcast: {error}") from error
 
 
-def pack_task(task: Task) -> bytes:
+def pack_task(task: Task) -> list[Buffer]:
     """A task without its broadcast."""
     about = {f.name: getattr(task, f.name) for f in fields(task) if f.name != "broadcast"}
     return _pack({"kind": "task", "round": task.broadcast.round, "task": about}, {})
 
 
-def unpack_task(data: bytes, broadcast: Broadcast) -> Task:
+def unpack_task(data: Buffer, broadcast: Broadcast) -> Task:
     """Back from `pack_task`, with the broadcast that it names. Raises ValueError if this is another."""
     head, _ = _unpack(data, LIMIT_BYTES)
     try:
@@ -60,7 +64,7 @@ def unpack_task(data: bytes, broadcast: Broadcast) -> Task:
         raise ValueError(f"not a task: {error}") from error
 
 
-def pack_event(event: Event) -> bytes:
+def pack_event(event: Event) -> list[Buffer]:
     """A reply, or word that none will come."""
     if isinstance(event, Dropped):
         return _pack({"kind": "dropped", "dropped": vars(event)}, {})
@@ -68,7 +72,7 @@ def pack_event(event: Event) -> bytes:
     return _pack({"kind": "reply", "reply": about}, event.payloads)
 
 
-def unpack_event(data: bytes, limit_bytes: int = LIMIT_BYTES) -> Event:
+def unpack_event(data: Buffer, limit_bytes: int = LIMIT_BYTES) -> Event:
     """Back from `pack_event`."""
     head, payloads = _unpack(data, limit_bytes)
     try:
@@ -79,33 +83,37 @@ def unpack_event(data: bytes, limit_bytes: int = LIMIT_BYTES) -> Event:
         raise ValueError(f"not a message: {error}") from error
 
 
-def _pack(head: dict[str, Any], payloads: Mapping[str, Payload]) -> bytes:
-    blocks = {stream: wire.pack(payload) for stream, payload in payloads.items()}
-    text = json.dumps({**head, "streams": {stream: len(block) for stream, block in blocks.items()}}).encode()
-    return b"".join([len(text).to_bytes(8, "little"), text, *blocks.values()])
+def _pack(head: dict[str, Any], payloads: Mapping[str, Payload]) -> list[Buffer]:
+    blocks = {stream: wire.pieces(payload) for stream, payload in payloads.items()}
+    lengths = {stream: sum(map(len, block)) for stream, block in blocks.items()}
+    text = json.dumps({**head, "streams": lengths}).encode()
+    text += b" " * (-len(text) % 8)
+    filled = ([*block, bytes(-lengths[stream] % 8)] for stream, block in blocks.items())
+    return [len(text).to_bytes(8, "little") + text, *chain.from_iterable(filled)]
 
 
-def _head(data: bytes) -> tuple[dict[str, Any], int]:
+def _head(data: Buffer) -> tuple[dict[str, Any], int]:
     """The head, and where the payloads begin."""
     end = 8 + int.from_bytes(data[:8], "little")
     try:
-        head = json.loads(data[8:end])
-    except WRONG as error:
+        head = json.loads(bytes(data[8:end]))
+    except (*WRONG, RecursionError) as error:
         raise ValueError(f"not a message: {error}") from error
     if not isinstance(head, dict):
         raise ValueError(f"not a message: its head is a {type(head).__name__}")
     return head, end
 
 
-def _unpack(data: bytes, limit_bytes: int) -> tuple[dict[str, Any], dict[str, Payload]]:
+def _unpack(data: Buffer, limit_bytes: int) -> tuple[dict[str, Any], dict[str, Payload]]:
     if len(data) > limit_bytes:
         raise ValueError(f"a message of {len(data)} bytes, {limit_bytes} allowed")
-    head, at = _head(data)
+    memory = memoryview(data)
+    head, at = _head(memory)
     payloads = {}
     try:
         for stream, length in head.pop("streams").items():
-            payloads[stream] = wire.unpack(data[at : at + length], limit_bytes)
-            at += length
+            payloads[stream] = wire.unpack(memory[at : at + length], limit_bytes)
+            at += length + -length % 8
     except WRONG as error:
         raise ValueError(f"not a message: {error}") from error
     return head, payloads

@@ -13,6 +13,7 @@ from atoll.params import equal
 from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
 from atoll.transforms.chain import Payload
+from atoll.wire import Buffer
 
 RECIPE = """
 recipe: 1
@@ -81,6 +82,10 @@ def test_a_worker_that_dies_drops_its_client_and_the_round_goes_on(tmp_path, mon
     assert sorted(r.client for r in story.replies) == ["south", "west"]
 
 
+def joined(message: list[Buffer]) -> bytearray:
+    return bytearray(b"".join(message))
+
+
 def example() -> Broadcast:
     payload = Payload({"w": torch.randn(3, 2)}, ({"w#at": torch.arange(3)}, {}))
     return Broadcast(4, {"update": payload, "control": Payload({"c": torch.ones(1)}, ())})
@@ -88,23 +93,23 @@ def example() -> Broadcast:
 
 def test_messages_carry_everything_both_ways():
     sent = example()
-    again = messages.unpack_broadcast(messages.pack_broadcast(sent))
+    again = messages.unpack_broadcast(joined(messages.pack_broadcast(sent)))
     assert again.round == 4
     assert all(equal(again.payloads[s].main, sent.payloads[s].main) for s in sent.payloads)
     assert [len(again.payloads[s].sides) for s in ("update", "control")] == [2, 0]
     task = Task("train", "north", "plan", sent, key=7, sent=1.5, acknowledged="train:3:north", data={"samples": 4})
-    assert messages.unpack_task(messages.pack_task(task), sent) == task
+    assert messages.unpack_task(joined(messages.pack_task(task)), sent) == task
     reply = Reply(
         task.id, "north", "plan", 4, sent.payloads, {"all": 3.0}, {"loss": 0.5}, keeps_state=True, seconds=0.1
     )
-    back = messages.unpack_event(messages.pack_event(reply))
+    back = messages.unpack_event(joined(messages.pack_event(reply)))
     assert isinstance(back, Reply)
     assert {f: getattr(back, f) for f in ("task", "weights", "metrics", "keeps_state")} == {
         f: getattr(reply, f) for f in ("task", "weights", "metrics", "keeps_state")
     }
     assert equal(back.payloads["update"].main, reply.payloads["update"].main)
     gone = Dropped("north", task.id, "why")
-    assert messages.unpack_event(messages.pack_event(gone)) == gone
+    assert messages.unpack_event(joined(messages.pack_event(gone))) == gone
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 64, b"no message at all"])
@@ -116,4 +121,4 @@ def test_bytes_that_are_no_message_are_a_value_error(data):
 def test_a_task_goes_with_its_own_broadcast():
     task = Task("train", "north", "plan", example(), key=7)
     with pytest.raises(ValueError, match="round 4"):
-        messages.unpack_task(messages.pack_task(task), Broadcast(5, {}))
+        messages.unpack_task(joined(messages.pack_task(task)), Broadcast(5, {}))

@@ -2,18 +2,22 @@
 
 For models so small that one core is busier than two: a batch of ten images does not fill two cores, two clients do. Time
 is virtual as in `inprocess`, and answers come in the same order; workers only do what is due early, ahead of time. What
-crosses between processes is what would cross a network: bytes, by messages.py.
+crosses between processes is what would cross a network: bytes, by messages.py. They are written once, to a file in memory
+without a name; the pipe carries its descriptor alone, and tensors are read where they were written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import multiprocessing
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -25,6 +29,7 @@ from atoll.exchange import Broadcast, Dropped, Event, Task
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import MakeFleet, Rebuild, Seconds, Speed, speeds
 from atoll.params import Params
+from atoll.wire import Buffer
 
 
 @dataclass
@@ -41,16 +46,16 @@ class Worker:
         self.task = task
         with contextlib.suppress(OSError):  # it has died: `take` finds out
             if self.round != task.broadcast.round:
-                self.pipe.send_bytes(messages.pack_broadcast(task.broadcast))
+                send(self.pipe, messages.pack_broadcast(task.broadcast))
                 self.round = task.broadcast.round
-            self.pipe.send_bytes(messages.pack_task(task))
+            send(self.pipe, messages.pack_task(task))
 
     def take(self) -> Event:
         """Its answer; a worker that died answers with a drop, and is of no more use."""
         assert self.task is not None
         task, self.task = self.task, None
         try:
-            return messages.unpack_event(self.pipe.recv_bytes())
+            return messages.unpack_event(receive(self.pipe))
         except (EOFError, OSError):
             self.process.join()
             return Dropped(task.client, task.id, f"its worker process ended with status {self.process.exitcode}")
@@ -97,11 +102,9 @@ class Processes:
     def close(self) -> None:
         """Ends the workers."""
         for worker in self.workers:
-            with contextlib.suppress(OSError):
-                worker.pipe.send_bytes(b"")
+            worker.pipe.close()
             worker.process.join(timeout=10)
             worker.process.kill()
-            worker.pipe.close()
 
     def _assign(self) -> None:
         """Gives idle workers the tasks that are due first and that nobody has."""
@@ -156,7 +159,7 @@ def start(rebuild: Rebuild, count: int) -> Worker:
 
 
 def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
-    """A worker's life: rebuild the clients, then a task at a time until an empty message or the other end is gone."""
+    """A worker's life: rebuild the clients, then a task at a time until the other end is gone."""
     import torch
 
     torch.set_num_threads(threads)
@@ -164,13 +167,32 @@ def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
     client = rebuild()
     broadcast: Broadcast | None = None
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
-        while data := pipe.recv_bytes():
+        while True:
+            data = receive(pipe)
             if messages.is_broadcast(data):
                 broadcast = messages.unpack_broadcast(data)
                 continue
             assert broadcast is not None
             task = messages.unpack_task(data, broadcast)
-            pipe.send_bytes(messages.pack_event(client(task.client).handle(task)))
+            send(pipe, messages.pack_event(client(task.client).handle(task)))
+
+
+def send(pipe: Connection, message: Sequence[Buffer]) -> None:
+    """Writes a message to a file that is in memory where the system has such files, and passes its descriptor on."""
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryFile(dir=memory) as file:
+        file.writelines(message)
+        file.flush()
+        send_handle(pipe, file.fileno(), None)
+
+
+def receive(pipe: Connection) -> memoryview:
+    """The next message, in memory of its own that goes when the last tensor of it does. Raises EOFError at the end."""
+    descriptor = recv_handle(pipe)
+    try:
+        return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
+    finally:
+        os.close(descriptor)
 
 
 def end_with(parent: Any) -> None:
