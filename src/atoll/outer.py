@@ -27,6 +27,8 @@ class Outer(NamedTuple):
 
     init: Callable[[Params], Params]
     step: Callable[[Params, Params, Params], tuple[Params, Params]]
+    momentum: bool = False
+    """Whether an update moves the params in later rounds too."""
 
 
 def sgd(lr: Rate = 1.0) -> Outer:
@@ -53,7 +55,7 @@ def _momentum(lr: float, momentum: float, nesterov: bool) -> Outer:
         ahead = add(update, velocity, scale=momentum) if nesterov else {name: velocity[name] for name in update}
         return velocity, add(params, ahead, scale=lr)
 
-    return Outer(zeros_like, step)
+    return Outer(zeros_like, step, momentum=momentum > 0)
 
 
 def adam(lr: Rate = 0.01, beta1: Decay = 0.9, beta2: Decay = 0.99, tau: Rate = 1e-3) -> Outer:
@@ -84,4 +86,4 @@ def _adaptive(lr: float, beta1: float, tau: float, second: Callable[[Tensor, Ten
         moved = {name: m[name] / (v[name].sqrt() + tau) for name in update}
         return nested("m", m) | nested("v", v), add(params, moved, scale=lr)
 
-    return Outer(init, step)
+    return Outer(init, step, momentum=beta1 > 0)

@@ -93,9 +93,11 @@ class Evaluate(Section):
 
 
 class Checked(Section):
-    """A method's number, reproduced by the tests: held-out loss of `run`, whose mean over clients must be `loss`."""
+    """A method's number, reproduced by the tests: held-out loss of `run` with it, whose mean over clients must be `loss`."""
 
     run: str
+    settings: list[str] = Field(default=[], alias="set")
+    """What `--set` says on top: what the method leaves to its user."""
     loss: float
     within: Annotated[float, Gt(0), Le(1)] = 0.02
 
@@ -143,24 +145,25 @@ def read(name_or_path: str, settings: Iterable[str] = ()) -> tuple[Recipe, Tree]
 
 def resolve(name_or_path: str) -> Tree:
     """The tree of a recipe over everything it extends."""
-    tree = load(locate(name_or_path))
-    chain = [name_or_path]
+    path = locate(name_or_path)
+    tree, chain = load(path), {path.resolve(): name_or_path}
     while base := tree.pop("extends", None):
         if not isinstance(base, str):
-            raise AtollError(
-                "not a recipe to extend", where=f"{chain[-1]}: extends", found=base, allowed="a name or a path"
-            )
-        if base in chain:
-            raise AtollError("recipes extend each other in a circle", where=chain[0], found=" -> ".join([*chain, base]))
-        chain.append(base)
-        tree = merge(load(locate(base)), tree)
+            found = f"{[*chain.values()][-1]}: extends"
+            raise AtollError("not a recipe to extend", where=found, found=base, allowed="a name or a path")
+        path = locate(base, path.parent)
+        if path.resolve() in chain:
+            circle = " -> ".join([*chain.values(), base])
+            raise AtollError("recipes extend each other in a circle", where=name_or_path, found=circle)
+        chain[path.resolve()] = base
+        tree = merge(load(path), tree)
     return tree
 
 
 def with_method(tree: Tree, method: str) -> Tree:
     """A run's tree with what a method says laid over it: how methods are compared on one run."""
     said = resolve(method)
-    over: Tree = merge(tree, {key: said[key] for key in ("finetune", "fleet") if key in said})
+    over: Tree = merge(tree, {"finetune": said.get("finetune", {})})
     return over
 
 
@@ -170,17 +173,17 @@ def shipped() -> dict[str, Path]:
     return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
 
 
-def locate(name: str) -> Path:
-    """The file of a recipe."""
+def locate(name: str, beside: Path = Path()) -> Path:
+    """The file of a recipe; a path is read from the folder `beside`, where the recipe is that names it."""
     known = shipped()
     for candidate in (name, f"runs/{name}", f"methods/{name}"):
         if candidate in known:
             return known[candidate]
-    path = Path(name).expanduser()
+    path = beside / Path(name).expanduser()
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or path.is_dir():
-        raise AtollError("there is no such recipe file", where=name, remedy="`atoll init` writes one")
+        raise AtollError("there is no such recipe file", where=str(path), remedy="`atoll init` writes one")
     names = [n.removeprefix("runs/") for n in known]
     raise AtollError("there is no such recipe", found=name, allowed="a shipped recipe or a path to a .yaml file",
                      remedy=closest(name, names))  # fmt: skip

@@ -205,7 +205,7 @@ def whole_round(at: Stage, state: State) -> State:
         at.record(event_of(state.round, verdict))
 
     after = run_round(at.ready.rounds, state, at.fleet, observe)
-    at.record(sum_up(state, after, heard, time.perf_counter() - started))
+    at.record(sum_up(state, after, heard, time.perf_counter() - started, at.fleet.lanes()))
     return after
 
 
@@ -225,12 +225,13 @@ def event_of(round: int, verdict: Verdict) -> Replied | Missing:
     return Missing(round, verdict.client, verdict.reason, not isinstance(verdict, Dropped))
 
 
-def sum_up(before: State, after: State, heard: Sequence[Verdict], seconds: float) -> RoundEnded:
-    """A round in one event."""
+def sum_up(before: State, after: State, heard: Sequence[Verdict], seconds: float, lanes: int) -> RoundEnded:
+    """A round in one event. Its local steps are those of the busiest of `lanes` that share the work evenly."""
     accepted = [verdict.reply for verdict in heard if isinstance(verdict, Accepted)]
     losses = [reply.metrics.get("loss", float("nan")) for reply in accepted]
     kinds = Counter(type(verdict).__name__ for verdict in heard)
-    local_steps = sum(reply.metrics.get("seconds_in_steps", 0.0) for reply in accepted)
+    worked = [reply.metrics.get("seconds_in_steps", 0.0) for reply in accepted]
+    local_steps = max(sum(worked) / lanes, max(worked, default=0.0))
     return RoundEnded(
         round=before.round,
         accepted=len(accepted),

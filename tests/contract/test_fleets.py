@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import SITES, START, fedavg_work, rounds, toy_fleet, toy_plan
+from toys import SITES, START, fedavg_work, remade, rounds, toy_clients, toy_fleet, toy_plan
 
 from atoll.client import Done
 from atoll.exchange import Dropped, Refused, Reply
 from atoll.fleet.faults import FaultFleet
+from atoll.fleet.processes import processes
 from atoll.params import equal
 from atoll.round import broadcast, initial, receive
 from atoll.schedule import poisson, synchronous
@@ -19,40 +20,72 @@ from atoll.transforms.chain import Chain
 from atoll.transforms.quantize import int4, int8
 from atoll.transforms.sparsify import topk
 
-EVERY = {"inprocess": lambda fleet: fleet, "faults": lambda fleet: FaultFleet(fleet)}
-every_fleet = pytest.mark.parametrize("wrap", EVERY.values(), ids=EVERY.keys())
+
+def simulated(plan):
+    return toy_fleet(plan, fedavg_work())
 
 
-@every_fleet
-def test_answers_every_task_once(wrap):
+def worked(plan):
+    return processes(workers=2)(list(SITES), toy_clients(plan, fedavg_work()), remade, clock=0.0)
+
+
+EVERY = {"inprocess": simulated, "faults": lambda plan: FaultFleet(simulated(plan)), "processes": worked}
+"""Each makes FedAvg's fleet over the toy's sites."""
+
+
+@pytest.fixture(params=EVERY.values(), ids=EVERY.keys())
+def make_fleet(request):
+    made = []
+
+    def make(plan):
+        made.append(request.param(plan))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
+
+
+def test_answers_every_task_once(make_fleet):
     plan = toy_plan()
-    fleet = wrap(toy_fleet(plan, fedavg_work()))
+    fleet = make_fleet(plan)
     tasks, _ = broadcast(plan, initial(plan, START), fleet.clients(), fleet.now())
     fleet.submit(tasks)
     replies = [fleet.receive({task.id}) for task in reversed(tasks)]
     assert sorted(reply.task for reply in replies) == sorted(task.id for task in tasks)
     assert all(reply.nbytes > 0 and reply.weights for reply in replies)
-    fleet.close()
 
 
-@every_fleet
-def test_gives_the_result_of_the_first_fleet(wrap):
+def test_gives_the_result_of_the_first_fleet(make_fleet):
     plan = toy_plan(schedule=synchronous(cohort=2))
     first = rounds(plan, toy_fleet(plan, fedavg_work()), 4)
-    other = rounds(plan, wrap(toy_fleet(plan, fedavg_work())), 4)
+    other = rounds(plan, make_fleet(plan), 4)
     assert equal(first.params[UPDATE], other.params[UPDATE])
 
 
-@every_fleet
-def test_its_clock_does_not_go_back(wrap):
+def test_its_clock_does_not_go_back(make_fleet):
     plan = toy_plan()
-    fleet = wrap(toy_fleet(plan, fedavg_work()))
+    fleet = make_fleet(plan)
     times = [fleet.now()]
     state = None
     for _ in range(3):
         state = rounds(plan, fleet, 1, state)
         times.append(fleet.now())
     assert times == sorted(times)
+
+
+def test_an_answer_that_nobody_waits_for_yet_is_kept(make_fleet):
+    plan = toy_plan()
+    fleet = make_fleet(plan)
+    tasks, _ = broadcast(plan, initial(plan, START), fleet.clients(), fleet.now())
+    fleet.submit(tasks)
+    last = fleet.receive({tasks[-1].id})
+    others = {fleet.receive({task.id for task in tasks[:-1]}).task, fleet.receive({tasks[1].id, tasks[0].id}).task}
+    assert {last.task, *others} == {task.id for task in tasks}
+
+
+def test_says_how_many_work_side_by_side(make_fleet):
+    assert 1 <= make_fleet(toy_plan()).lanes() <= len(SITES)
 
 
 def with_faults(plan=None, work=None, **faults):

@@ -65,6 +65,17 @@ def toy_plan(**changes: object) -> RoundPlan:
     return replace(RoundPlan("toy", seed=0, streams=(Stream(),)), **changes)
 
 
+def toy_clients(
+    plan: RoundPlan,
+    work: Work,
+    sites: Mapping[str, Points] = SITES,
+    stores: Mapping[str, Store] | None = None,
+) -> Callable[[str], Client]:
+    """Makes the client of a site."""
+    kept = stores or {name: MemoryStore() for name in sites}
+    return lambda name: Client(name, plan.hash, plan.streams, {"train": work}, sites[name], kept[name])
+
+
 def toy_fleet(
     plan: RoundPlan,
     work: Work,
@@ -73,12 +84,12 @@ def toy_fleet(
     **more: object,
 ) -> InProcess:
     """The sites as simulated clients."""
-    kept = stores or {name: MemoryStore() for name in sites}
+    return InProcess(list(sites), toy_clients(plan, work, sites, stores), **more)
 
-    def client(name: str) -> Client:
-        return Client(name, plan.hash, plan.streams, {"train": work}, sites[name], kept[name])
 
-    return InProcess(list(sites), client, **more)
+def remade() -> Callable[[str], Client]:
+    """Plain FedAvg's clients, for a process that has nothing but this function's name."""
+    return toy_clients(toy_plan(), fedavg_work())
 
 
 def rounds(

@@ -19,7 +19,10 @@ RUNS = [name for name in SHIPPED if name.startswith("runs/")]
 def on_its_bench(name: str) -> recipe.Tree:
     """The method laid over the run that its number is stated for."""
     method = recipe.resolve(name)
-    return recipe.with_method(recipe.resolve(method["checked"]["run"]), name) | {"name": method["name"]}
+    tree = recipe.with_method(recipe.resolve(method["checked"]["run"]), name) | {"name": method["name"]}
+    for setting in method["checked"].get("set", []):
+        tree = recipe.apply(tree, setting)
+    return tree
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -78,6 +78,14 @@ def test_unknown_recipe(atoll: Atoll) -> None:
     expect_clean(atoll("run", "mine.yaml"), ["there is no such recipe file", "mine.yaml", "atoll init"])
 
 
+def test_a_recipe_extends_the_file_beside_it_wherever_one_stands(atoll: Atoll, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "base.yaml").write_text("recipe: 1\nname: base\nextends: runs/four-sites-tiny\n")
+    (tmp_path / "study" / "mine.yaml").write_text("extends: base.yaml\nname: mine\n")
+    expect_clean(atoll("plan", "study/mine.yaml", "--set", "finetune.ronds=3"), ["finetune.ronds"])
+    expect_clean(atoll("plan", "study/other.yaml"), ["no such recipe file", "study/other.yaml"])
+
+
 def test_recipes_in_a_circle(atoll: Atoll, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

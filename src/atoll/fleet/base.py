@@ -1,4 +1,4 @@
-"""A fleet: where clients run, and how tasks get there. All I/O of a round is behind these six functions."""
+"""A fleet: where clients run, and how tasks get there. All I/O of a round is behind these seven functions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class Fleet(Protocol):
 
     def clients(self) -> list[str]:
         """Who may be asked now, in a fixed order."""
+        ...
+
+    def lanes(self) -> int:
+        """How many clients work side by side: the round takes what the busiest lane takes."""
         ...
 
     def now(self) -> float:

@@ -55,6 +55,10 @@ class FaultFleet:
         """The inner fleet's."""
         return self.inner.clients()
 
+    def lanes(self) -> int:
+        """The inner fleet's."""
+        return self.inner.lanes()
+
     def now(self) -> float:
         """The inner fleet's."""
         return self.inner.now()

@@ -36,6 +36,10 @@ class InProcess:
         """See `Fleet`."""
         return list(self.names)
 
+    def lanes(self) -> int:
+        """One after the other."""
+        return 1
+
     def now(self) -> float:
         """Virtual seconds since the start of the run."""
         return self.clock

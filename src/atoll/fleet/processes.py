@@ -76,6 +76,10 @@ class Processes:
         """See `Fleet`."""
         return list(self.names)
 
+    def lanes(self) -> int:
+        """One a worker."""
+        return len(self.workers)
+
     def now(self) -> float:
         """Virtual seconds since the start of the run."""
         return self.clock
