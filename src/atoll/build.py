@@ -16,6 +16,7 @@ import torch
 
 from atoll import parts, wire
 from atoll.aggregate.base import Aggregator
+from atoll.aggregate.mean import share
 from atoll.errors import AtollError, closest
 from atoll.local.corrections import Correction
 from atoll.local.optimizers import MakeOptimizer, Rate
@@ -23,7 +24,7 @@ from atoll.local.work import BindObjective
 from atoll.models.shapes import Shapes
 from atoll.models.shapes import shapes as shapes_of_model
 from atoll.models.spaces import LoRA, PlannedShapes, Space
-from atoll.outer import Outer, sgd
+from atoll.outer import Outer
 from atoll.params import Params
 from atoll.recipe import Recipe, Tree
 from atoll.round import RoundPlan
@@ -135,7 +136,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
     digest = plan_hash(tree)
     streams = (
         Stream(up=up, down=down, aggregate=aggregate, outer=outer),
-        *extra_streams(correction, schedule, size),
+        *extra_streams(correction, size),
     )
     return Plan(
         recipe=recipe,
@@ -193,10 +194,9 @@ def population(recipe: Recipe, clients: Sequence[str]) -> frozenset[str] | None:
     return frozenset(chosen)
 
 
-def extra_streams(correction: Correction, schedule: Schedule, population: int) -> tuple[Stream, ...]:
-    """A method's own streams. Their outer rate is the share of clients that answer: the others' part of a mean is zero."""
-    share = schedule.law.answers(population) / population
-    return tuple(replace(stream, outer=sgd(share)) for stream in correction.streams)
+def extra_streams(correction: Correction, population: int) -> tuple[Stream, ...]:
+    """A method's own streams. They are means over the population, of which those who do not answer change nothing."""
+    return tuple(replace(stream, aggregate=share(population)) for stream in correction.streams)
 
 
 def refuse_names(clients: Sequence[str]) -> None:

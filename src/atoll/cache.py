@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -87,12 +88,22 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file in one step: after a crash or a power cut it is the old one or the new one, whole."""
+    """Writes a safetensors file in one step: after a crash or a power cut it is the old one or the new one, whole.
+
+    Raises:
+        OSError: the disk is full, or will not take it.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata=metadata)
+    try:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata=metadata)
+    except SafetensorError as error:  # the library's own type, whatever the system said
+        unfinished.unlink(missing_ok=True)
+        said = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(said[1]) if said else errno.EIO, str(error), str(path)) from error
     _sync(unfinished)
     os.replace(unfinished, path)
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from atoll.aggregate.base import Weights
 from atoll.cache import replace_tensors
@@ -54,7 +54,10 @@ class Store(Protocol):
     """Keeps a client's state in two versions."""
 
     def settle(self, acknowledged: str | None) -> Params:
-        """Commits the pending version if it is the acknowledged one, drops it otherwise; gives the committed state."""
+        """Commits the pending version if it is the acknowledged one, drops it otherwise; gives the committed state.
+
+        None says that the server counts on nothing: the state is empty. Raises StateLost for a version that is not here.
+        """
         ...
 
     def pend(self, task: str, state: Params) -> None:
@@ -71,7 +74,9 @@ class MemoryStore:
 
     def settle(self, acknowledged: str | None) -> Params:
         """See `Store`."""
-        if acknowledged is not None and acknowledged == self.pending[0]:
+        if acknowledged is None:
+            self.committed = (None, {})
+        elif acknowledged == self.pending[0]:
             self.committed = self.pending
         if acknowledged != self.committed[0]:
             raise StateLost(f"client state is lost: the server counts on {acknowledged}, here is {self.committed[0]}")
@@ -108,9 +113,13 @@ class FileStore:
     def _read(self) -> MemoryStore:
         if not self.path.exists():
             return MemoryStore()
-        with safe_open(self.path, framework="pt") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-            tasks = json.loads(file.metadata()["tasks"])
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+                tasks = json.loads(file.metadata()["tasks"])
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            self.path.replace(self.path.with_suffix(".damaged"))
+            raise StateLost(f"client state is damaged and set aside: {error}") from error
         return MemoryStore(*((tasks[at], under(at, flat)) for at in ("committed", "pending")))
 
 

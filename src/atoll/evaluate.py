@@ -20,7 +20,7 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
     """
     started = time.perf_counter()
     tasks, _ = broadcast(plan, state, clients, fleet.now(), kind="evaluate")
-    tasks = [replace(task, data={"samples": samples}) for task in tasks]
+    tasks = [replace(task, data={"samples": samples}, variant=str(samples)) for task in tasks]
     asked = {task.id: task for task in tasks}
     exchange = plain(tasks, [], lambda reply: hear(asked[reply.task], reply), everyone_answered)
     verdicts = converse(fleet, exchange, plan.streams, {})

@@ -56,11 +56,13 @@ class Task:
     """The client's last task whose reply the server has taken in for good; see client.py."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What a phase of an exchange needs beside the params: public keys, lists of survivors."""
+    variant: str = ""
+    """Tells tasks of one kind, round and client apart."""
 
     @property
     def id(self) -> str:
         """Names the task within its run."""
-        return f"{self.kind}:{self.broadcast.round}:{self.client}"
+        return ":".join(filter(None, (self.kind, str(self.broadcast.round), self.client, self.variant)))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
 
 from atoll import wire
 from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
@@ -24,7 +27,10 @@ from atoll.wire import Buffer
 LIMIT_BYTES = 1 << 36
 """What a message may take unless its reader knows better: 64 GiB."""
 
-WRONG = (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
+TENSORS = ("broadcast", "payloads")
+"""Fields that do not travel in the head."""
+
+WRONG = (KeyError, TypeError, AttributeError, OverflowError, UnicodeDecodeError, json.JSONDecodeError)
 """What a head that is JSON, but not ours, comes to."""
 
 
@@ -49,7 +55,7 @@ def unpack_broadcast(data: Buffer, limit_bytes: int = LIMIT_BYTES) -> Broadcast:
 
 def pack_task(task: Task) -> list[Buffer]:
     """A task without its broadcast."""
-    about = {f.name: getattr(task, f.name) for f in fields(task) if f.name != "broadcast"}
+    about = {f.name: getattr(task, f.name) for f in fields(task) if f.name not in TENSORS}
     return _pack({"kind": "task", "round": task.broadcast.round, "task": about}, {})
 
 
@@ -59,7 +65,7 @@ def unpack_task(data: Buffer, broadcast: Broadcast) -> Task:
     try:
         if head["round"] != broadcast.round:
             raise ValueError(f"a task of round {head['round']} with the broadcast of round {broadcast.round}")
-        return Task(**head["task"], broadcast=broadcast)
+        return Task(**_typed(Task, head["task"]), broadcast=broadcast)
     except WRONG as error:
         raise ValueError(f"not a task: {error}") from error
 
@@ -68,7 +74,7 @@ def pack_event(event: Event) -> list[Buffer]:
     """A reply, or word that none will come."""
     if isinstance(event, Dropped):
         return _pack({"kind": "dropped", "dropped": vars(event)}, {})
-    about = {f.name: getattr(event, f.name) for f in fields(event) if f.name != "payloads"}
+    about = {f.name: getattr(event, f.name) for f in fields(event) if f.name not in TENSORS}
     return _pack({"kind": "reply", "reply": about}, event.payloads)
 
 
@@ -77,10 +83,20 @@ def unpack_event(data: Buffer, limit_bytes: int = LIMIT_BYTES) -> Event:
     head, payloads = _unpack(data, limit_bytes)
     try:
         if head["kind"] == "dropped":
-            return Dropped(**head["dropped"])
-        return replace(Reply(**head["reply"]), payloads=payloads)
+            return Dropped(**_typed(Dropped, head["dropped"]))
+        return replace(Reply(**_typed(Reply, head["reply"])), payloads=payloads)
     except WRONG as error:
         raise ValueError(f"not a message: {error}") from error
+
+
+@cache
+def _types(kind: type) -> dict[str, TypeAdapter[Any]]:
+    return {name: TypeAdapter(hint) for name, hint in get_type_hints(kind).items() if name not in TENSORS}
+
+
+def _typed(kind: type, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a message that are no tensors, each of the type that it is declared with. Raises ValueError."""
+    return {name: _types(kind)[name].validate_python(value, strict=True) for name, value in about.items()}
 
 
 def _pack(head: dict[str, Any], payloads: Mapping[str, Payload]) -> list[Buffer]:

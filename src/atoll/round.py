@@ -93,10 +93,20 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     for verdict in converse(fleet, exchange, plan.streams, totals):
         settle(verdict, out, acknowledged)
         observe(verdict)
-    if not totals:  # abandoned: nothing is applied, and nobody's new state counts
-        still_out = list(out.values())
-        return replace(state, round=state.round + 1, down=down, clock=fleet.now(), bytes_down=sent, in_flight=still_out)
+    after = replace(state, round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()))
+    if totals:
+        params, outer = step(plan, state, fleet, totals)
+        if odd := not_finite(params):
+            observe(Abandoned(f"the step would make '{odd}' infinite or not a number"))
+        else:
+            after = replace(after, params=params, outer=outer, acknowledged=acknowledged)
+    return replace(after, clock=fleet.now())  # an abandoned round applies nothing, and nobody's new state counts
 
+
+def step(
+    plan: RoundPlan, state: State, fleet: Fleet, totals: dict[str, Params]
+) -> tuple[dict[str, Params], dict[str, Params]]:
+    """The params and the outer optimizers' states after a step by the round's totals, per stream."""
     params, outer = {}, {}
     for stream in plan.streams:
         total = fleet.reduce(totals[stream.name])
@@ -104,7 +114,13 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
         outer[stream.name], params[stream.name] = stream.outer.step(
             state.outer[stream.name], state.params[stream.name], update
         )
-    return State(state.round + 1, params, outer, down, fleet.now(), sent, acknowledged, list(out.values()))
+    return params, outer
+
+
+def not_finite(params: Mapping[str, Params]) -> str:
+    """The first parameter that has a value which is no finite number; empty if there is none."""
+    every = ((name, x) for values in params.values() for name, x in values.items())
+    return next((name for name, x in every if not torch.isfinite(x.sum()) and not torch.isfinite(x).all()), "")
 
 
 def settle(verdict: Verdict, out: dict[str, Task], acknowledged: dict[str, str]) -> None:
@@ -173,7 +189,7 @@ def receive(plan: RoundPlan, state: State, tasks: Mapping[str, Task], reply: Rep
         check_sender(task, reply)
         staleness = state.round - task.broadcast.round
         factor = plan.schedule.discount(staleness)
-        given = {s.name: contribution(s, state.params[s.name], reply, factor) for s in plan.streams}
+        given = {s.name: contribution(s, state.params[s.name], reply, factor if s.ages else 1.0) for s in plan.streams}
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
         return Refused(task.client, reply.task, reason, reply.nbytes, reply.lost_state)
@@ -183,8 +199,11 @@ def receive(plan: RoundPlan, state: State, tasks: Mapping[str, Task], reply: Rep
 DECODING_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, OverflowError, AttributeError)
 """What our checks, transforms and torch raise on replies that no client of ours makes."""
 
-LARGEST = 1e30
-"""The largest weighted value that may be added: 10^8 of them stay finite in float32."""
+LARGEST = 1e15
+"""The largest weighted value that may be added: in float32 10^8 of them, and the square of one, stay finite."""
+
+LEAST_WEIGHT = 1e-9
+"""The least weight that counts: dividing by less takes float32 beyond what it holds."""
 
 
 def check_sender(task: Task, reply: Reply) -> None:
@@ -196,6 +215,7 @@ def check_sender(task: Task, reply: Reply) -> None:
     for name, value in reply.metrics.items():
         if not isinstance(value, int | float):
             raise ValueError(f"the metric '{name}' is {value!r}, not a number")
+        float(value)  # an integer may be too large for one
 
 
 def contribution(stream: Stream, like: Params, reply: Reply, factor: float) -> Contribution:
@@ -214,8 +234,10 @@ def check_weights(weights: Mapping[str, float], groups: set[str]) -> None:
     if weights.keys() != groups:
         raise ValueError(f"weights for {sorted(weights)}; {sorted(groups)} are needed")
     for group, weight in weights.items():
-        if not 0 <= weight <= LARGEST:
-            raise ValueError(f"the weight {weight} for '{group}'; a number from 0 to {LARGEST:g} is needed")
+        if weight != 0 and not LEAST_WEIGHT <= weight <= LARGEST:
+            raise ValueError(
+                f"the weight {weight} for '{group}'; 0, or a number from {LEAST_WEIGHT:g} to {LARGEST:g} is needed"
+            )
 
 
 def check_vector(vector: Params, like: Params, weight: float) -> None:

@@ -26,3 +26,5 @@ class Stream:
     outer: Outer = field(default_factory=sgd)
     initial: Callable[[Params], Params] = lambda params: params
     """Its value before the first round, from the params that train: themselves, or zeros for a control variate."""
+    ages: bool = True
+    """Whether an update that started from an old broadcast counts less, as the schedule says."""

@@ -19,17 +19,17 @@ import torch
 import torch.multiprocessing as mp
 from toys import SITES, START, descend, fedavg_work, gradient, line, rounds, toy_fleet, toy_plan
 
-from atoll.aggregate.mean import mean
-from atoll.client import Client, Done, FileStore
+from atoll.aggregate.mean import mean, share
+from atoll.client import Client, Done, FileStore, MemoryStore
 from atoll.exchange import Abandoned, Accepted, Contribution, Dropped, Reply, Send, Wait
 from atoll.fleet.faults import FaultFleet
 from atoll.fleet.inprocess import InProcess
 from atoll.keys import generator
 from atoll.outer import sgd
-from atoll.params import add, equal, subtract, zeros_like
+from atoll.params import add, equal, subtract, under, zeros_like
 from atoll.record.checkpoint import load_state, save_state
 from atoll.round import initial, run_round
-from atoll.schedule import buffered
+from atoll.schedule import buffered, poisson, synchronous
 from atoll.stream import UPDATE, Stream
 from atoll.transforms.base import Encoded, Stateless, Traits
 from atoll.transforms.chain import Chain, Payload
@@ -89,6 +89,22 @@ def test_scaffold_has_two_streams_and_client_state():
     for name in START:
         assert torch.allclose(state.params[UPDATE][name], w[name], atol=1e-6)
         assert torch.allclose(state.params["control"][name], c[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [synchronous(), synchronous(cohort=2), poisson(0.5), buffered(3, 1)])
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_the_servers_variate_stays_the_mean_of_the_clients(schedule, drop):
+    """Algorithm 1 keeps c = (1/N) sum c_k, whoever takes part, is lost on the way or comes late."""
+    control = Stream("control", aggregate=share(len(SITES)), initial=zeros_like, ages=False)
+    plan = toy_plan(streams=(Stream(), control), schedule=schedule)
+    stores = {name: MemoryStore() for name in SITES}
+    fleet = FaultFleet(toy_fleet(plan, scaffold_work(steps=3, lr=0.1), SITES, stores), drop=drop)
+    state = rounds(plan, fleet, 12)
+    acknowledged = {name: stores[name].settle(state.acknowledged.get(name)) for name in SITES}
+    kept = [under("work", one) or zeros_like(START) for one in acknowledged.values()]
+    for name in START:
+        mean = sum(one[name] for one in kept) / len(SITES)
+        assert torch.allclose(state.params["control"][name], mean, atol=1e-6)
 
 
 def test_scaffold_reaches_the_optimum_that_fedavg_misses():

@@ -12,6 +12,7 @@ from atoll.client import Done
 from atoll.exchange import Dropped, Refused, Reply
 from atoll.fleet.faults import FaultFleet
 from atoll.fleet.processes import processes
+from atoll.outer import sgd
 from atoll.params import equal
 from atoll.round import broadcast, initial, receive
 from atoll.schedule import poisson, synchronous
@@ -136,14 +137,16 @@ def test_a_delay_takes_virtual_time():
         (lambda d: d._replace(updates={UPDATE: {"a": torch.zeros(1)}}), "names do not match"),
         (lambda d: d._replace(updates={UPDATE: {"a": torch.zeros(2), "b": torch.zeros(1)}}), "has the shape"),
         (lambda d: d._replace(updates={}), "lacks the stream"),
-        (lambda d: d._replace(weights={"all": -1.0}), "a number from 0"),
-        (lambda d: d._replace(weights={"all": 1e39}), "a number from 0"),
+        (lambda d: d._replace(weights={"all": -1.0}), "a number from"),
+        (lambda d: d._replace(weights={"all": 1e39}), "a number from"),
         (lambda d: d._replace(weights={"all": "many"}), "could not convert"),
         (lambda d: d._replace(weights=None), "no attribute"),
         (lambda d: d._replace(metrics={"loss": "low"}), "not a number"),
         (lambda d: d._replace(updates={UPDATE: {n: x.double() + 1e300 for n, x in START.items()}}), "too large"),
-        (lambda d: d._replace(weights={"all": float("nan")}), "a number from 0"),
+        (lambda d: d._replace(weights={"all": float("nan")}), "a number from"),
         (lambda d: d._replace(weights={"al": 1.0}), "are needed"),
+        (lambda d: d._replace(weights={"all": 1e-46}), "a number from"),
+        (lambda d: d._replace(metrics={"loss": 10**400}), "too large"),
     ],
 )
 def test_what_a_wrong_reply_gets(spoil, reason):
@@ -240,3 +243,19 @@ def test_hostile_sides_are_refused_too(up, side):
     reply = Reply(tasks[0].id, "south", plan.hash, 0, {UPDATE: forged}, {"all": 1.0})
     verdict = receive(plan, state, {tasks[0].id: tasks[0]}, reply)
     assert isinstance(verdict, Refused)
+
+
+def test_a_step_that_would_leave_the_numbers_is_not_taken():
+    """Integers of a masked sum cannot be bounded one by one; what comes of them can."""
+    plan = toy_plan(streams=(Stream(outer=sgd(1e38)), Stream("other", outer=sgd(1.0))))
+    inner = fedavg_work()
+
+    def work(params, data, state, task):
+        done = inner({UPDATE: START}, data, state, task)
+        return done._replace(updates={UPDATE: {n: x + 10.0 for n, x in START.items()}, "other": done.updates[UPDATE]})
+
+    heard = []
+    state = rounds(plan, toy_fleet(plan, work), 1, observe=heard.append)
+    assert "infinite" in heard[-1].reason
+    assert all(equal(state.params[name], START) for name in (UPDATE, "other"))
+    assert state.round == 1

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,7 @@ import torch
 
 from atoll import messages, run
 from atoll.exchange import Broadcast, Dropped, Reply, Task
+from atoll.fleet.processes import Worker, receive, send
 from atoll.params import equal
 from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
@@ -80,6 +86,38 @@ def test_a_worker_that_dies_drops_its_client_and_the_round_goes_on(tmp_path, mon
     assert [(m.client, m.refused) for m in story.missing] == [("north", False)]
     assert "status 9" in story.missing[0].reason
     assert sorted(r.client for r in story.replies) == ["south", "west"]
+
+
+def test_little_room_for_files_in_memory_is_no_reason_to_stop(monkeypatch):
+    ours, theirs = multiprocessing.Pipe()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    made = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir=None: made(dir=dir) if dir is None else pytest.fail(dir))
+    message = messages.pack_broadcast(example())
+    send(ours, message)
+    assert bytes(receive(theirs)) == b"".join(message)
+
+
+def test_a_worker_that_cannot_take_a_task_is_an_error_and_not_a_wait(monkeypatch):
+    ours, _ = multiprocessing.Pipe()
+
+    def full(dir=None):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match="no space"):
+        Worker(None, ours).give(Task("train", "north", "plan", example(), key=7))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"task": ["train:4:north"]}, {"round": "4"}, {"weights": [1.0]}, {"metrics": {"loss": "low"}}, {"seconds": None}],
+    ids=str,
+)
+def test_a_field_of_another_type_is_a_value_error(changes):
+    reply = Reply("train:4:north", "north", "plan", 4)
+    with pytest.raises(ValueError, match="valid"):
+        messages.unpack_event(joined(messages.pack_event(replace(reply, **changes))))
 
 
 def joined(message: list[Buffer]) -> bytearray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from atoll.local.corrections import CONTROL, none, proximal, scaffold
 from atoll.local.optimizers import adamw, constant, cosine, linear, sgd
 from atoll.local.work import Local, Objective, draw, evaluate, train
 from atoll.models.spaces import full, read
-from atoll.params import subtract, zeros_like
+from atoll.params import equal, subtract, zeros_like
 from atoll.stream import UPDATE
 
 
@@ -65,10 +66,10 @@ def start() -> dict[str, torch.Tensor]:
 def by_hand(optimizer, steps=5, batch_size=4, adjust=lambda net: None, factors=None, data=None):
     """The same steps in plain torch."""
     net, data = model(), data or samples()
-    inner, batches = optimizer(net.parameters()), draw(len(data), batch_size, 7)
+    inner, batches = optimizer(net.parameters()), draw(len(data), batch_size, 1, 7)
     lr = inner.param_groups[0]["lr"]
     for step in range(steps):
-        chosen = [data[i] for i in next(batches)]
+        chosen = [data[i] for batch in next(batches) for i in batch]
         x, y = torch.stack([a for a, _ in chosen]), torch.stack([b for _, b in chosen])
         inner.zero_grad()
         ((net(x) - y).square() / 2).mean().backward()
@@ -99,6 +100,17 @@ def test_epochs_pass_over_all_samples():
     train(replace(work, objective=counted), {UPDATE: start()}, ClientData(samples(), ()), {}, task())
     assert len(seen) == 24
     assert work.steps(12) == 6
+
+
+def test_an_epoch_of_accumulated_batches_ends_with_a_short_step():
+    steps = list(islice(draw(28, 16, 8, 7), 2))
+    assert [[len(batch) for batch in step] for step in steps] == [[16, 12], [16, 12]]
+    assert [len(step) for step in islice(draw(12, 2, 4, 7), 2)] == [4, 2]
+    seen = []
+    work = local(local_steps=None, epochs=3, batch_size=2, accumulate=4)
+    counted = work.objective._replace(collate=lambda s: seen.extend(s) or Regression().bind().collate(s))
+    train(replace(work, objective=counted), {UPDATE: start()}, ClientData(samples(), ()), {}, task())
+    assert (len(seen), work.steps(12)) == (36, 6)
 
 
 def test_accumulated_batches_are_one_large_batch():
@@ -174,6 +186,14 @@ def test_scaffold_starts_without_state():
     close(done.state, done.updates[CONTROL])
 
 
+def test_scaffold_learns_nothing_of_the_gradient_from_steps_of_rate_zero():
+    work = local(optimizer=sgd(0.1), correction=scaffold(), rate=lambda progress: 0.0)
+    variates = {name: torch.ones_like(x) for name, x in start().items()}
+    done = train(work, {UPDATE: start(), CONTROL: variates}, ClientData(samples(), ()), variates, task())
+    assert equal(done.updates[CONTROL], zeros_like(variates))
+    assert equal(done.state, variates)
+
+
 def test_a_loss_that_is_no_number_fails_the_task_and_leaves_nothing_for_the_next():
     """The model and its gradients are shared by all simulated clients: one that fails must not spoil the others."""
     bad = replace(local(), objective=Regression(poison=-math.inf).bind())
@@ -196,8 +216,8 @@ def test_held_out_loss_is_the_mean_with_its_standard_error():
 
 
 def test_batches_are_permutations_drawn_by_key():
-    first = [i for _, batch in zip(range(3), draw(12, 4, 7), strict=False) for i in batch]
-    again = [i for _, batch in zip(range(3), draw(12, 4, 7), strict=False) for i in batch]
-    other = [i for _, batch in zip(range(3), draw(12, 4, 8), strict=False) for i in batch]
+    first = [i for step in islice(draw(12, 4, 1, 7), 3) for batch in step for i in batch]
+    again = [i for step in islice(draw(12, 4, 1, 7), 3) for batch in step for i in batch]
+    other = [i for step in islice(draw(12, 4, 1, 8), 3) for batch in step for i in batch]
     assert sorted(first) == list(range(12))
     assert first == again != other

@@ -21,9 +21,10 @@ WEIGHT = "#weight/"
 
 @dataclass(frozen=True)
 class Mean:
-    """See `mean`."""
+    """See `mean`; with a `denominator`, `share`."""
 
     group_of: Callable[[str], str] = lambda name: ALL
+    denominator: float | None = None
     summable = True
 
     def groups(self, like: Params) -> set[str]:
@@ -47,12 +48,24 @@ class Mean:
         return total
 
     def finish(self, total: Params, decode: Callable[[Params], Params]) -> Params:
-        """Decodes the sum, then divides it by the summed weights, in place. Groups that nobody held are left out."""
+        """Decodes the sum, then divides it by the summed weights (or the denominator), in place.
+
+        Groups that nobody held are left out.
+        """
         weights = {name.removeprefix(WEIGHT): float(w) for name, w in total.items() if name.startswith(WEIGHT)}
         sums = decode({name: x for name, x in total.items() if not name.startswith(WEIGHT)})
-        return {n: x.div_(weights[self.group_of(n)]) for n, x in sums.items() if weights[self.group_of(n)] > 0}
+        held = {n: x for n, x in sums.items() if weights[self.group_of(n)] > 0}
+        return {n: x.div_(self.denominator or weights[self.group_of(n)]) for n, x in held.items()}
 
 
 def mean() -> Mean:
     """The weighted mean of the updates (FedAvg's aggregation)."""
     return Mean()
+
+
+def share(population: int) -> Mean:
+    """The weighted sum over `population`, whoever answered: clients that did not count as zero.
+
+    What is a mean over all clients for ever stays one, however many take part in a round (SCAFFOLD's control variate).
+    """
+    return Mean(denominator=float(population))

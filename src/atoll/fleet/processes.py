@@ -12,6 +12,7 @@ import contextlib
 import mmap
 import multiprocessing
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,6 +32,9 @@ from atoll.fleet.inprocess import MakeFleet, Rebuild, Seconds, Speed, speeds
 from atoll.params import Params
 from atoll.wire import Buffer
 
+MEMORY = "/dev/shm"
+"""Where Linux has files in memory."""
+
 
 @dataclass
 class Worker:
@@ -44,7 +48,7 @@ class Worker:
     def give(self, task: Task) -> None:
         """Hands it a task, and the task's broadcast unless it is the one it heard last."""
         self.task = task
-        with contextlib.suppress(OSError):  # it has died: `take` finds out
+        with contextlib.suppress(ConnectionError):  # it has died: `take` finds out
             if self.round != task.broadcast.round:
                 send(self.pipe, messages.pack_broadcast(task.broadcast))
                 self.round = task.broadcast.round
@@ -56,7 +60,7 @@ class Worker:
         task, self.task = self.task, None
         try:
             return messages.unpack_event(receive(self.pipe))
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             self.process.join()
             return Dropped(task.client, task.id, f"its worker process ended with status {self.process.exitcode}")
 
@@ -170,7 +174,7 @@ def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     client = rebuild()
     broadcast: Broadcast | None = None
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
             data = receive(pipe)
             if messages.is_broadcast(data):
@@ -182,9 +186,10 @@ def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
 
 
 def send(pipe: Connection, message: Sequence[Buffer]) -> None:
-    """Writes a message to a file that is in memory where the system has such files, and passes its descriptor on."""
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryFile(dir=memory) as file:
+    """Writes a message to a file, in memory where the system has room for such files, and passes its descriptor on."""
+    size = sum(map(len, message))
+    roomy = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 2 * size  # a container has 64 MB
+    with tempfile.TemporaryFile(dir=MEMORY if roomy else None) as file:
         file.writelines(message)
         file.flush()
         send_handle(pipe, file.fileno(), None)

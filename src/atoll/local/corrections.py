@@ -65,8 +65,8 @@ def scaffold() -> Correction:
 
         g <- g - c_k + c;      c_k+ = c_k - c + (x - y_k) / (K eta);      the server adds mean(c_k+ - c_k) |S| / N to c
 
-    x is the broadcast, y_k the result, K eta our `moved`. The factor |S| / N is 1 here, because clients that were not
-    asked would add zero: with partial participation the server's `control` stream takes an outer learning rate of |S| / N.
+    x is the broadcast, y_k the result, K eta our `moved`. The server's `control` stream adds up the replies and divides by
+    N: mean(...) |S| / N, and c stays the mean of all c_k whoever takes part, is lost on the way or comes late.
     """
 
     def adjust(parameters: Mapping[str, nn.Parameter], start: Start) -> None:
@@ -78,8 +78,10 @@ def scaffold() -> Correction:
 
     def conclude(after: Params, start: Start, moved: float) -> tuple[dict[str, Params], Params]:
         before, own = start.params[UPDATE], start.state or zeros_like(start.params[CONTROL])
+        if not moved:  # every step had a learning rate of zero: nothing is known of the gradient
+            return {CONTROL: zeros_like(own)}, own
         drift = {name: torch.sub(before[name], x) / moved for name, x in after.items()}
         new = add(subtract(own, start.params[CONTROL]), drift)
         return {CONTROL: subtract(new, own)}, new
 
-    return Correction(adjust, conclude, (Stream(CONTROL, initial=zeros_like),), needs_plain_sgd=True)
+    return Correction(adjust, conclude, (Stream(CONTROL, initial=zeros_like, ages=False),), needs_plain_sgd=True)

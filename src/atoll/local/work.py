@@ -117,13 +117,13 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
     base_rates = [group["lr"] for group in optimizer.param_groups]
     start = Start(params, state)
     steps = local.steps(len(data.train))
-    batches = draw(len(data.train), local.batch_size, task.key)
+    batches = draw(len(data.train), local.batch_size, local.accumulate, task.key)
     report = local.reporter(task, steps)
     local.model.train()
     torch.manual_seed(task.key)  # for dropout
     losses, moved, started = [], 0.0, time.perf_counter()
     for step in range(steps):
-        micro = [local.objective.collate([data.train[i] for i in next(batches)]) for _ in range(local.accumulate)]
+        micro = [local.objective.collate([data.train[i] for i in batch]) for batch in next(batches)]
         loss = backward(local, micro)
         if not math.isfinite(loss):
             raise WorkFailed(f"the loss is {loss} at local step {step + 1} of {steps}")
@@ -155,13 +155,13 @@ def backward(local: Local, micro: Sequence[Any]) -> float:
     return total / terms
 
 
-def draw(count: int, batch_size: int, key: int) -> Iterator[list[int]]:
-    """Batches of sample numbers for ever: each pass is a new permutation, a last short batch ends it."""
+def draw(count: int, batch_size: int, accumulate: int, key: int) -> Iterator[list[list[int]]]:
+    """The batches of each step, as sample numbers, for ever. Each pass is a new permutation; its last step may be short."""
     order = rng(key, "batches")
     while True:
-        permutation = order.permutation(count)
-        for at in range(0, count, batch_size):
-            yield [int(i) for i in permutation[at : at + batch_size]]
+        permutation = [int(i) for i in order.permutation(count)]
+        batches = [permutation[at : at + batch_size] for at in range(0, count, batch_size)]
+        yield from (batches[at : at + accumulate] for at in range(0, len(batches), accumulate))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, base: Sequence[float], factor: float) -> float:
