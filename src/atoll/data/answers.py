@@ -1,11 +1,16 @@
 """A conversation as the model's template writes it, and where the answers stand in it.
 
 Answer-only loss needs the characters of every assistant turn: its content and the token that ends the turn, nothing of
-the header before it. Templates do not tell (few have generation markers), so they are asked twice. First with a mark in
-place of each content: what stands between the marks is the frame, the same for every conversation with these roles, and
-the text must be the frame with the contents in it. Where that fails, because the template rewrites contents (drops the
-thinking of earlier turns, adds tool calls), the answer starts where the prompt for it ends, and ends with the token that
-ends turns.
+the header before it. Templates do not tell (few have generation markers), so they are asked up to three times, and no
+reply is believed that the text does not bear out:
+
+1. With a mark in place of each content. What stands between the marks is the frame, the same for every conversation with
+   these roles; the text must be the frame with the contents in it. It fails where a template rewrites a content.
+2. With a mark in place of one answer (earlier thinking is dropped, tool calls are added: elsewhere the text is the same).
+3. For the prompt of one answer (its thinking is rewritten): the answer starts where the prompt ends. It must hold all
+   that was said before; templates that write the system text into the *last* question (Mistral) write another prompt.
+
+A conversation in which an answer is not found so has no spans: a search would find it in a question that quotes it.
 
 Models without a template get `PLAIN`.
 """
@@ -76,7 +81,7 @@ class ChatFormat:
         )
 
     def answers(self, messages: list[Message]) -> tuple[str, Spans]:
-        """The text of a conversation and the spans of its assistant turns.
+        """The text of a conversation and the spans of its assistant turns; none if one of them is not found.
 
         Raises:
             jinja2.TemplateError: the template refuses the conversation.
@@ -84,7 +89,7 @@ class ChatFormat:
         text = self.render(messages)
         plain = all(message.keys() == {"role", "content"} for message in messages)
         found = self._by_frame(text, messages) if plain else None
-        return text, self._by_prompt(text, messages) if found is None else found
+        return text, self._one_by_one(text, messages) if found is None else found
 
     def _by_frame(self, text: str, messages: list[Message]) -> Spans | None:
         frame = self._frame(tuple(message["role"] for message in messages))
@@ -93,7 +98,8 @@ class ChatFormat:
         spans, position = [], len(frame.head)
         for number, after in frame.parts:
             content = messages[number]["content"]
-            shown = next((c for c in (content, content.strip()) if text.startswith(c + after, position)), None)
+            written = (content, content.strip(), content.rstrip())
+            shown = next((c for c in written if text.startswith(c + after, position)), None)
             if shown is None:
                 return None
             position += len(shown)
@@ -102,19 +108,39 @@ class ChatFormat:
             position += len(after)
         return spans if position == len(text) else None
 
-    def _by_prompt(self, text: str, messages: list[Message]) -> Spans:
-        return [
-            self._span_by_prompt(text, messages, number)
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+    def _one_by_one(self, text: str, messages: list[Message]) -> Spans:
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        found = [self._by_mark(text, messages, n) or self._by_prompt(text, messages, n) for n in numbers]
+        spans = [span for span in found if span is not None]
+        return spans if len(spans) == len(numbers) else []
 
-    def _span_by_prompt(self, text: str, messages: list[Message], number: int) -> tuple[int, int]:
+    def _by_mark(self, text: str, messages: list[Message], number: int) -> tuple[int, int] | None:
+        one = {**messages[number], "content": _mark(number)}
+        before, *rest = self.render([*messages[:number], one, *messages[number + 1 :]]).split(_mark(number))
+        after = rest[0] if len(rest) == 1 else None
+        if after is None or not text.startswith(before) or not text.endswith(after, len(before)):
+            return None
+        stop = len(text) - len(after) + self._end(after, last=number == len(messages) - 1)
+        return (len(before), stop) if stop > len(before) else None
+
+    def _by_prompt(self, text: str, messages: list[Message], number: int) -> tuple[int, int] | None:
+        prompt = self.render(messages[:number], prompt=True)
         # the prompt may go on where this answer does not follow it ("<think>"): what both share is the prompt
-        start = _shared(text, self.render(messages[:number], prompt=True))
+        start = _shared(text, prompt)
+        if start < self._said(prompt, messages[:number]):
+            return None
         last = number == len(messages) - 1
         stop = len(text) if last else _shared(text, self.render(messages[: number + 2]))
-        return start, start + self._end(text[start:stop], last)
+        length = self._end(text[start:stop], last)
+        return (start, start + length) if length else None
+
+    def _said(self, prompt: str, messages: list[Message]) -> int:
+        """How far into `prompt` its last content reaches; beyond its end where that is not known."""
+        if not messages:
+            return 0
+        marked = [{**message, "content": _mark(number)} for number, message in enumerate(messages)]
+        *said, header = _MARK.split(self.render(marked, prompt=True))
+        return len(prompt) - len(header) if said and prompt.endswith(header) else len(prompt) + 1
 
     def _end(self, after: str, last: bool) -> int:
         """How many characters of `after` belong to the turn that it closes."""
@@ -126,13 +152,15 @@ class ChatFormat:
     def _new_frame(self, roles: tuple[str, ...]) -> Frame | None:
         from jinja2 import TemplateError
 
-        marked = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
+        marked = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
         try:
             head, *rest = _MARK.split(self.render(marked))
         except TemplateError:
             return None
         parts = tuple((int(number), after) for number, after in zip(rest[::2], rest[1::2], strict=True))
-        return Frame(head, parts) if {number for number, _ in parts} == set(range(len(roles))) else None
+        answers = [number for number, role in enumerate(roles) if role == "assistant"]
+        shown = [number for number, _ in parts if roles[number] == "assistant"]
+        return Frame(head, parts) if shown == answers else None  # other contents may be dropped: the text decides
 
     def _find_turn_end(self) -> str:
         """What follows an answer both in the middle and at the end of a conversation, without white space if it can."""
@@ -152,6 +180,10 @@ class ChatFormat:
                 break
             stop = pair[2][1]
         return one[:stop]
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
 
 
 def _shared(one: str, other: str) -> int:
