@@ -33,6 +33,7 @@ LEFT = {
     "phi": {"norm"},
     "cohere": {"norm"},
     "mamba": {"attention"},
+    "qwen3-next": {"attention"},
 }
 LENGTHS = (7, 3, 20, 7, 1, 18, 33)
 
@@ -186,8 +187,16 @@ class Wrong(nn.Module):
         return self.weight * (x - x.mean(-1, keepdim=True))
 
 
+class Gated(nn.RMSNorm):
+    """Takes more than what it normalizes."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * gate
+
+
 def test_a_norm_is_known_by_what_it_computes() -> None:
     assert form_of(Wrong()) is None
+    assert form_of(Gated(8, eps=1e-6)) is None
     assert form_of(nn.LayerNorm(8)) is None
     assert form_of(nn.RMSNorm(8, eps=1e-5)) == (1e-5, False)
 

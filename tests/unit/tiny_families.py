@@ -40,12 +40,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 4}),
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "qwen3-next": (  # a gated norm, linear attention, experts
+        "Qwen3NextConfig",
+        {**GROUPED, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
     "phi": ("PhiConfig", {**SHAPE, "intermediate_size": 48}),
     "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 3.0}),
     "cohere": ("CohereConfig", GROUPED),
     "mamba": ("MambaConfig", {**SHAPE, "state_size": 8}),
 }
-NOT_PACKABLE = {"bloom", "mamba", "opt"}  # no positions; a recurrent state; positions that its mask does not see
+NOT_PACKABLE = {"bloom", "mamba", "qwen3-next", "opt"}
+"""No positions; a recurrent state; the same; positions that its mask does not see."""
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
