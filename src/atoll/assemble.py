@@ -15,7 +15,9 @@ from atoll import parts
 from atoll.build import POOLED, Plan, build
 from atoll.cache import Say, quiet
 from atoll.client import Client, FileStore
-from atoll.data.sources import ClientData, Labels, load
+from atoll.data import sources
+from atoll.data.read import Report as DataReport
+from atoll.data.sources import ClientData, Labels, Loaded
 from atoll.errors import AtollError
 from atoll.keys import key
 from atoll.local.work import Local, Report, evaluate, train, unwatched
@@ -36,6 +38,10 @@ class Assembly:
     data: Mapping[str, ClientData]
     left_out: Mapping[str, str]
     """Clients without usable data, and why."""
+    reports: Mapping[str, DataReport]
+    """What became of the records of the clients that take part."""
+    digests: Mapping[str, str]
+    """What each client holds, by content: a resumed run must find the same."""
     start: Params
     """The params before the first round."""
 
@@ -46,15 +52,38 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
     Raises:
         AtollError: a model or data that cannot be loaded; no client with usable data.
     """
+    check_data(plan)
     model, tokenizer = load_model(plan, say)
-    data, left_out = load_data(plan, tokenizer, say)
+    loaded = load_data(plan, tokenizer, say)
+    left_out = useless(loaded)
+    usable = {name: one for name, one in loaded.items() if name not in left_out}
     say("preparing the model")
     model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
     if not plan.model.own_factory:
         accelerate(model)
     local = make_local(plan, model, tokenizer, report)
     start = {name: x.clone() for name, x in read(plan.space, model).items()}
-    return Assembly(model, tokenizer, local, data, left_out, start)
+    return Assembly(
+        model,
+        tokenizer,
+        local,
+        data={name: one.data for name, one in usable.items()},
+        left_out=left_out,
+        reports={name: one.report for name, one in usable.items()},
+        digests={name: sources.digest(source) for name, source in plan.sources.items()},
+        start=start,
+    )
+
+
+def check_data(plan: Plan) -> None:
+    """Reads the first records of every client, which takes no model. Raises AtollError with all that is wrong."""
+    sources.check(plan.sources, labels_of(plan))
+
+
+def labels_of(plan: Plan) -> Labels:
+    """Where the plan's objective puts the loss; objectives of the user's own learn from answers unless they say so."""
+    labels: Labels = getattr(plan.objective, "labels", "sft")
+    return labels
 
 
 def load_model(plan: Plan, say: Say) -> tuple[nn.Module, Any]:
@@ -67,22 +96,32 @@ def load_model(plan: Plan, say: Say) -> tuple[nn.Module, Any]:
     return load_named(plan.model.name, **plan.model.options, say=say)
 
 
-def load_data(plan: Plan, tokenizer: Any, say: Say) -> tuple[dict[str, ClientData], dict[str, str]]:
-    """Everybody's samples; those who have none are named and left out."""
+def load_data(plan: Plan, tokenizer: Any, say: Say) -> dict[str, Loaded]:
+    """Everybody's samples, and what became of their records."""
     if all(isinstance(source, ClientData) for source in plan.sources.values()):
-        loaded: dict[str, tuple[ClientData, object]] = {n: (data, "no samples") for n, data in plan.sources.items()}
-    else:
-        say("reading and tokenizing, or mapping what was tokenized before")
-        labels: Labels = getattr(plan.objective, "labels", "sft")
-        loaded = {**load(plan.sources, tokenizer, plan.recipe.finetune.context, labels)}
-    usable = {name: data for name, (data, _) in loaded.items() if len(data.train)}
-    left_out = {name: str(report) for name, (data, report) in loaded.items() if not len(data.train)}
-    if not usable:
-        first = next(iter(left_out.items()))
+        return {name: Loaded(data, DataReport()) for name, data in plan.sources.items()}
+    say("reading and tokenizing, or mapping what was tokenized before")
+    return sources.load(plan.sources, tokenizer, plan.recipe.finetune.context, labels_of(plan))
+
+
+def useless(loaded: Mapping[str, Loaded]) -> dict[str, str]:
+    """Clients without a training sample, and why. Raises AtollError where there is no other."""
+    left_out = {name: why_useless(one) for name, one in loaded.items() if not len(one.data.train)}
+    if len(left_out) == len(loaded):
         raise AtollError(
-            "no client has usable data", where=first[0], found=first[1], remedy="`atoll data PATH` shows why"
+            "no client has usable data",
+            where=sources.one_a_line(left_out),
+            found=sources.one_a_line("; ".join(why.splitlines()) for why in left_out.values()),
+            remedy="`atoll data PATH` shows why",
         )
-    return usable, left_out
+    return left_out
+
+
+def why_useless(one: Loaded) -> str:
+    """Why nothing is left to train on."""
+    if held_out := len(one.data.test):
+        return f"all its samples, {held_out}, are held out: lower data.held_out"
+    return str(one.report)
 
 
 def make_local(plan: Plan, model: nn.Module, tokenizer: Any, report: Report) -> Local:

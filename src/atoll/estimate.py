@@ -1,7 +1,7 @@
 """What a plan will cost, before it runs: bytes, memory, time. Each number says where it comes from.
 
-Bytes are measured on zeros of the update's shapes. Memory is a formula, given with its terms. Time is taken from an
-earlier run of the same kind on this machine, whose speed lies in the cache; before that it is unknown, and said so.
+Bytes are measured on zeros of the update's shapes. Memory is a formula, given with its terms. Time is taken from
+earlier runs of the same kind on this machine, whose speed lies in the cache; before the first it is unknown, and said so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from atoll import parts
+from atoll.assemble import check_data
 from atoll.build import Plan, payload_bytes
 from atoll.cache import content_hash, home, write_file
 from atoll.data.sources import ClientSource
@@ -118,20 +119,36 @@ def inner_moments(plan: Plan) -> int:
     return int(bool(optimizer.arguments.get("momentum"))) if optimizer.use == "sgd" else 2
 
 
-def counts(sources: Mapping[str, Any]) -> dict[str, int | None]:
-    """Records of each client, training and held out together; None where counting would take long."""
+@dataclass(frozen=True)
+class Count:
+    """A client's records: to train on, and held out. `about`: where a share is held out it is computed, not counted."""
+
+    train: int
+    held_out: int
+    about: bool
+    bytes_each: float
+
+
+def counts(sources: Mapping[str, Any]) -> dict[str, Count | None]:
+    """Records of each client; None where counting would take long."""
     return {name: _count(source) for name, source in sources.items()}
 
 
-def _count(source: object) -> int | None:
+def _count(source: object) -> Count | None:
     if not isinstance(source, ClientSource):
         return None
-    if source.rows is not None:
-        return len(source.rows)
-    files = [file for file, _ in source.source.files]
-    if any(file.suffix.lower() != ".jsonl" or file.stat().st_size > COUNTED_BYTES for file in files):
+    files = source.source.files
+    known = all(file.suffix.lower() == ".jsonl" and file.stat().st_size <= COUNTED_BYTES for file, _ in files)
+    if not known and source.rows is None:
         return None
-    return sum(_lines(file) for file in files)
+    lines = {split: sum(_lines(file) for file, named in files if named == split) for split in ("train", "test", None)}
+    total = sum(lines.values()) if known else 0
+    each = sum(file.stat().st_size for file, _ in files) / total if total else 0.0
+    if lines["test"] and source.rows is None:
+        return Count(lines["train"], lines["test"], about=False, bytes_each=each)
+    mine = total if source.rows is None else len(source.rows)
+    held_out = round(mine * source.source.held_out)
+    return Count(mine - held_out, held_out, about=source.source.held_out > 0, bytes_each=each)
 
 
 def _lines(file: Path) -> int:
@@ -140,13 +157,32 @@ def _lines(file: Path) -> int:
         return sum(1 for line in text if line.strip())
 
 
+RUNS_REMEMBERED = 8
+"""The latest of a kind, so that a faster machine or program shows."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run measured of its own speed: samples, and the seconds that went into them."""
+
+    run: str
+    plan: str
+    trained: float
+    seconds_trained: float
+    held_out: float
+    seconds_held_out: float
+    bytes_each: float
+    """Of a record, on average; 0: unknown."""
+
+
 @dataclass(frozen=True)
 class Speed:
-    """How fast an earlier run of the same kind was, in seconds a sample, and its name."""
+    """How fast earlier runs of the same kind were, in seconds a sample, and their names. Large runs count more."""
 
     run: str
     training: float
     held_out: float
+    bytes_each: float
 
 
 def speed_note(plan: Plan) -> Path:
@@ -158,38 +194,74 @@ def speed_note(plan: Plan) -> Path:
 
 
 def remember_speed(plan: Plan, story: Story, run: str) -> None:
-    """Notes the speed of a run for later plans."""
+    """Notes the speed of a run for later plans. Its first reply is not counted where there are others: it warms up."""
     stage = plan.recipe.finetune
-    each = stage.batch_size * stage.accumulate
-    trained = sum(reply.metrics.get("steps", 0.0) for reply in story.replies) * each
-    in_steps = sum(reply.metrics.get("seconds_in_steps", 0.0) for reply in story.replies)
-    measured = sum(client["samples"] for one in story.evaluations for client in one.clients.values())
-    in_evaluation = sum(one.seconds for one in story.evaluations)
-    if trained and measured:
-        speed = Speed(run, in_steps / trained, in_evaluation / measured)
-        write_file(speed_note(plan), json.dumps(asdict(speed)).encode())
+    replies = story.replies[1:] or story.replies
+    clients = [client for one in story.evaluations for client in one.clients.values()]
+    measured = Measured(
+        run,
+        plan.hash,
+        trained=sum(reply.metrics.get("steps", 0.0) for reply in replies) * stage.batch_size * stage.accumulate,
+        seconds_trained=sum(reply.metrics.get("seconds_in_steps", 0.0) for reply in replies),
+        held_out=sum(client["samples"] for client in clients),
+        seconds_held_out=sum(one.seconds for one in story.evaluations),
+        bytes_each=bytes_each(counts(plan.sources), stage.context),
+    )
+    if measured.trained and measured.held_out:
+        others = [one for one in remembered(plan) if (one.run, one.plan) != (run, plan.hash)]
+        kept = [*others, measured][-RUNS_REMEMBERED:]
+        write_file(speed_note(plan), json.dumps([asdict(one) for one in kept]).encode())
+
+
+def remembered(plan: Plan) -> list[Measured]:
+    """What earlier runs of the same kind on this machine measured, the latest last."""
+    try:
+        return [Measured(**one) for one in json.loads(speed_note(plan).read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def known_speed(plan: Plan) -> Speed | None:
-    """The speed of an earlier run of the same kind on this machine."""
-    try:
-        return Speed(**json.loads(speed_note(plan).read_text()))
-    except (OSError, ValueError, TypeError):
+    """The speed of earlier runs of the same kind on this machine, each counting by its samples."""
+    runs = remembered(plan)
+    if not runs:
         return None
+    trained, held_out = sum(one.trained for one in runs), sum(one.held_out for one in runs)
+    return Speed(
+        run=runs[0].run if len(runs) == 1 else f"{len(runs)} runs, the latest {runs[-1].run},",
+        training=sum(one.seconds_trained for one in runs) / trained,
+        held_out=sum(one.seconds_held_out for one in runs) / held_out,
+        bytes_each=sum(one.bytes_each * one.trained for one in runs) / trained,
+    )
 
 
-def seconds(plan: Plan, records: Mapping[str, int | None], speed: Speed) -> float | None:
-    """The whole run with its baselines; None where the clients' sizes are needed and not known."""
+BYTES_A_TOKEN = 4
+"""Of English, roughly: no sample is longer than the context."""
+
+
+def bytes_each(records: Mapping[str, Count | None], context: int) -> float:
+    """Of a record that fits the context, each client counting once; 0 where it is unknown."""
+    known = [min(one.bytes_each, BYTES_A_TOKEN * context) for one in records.values() if one and one.bytes_each]
+    return sum(known) / len(known) if known else 0.0
+
+
+def seconds(plan: Plan, records: Mapping[str, Count | None], speed: Speed) -> float | None:
+    """The whole run with its baselines; None where the clients' sizes are needed and not known.
+
+    Longer texts take longer: a sample counts by its bytes, where they are known of both.
+    """
     trainers = [name for name in plan.trainers if name in plan.sources] or plan.clients
     stage = plan.recipe.finetune
     if stage.local_steps is None and any(records[name] is None for name in trainers):
         return None
-    each = {name: _samples_a_round(plan, records[name] or 0) for name in trainers}
+    each = {name: _samples_a_round(plan, one.train if (one := records[name]) else 0) for name in trainers}
     federated = stage.rounds * plan.cohort * sum(each.values()) / len(each)
     alone = stage.rounds * sum(each.values())
     extra = {"local": alone, "pooled": federated}
     training = federated + sum(extra[kind] for kind in plan.recipe.baselines)
-    return training * speed.training + held_out_samples(plan, len(trainers)) * speed.held_out
+    mine = bytes_each(records, stage.context)
+    longer = mine / speed.bytes_each if mine and speed.bytes_each else 1.0
+    return longer * (training * speed.training + held_out_samples(plan, len(trainers)) * speed.held_out)
 
 
 def _samples_a_round(plan: Plan, records: int) -> float:
@@ -208,7 +280,12 @@ def held_out_samples(plan: Plan, trainers: int) -> int:
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-    """The whole plan as plain data: what `atoll plan --json` prints."""
+    """The whole plan as plain data: what `atoll plan --json` prints.
+
+    Raises:
+        AtollError: the clients' data cannot be read; their first records are.
+    """
+    check_data(plan)
     stage = plan.recipe.finetune
     moved, needs, speed, records = traffic(plan), memory(plan), known_speed(plan), counts(plan.sources)
     trains = None if plan.trains is None else sum(math.prod(shape) for shape in plan.trains.values())
@@ -223,7 +300,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "memory": asdict(needs) | {"total": needs.total} if needs else None,
         "seconds": seconds(plan, records, speed) if speed else None,
         "speed": asdict(speed) if speed else None,
-        "clients": records,
+        "clients": {name: asdict(one) if one else None for name, one in records.items()},
         "population": plan.trainers,
         "baselines": list(plan.recipe.baselines),
         "warnings": list(plan.warnings),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,13 +18,27 @@ from importlib.metadata import version
 from atoll import parts
 from atoll.assemble import Assembly, clients, rebuild
 from atoll.build import POOLED, Plan, baseline_names
+from atoll.data.read import Report
+from atoll.data.sources import one_a_line
 from atoll.errors import AtollError, Interrupted
 from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Dropped, Refused, Verdict
 from atoll.fleet.base import Fleet
 from atoll.params import Params, numel
 from atoll.record.checkpoint import load_with_extra, save_state
-from atoll.record.events import ClientLeftOut, Missing, Record, Replied, RoundEnded, RunEnded, RunStarted, Sink
+from atoll.record.events import (
+    EVERYBODY,
+    ClientLeftOut,
+    Missing,
+    Record,
+    RecordsLeftOut,
+    Replied,
+    RoundEnded,
+    RunEnded,
+    RunStarted,
+    Sink,
+    read_events,
+)
 from atoll.record.folder import RunFolder, find
 from atoll.round import State, initial, run_round
 from atoll.stream import UPDATE
@@ -35,6 +49,8 @@ class Progress:
     """What the loop of a stage remembers beside the state; a checkpoint keeps it."""
 
     plan: str
+    data: Mapping[str, str]
+    """What each client held when the run began, by content."""
     best: float = float("inf")
     without_better: int = 0
     record_bytes: int = 0
@@ -110,8 +126,34 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
                 "the recipe has changed since the run began", where=str(folder.recipe), found=f"plan {ready.hash}",
                 allowed=f"plan {progress.plan}", remedy="start a new run; `from:` lets it go on from this one's result",
             )  # fmt: skip
+        refuse_changed_data(progress.data, things.digests, folder)
+        refuse_short_record(progress.record_bytes, folder)
         return state, progress
-    return initial(ready.rounds, start_of(ready, things)), Progress(ready.hash)
+    return initial(ready.rounds, start_of(ready, things)), Progress(ready.hash, things.digests)
+
+
+def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folder: RunFolder) -> None:
+    """A run whose clients hold something else is another run: what it gave could not be told from what it was given."""
+    changed = [f"{name}: is no longer there" for name in before if name not in now]
+    changed += [f"{name}: was not there" for name in now if name not in before]
+    changed += [f"{name}: holds other records" for name in now if name in before and before[name] != now[name]]
+    if changed:
+        raise AtollError(
+            "the clients' data have changed since the run began", where=str(folder.path), found=one_a_line(changed),
+            allowed="what each client held then",
+            remedy="put the data back, or start a new run; `from:` lets it go on from this one's result",
+        )  # fmt: skip
+
+
+def refuse_short_record(written: int, folder: RunFolder) -> None:
+    """The record is looked at before it goes on: what is lost or damaged there is found before hours of training."""
+    events = sum(1 for _ in read_events(folder.record))
+    size = folder.record.stat().st_size if events else 0
+    if size < written:
+        raise AtollError(
+            "the record is shorter than when the run left it", where=str(folder.record), found=f"{size} bytes",
+            allowed=f"{written} bytes", remedy="put the file back from a copy, or run again",
+        )  # fmt: skip
 
 
 def start_of(ready: Plan, things: Assembly) -> Params:
@@ -143,16 +185,27 @@ def introduce(at: Stage) -> None:
             rounds=ready.recipe.finetune.rounds,
             clients=ready.trainers,
             samples={name: len(data.train) for name, data in things.data.items()},
+            held_out={name: len(data.test) for name, data in things.data.items()},
             trains=numel(things.start),
             of=ready.shapes.count if ready.shapes else sum(p.numel() for p in things.model.parameters()),
             seed=ready.recipe.seed,
             baselines=baseline_names(ready),
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
             warnings=ready.warnings,
+            recipe=ready.recipe.model_dump(exclude={"name", "checked", "sinks"}),
         )
     )
     for client, report in things.left_out.items():
         at.record(ClientLeftOut(client, report))
+    for client, records in distinct(things.reports).items():
+        if records.left_out:
+            at.record(RecordsLeftOut(client, records.read, records.kept, records.left_out))
+
+
+def distinct(reports: Mapping[str, Report]) -> dict[str, Report]:
+    """Each report once: simulated clients are dealt the records of one source, and have its report in common."""
+    shared = len({id(report) for report in reports.values()}) < len(reports)
+    return {EVERYBODY: next(iter(reports.values()))} if shared else dict(reports)
 
 
 def due(ready: Plan, round: int) -> bool:
@@ -168,6 +221,8 @@ def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progres
     wanted = at.ready.recipe.evaluate
     held_out = [name for name, data in at.things.data.items() if len(data.test)]
     samples = wanted.final_samples if final else wanted.samples
+    if not held_out:
+        return progress
     heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
     at.record(heard)
     if final or math.isnan(heard.mean):
@@ -221,7 +276,7 @@ def event_of(round: int, verdict: Verdict) -> Replied | Missing:
         loss = reply.metrics.get("loss", float("nan"))
         return Replied(round, reply.client, loss, reply.nbytes, reply.seconds, verdict.staleness, reply.metrics)
     if isinstance(verdict, Abandoned):
-        return Missing(round, "everybody", verdict.reason, refused=False)
+        return Missing(round, EVERYBODY, verdict.reason, refused=False)
     return Missing(round, verdict.client, verdict.reason, not isinstance(verdict, Dropped))
 
 

@@ -1,7 +1,8 @@
 """Sweeps: the same number of trials for every method, drawn from a grid by seed, compared by mean held-out loss.
 
-A fair comparison gives every method the same budget, so no method gets more trials than the smallest grid has points. A
-sweep is named by what it is made of: the same command finds its finished trials again and goes on with the rest. The best
+A fair comparison gives every method the same budget, so no method gets more trials than the smallest grid has points, and
+the same values of what they share, such as the learning rate, so that none is judged at a worse one. A sweep is named by
+what it is made of, the data included: the same command finds its finished trials again and goes on with the rest. The best
 loss of a sweep flatters: it was chosen on the held-out data that it is measured on.
 """
 
@@ -19,6 +20,7 @@ from atoll import recipe
 from atoll.assemble import Assembly, again, assemble
 from atoll.build import Plan, build
 from atoll.cache import Say, content_hash, quiet, write_file
+from atoll.data.sources import digest
 from atoll.errors import AtollError
 from atoll.keys import rng
 from atoll.local.work import Report, unwatched
@@ -79,14 +81,32 @@ def parse_grid(written: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     return grid
 
 
-def points(grid: Mapping[str, Mapping[str, Sequence[Any]]], method: str) -> list[Settings]:
+Grid = Mapping[str, Mapping[str, Sequence[Any]]]
+
+
+def points(grid: Grid, method: str) -> list[Settings]:
     """Every combination that a method may take, its own values over those for all."""
-    own = {**grid.get("", {}), **grid.get(method.removeprefix("methods/"), {})}
-    return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
+    return combinations({**grid.get("", {}), **own(grid, method)})
 
 
-def choose(methods: Sequence[str], grid: dict[str, dict[str, list[Any]]], trials: int | None, seed: int) -> list[Trial]:
-    """As many trials for each method, drawn without replacement.
+def combinations(values: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """Every choice of one value for each key, the last key changing fastest."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def own(grid: Grid, method: str) -> Mapping[str, Sequence[Any]]:
+    """The keys that a method alone is given values for."""
+    return grid.get(method.removeprefix("methods/"), {})
+
+
+def shared(grid: Grid, methods: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """The keys for which all methods have the same values."""
+    taken = {key for method in methods for key in own(grid, method)}
+    return {key: values for key, values in grid.get("", {}).items() if key not in taken}
+
+
+def choose(methods: Sequence[str], grid: Grid, trials: int | None, seed: int) -> list[Trial]:
+    """As many trials for each method, drawn without replacement, and with the same values of what methods share.
 
     Raises:
         AtollError: more trials than the smallest grid has points; a grid for a method that is not swept.
@@ -99,14 +119,36 @@ def choose(methods: Sequence[str], grid: dict[str, dict[str, list[Any]]], trials
     if not 1 <= count <= most:
         smallest = min(each, key=lambda method: len(each[method]))
         raise AtollError(
-            "more trials than the grid has points", where=f"--trials, {smallest}", found=count, allowed=f"1 to {most}",
+            "no trials" if count < 1 else "more trials than the grid has points", where=f"--trials, {smallest}",
+            found=count, allowed=f"1 to {most}",
             remedy="give more values by --grid: every method gets the same number of trials",
         )  # fmt: skip
-    return [
-        Trial(method, each[method][i])
-        for method in methods
-        for i in sorted(rng(seed, "sweep", method).choice(len(each[method]), size=count, replace=False))
-    ]
+    pairs = draw_shared(grid, methods, count, seed)
+    return [Trial(method, point) for method in methods for point in draw(each[method], pairs, seed, method)]
+
+
+def draw_shared(grid: Grid, methods: Sequence[str], count: int, seed: int) -> list[Settings]:
+    """What the trials of each method have in common, one for each trial: every shared point once before any comes again."""
+    whole = combinations(shared(grid, methods))
+    order = rng(seed, "sweep").permutation(len(whole))
+    return [whole[order[trial % len(whole)]] for trial in range(count)]
+
+
+def draw(every: Sequence[Settings], pairs: Sequence[Settings], seed: int, method: str) -> list[Settings]:
+    """For each of `pairs` a point of the method's grid that agrees with it, no point twice; in the order of the grid."""
+    left = [int(i) for i in rng(seed, "sweep", method).permutation(len(every))]
+    chosen = []
+    for pair in pairs:
+        chosen.append(next(i for i in left if pair.items() <= every[i].items()))
+        left.remove(chosen[-1])
+    return [every[i] for i in sorted(chosen)]
+
+
+def untried(grid: Grid, methods: Sequence[str], trials: Sequence[Trial]) -> dict[str, list[Any]]:
+    """Values that all methods share and that so few trials had no room for: no method tried them."""
+    keys = shared(grid, methods)
+    tried = {key: [trial.settings[key] for trial in trials] for key in keys}
+    return {key: left for key, values in keys.items() if (left := [one for one in values if one not in tried[key]])}
 
 
 def tree_of(name_or_path: str, trial: Trial) -> recipe.Tree:
@@ -120,7 +162,7 @@ def tree_of(name_or_path: str, trial: Trial) -> recipe.Tree:
 def sweep(
     name_or_path: str,
     methods: Sequence[str],
-    grid: dict[str, dict[str, list[Any]]],
+    grid: Grid,
     trials: int | None = None,
     seed: int = 0,
     sinks: Sequence[Sink] = (),
@@ -132,9 +174,13 @@ def sweep(
     Raises:
         AtollError: a trial cannot be planned; this is found before the first one runs.
     """
-    chosen = [(trial, plan_of(name_or_path, trial)) for trial in choose(methods, grid, trials, seed)]
-    digest = content_hash(*(plan.hash for _, plan in chosen))[:8]
-    folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{digest}"
+    drawn = choose(methods, grid, trials, seed)
+    chosen = [(trial, plan_of(name_or_path, trial)) for trial in drawn]
+    for key, values in untried(grid, methods, drawn).items():
+        say(f"no trial of any method has {key} = {', '.join(map(str, values))}: more trials would")
+    held = {name: digest(source) for _, plan in chosen for name, source in plan.sources.items()}
+    name = content_hash(*(plan.hash for _, plan in chosen), json.dumps(held, sort_keys=True))[:8]
+    folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{name}"
     warm: dict[str, Assembly] = {}
     outcomes: list[Outcome] = []
     for number, (trial, plan) in enumerate(chosen, 1):
@@ -169,7 +215,17 @@ def run_trial(
         if kind not in warm:
             warm.clear()  # one model in memory at a time
             warm[kind] = assemble(plan, say, report)
+        refuse_nothing_held_out(warm[kind])
         run_stage(plan, again(warm[kind], plan), folder, folder, sinks)
+
+
+def refuse_nothing_held_out(things: Assembly) -> None:
+    """A sweep chooses by held-out loss."""
+    if not any(len(data.test) for data in things.data.values()):
+        raise AtollError(
+            "nothing is held out, so trials cannot be compared", where="data.held_out",
+            remedy="hold out a share, such as 0.1, or name files for it",
+        )  # fmt: skip
 
 
 def outcome(trial: Trial, folder: RunFolder) -> Outcome:

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from atoll.record.card import human_bytes
+from atoll.record.card import counted as counted  # an ending counts in the same words
+from atoll.record.card import human_bytes, records_in_words, unmeasured
 from atoll.record.events import (
     ClientLeftOut,
     Evaluated,
     Event,
     Missing,
+    RecordsLeftOut,
     Replied,
     RoundEnded,
     RunEnded,
@@ -78,12 +80,15 @@ def told(event: Event) -> str:
     """An event in a line. People count rounds from 1."""
     match event:
         case RunStarted():
-            return (
+            begins = (
                 f"{event.name}: {counted(len(event.clients), 'client')}, {counted(event.rounds, 'round')}; "
                 f"{event.trains:,} of {event.of:,} parameters train; plan {event.plan}"
             )
+            return "; ".join([begins, *unmeasured(event)])
         case ClientLeftOut():
             return f"{event.client} is left out, it has no usable data: {'; '.join(event.report.splitlines())}"
+        case RecordsLeftOut():
+            return records_in_words(event)
         case Replied():
             late = f", {counted(event.staleness, 'round')} late" if event.staleness else ""
             sent = human_bytes(event.bytes_up)
@@ -95,18 +100,20 @@ def told(event: Event) -> str:
         case RoundEnded():
             return _round_in_words(event)
         case Evaluated():
-            worst = max(event.clients, key=lambda name: event.clients[name]["loss"], default="-")
-            return (
-                f"held-out loss {'before the first round' if event.round == 0 else f'after round {event.round}'}: "
-                f"mean {event.mean:.3f}, worst {event.worst:.3f} ({worst}), {event.seconds:.1f} s"
-            )
+            return f"held-out loss {_when(event)}: {_measured(event)}, {event.seconds:.1f} s"
         case RunEnded():
             return f"{event.reason}: {counted(event.rounds, 'round')} in {event.seconds:.0f} s"
 
 
-def counted(count: int, what: str) -> str:
-    """`1 round`, `2 rounds`."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def _when(event: Evaluated) -> str:
+    return f"after round {event.round}" if event.round else "before the first round"
+
+
+def _measured(event: Evaluated) -> str:
+    if not event.clients:
+        return "no client has measured one"
+    worst = max(event.clients, key=lambda name: event.clients[name]["loss"])
+    return f"mean {event.mean:.3f}, worst {event.worst:.3f} ({worst})"
 
 
 def _round_in_words(event: RoundEnded) -> str:

@@ -200,7 +200,6 @@ def test_missing_paths_suggest_what_is_there(tmp_path: Path) -> None:
 
 
 def test_folders_without_data_say_what_is_in_them(tmp_path: Path) -> None:
-    assert "an empty folder" in str(fails(tmp_path))
     (tmp_path / "notes.docx").write_text("x")
     error = str(fails(tmp_path))
     assert "notes.docx" in error
@@ -208,12 +207,30 @@ def test_folders_without_data_say_what_is_in_them(tmp_path: Path) -> None:
     assert "no data files" in str(fails(tmp_path / "notes.docx"))
 
 
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_empty_files_are_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "a.jsonl").write_text(content)
-    error = fails(tmp_path)
-    assert error.what == "the file holds no records"
-    assert error.details["where"] == str(tmp_path / "a.jsonl")
+@pytest.mark.parametrize(
+    ("suffix", "content"), [(".jsonl", ""), (".jsonl", "\n \n"), (".csv", ""), (".csv", "prompt,completion\n")]
+)
+def test_an_empty_file_holds_no_records(tmp_path: Path, suffix: str, content: str) -> None:
+    (tmp_path / f"a{suffix}").write_text(content)
+    report = Report()
+    assert list(records(open_source(tmp_path), report)) == []
+    assert not report.usable
+    assert str(report) == "no records"
+
+
+def test_an_empty_folder_and_an_empty_parquet_file_hold_no_records(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").write_text("x")
+    assert list(records(open_source(tmp_path), Report())) == []
+    (tmp_path / "a.parquet").touch()
+    assert list(records(open_source(tmp_path), Report())) == []
+
+
+def test_the_first_rows_alone(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAIRS[:1] * 3)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("no json\n")
+    assert len(list(records(open_source(tmp_path), Report(), first=3))) == 3
+    assert "not JSON" in str(fails(tmp_path))
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:

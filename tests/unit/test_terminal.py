@@ -15,6 +15,7 @@ from atoll.record.events import (
     Evaluated,
     Event,
     Missing,
+    RecordsLeftOut,
     Replied,
     RoundEnded,
     RunEnded,
@@ -29,6 +30,23 @@ EVENTS: list[tuple[Event, str]] = [
         "mine: 1 client, 3 rounds; 1,200 of 50,000 parameters train; plan abc",
     ),
     (ClientLeftOut("ward", "0 of 2\n2 empty"), "ward is left out, it has no usable data: 0 of 2; 2 empty"),
+    (
+        RunStarted("mine", "abc", 3, ["a", "b"], {"a": 9, "b": 9}, 12, 500, 0, held_out={"a": 3, "b": 0}),
+        "mine: 2 clients, 3 rounds; 12 of 500 parameters train; plan abc; b: no held-out sample, not in the mean",
+    ),
+    (
+        RunStarted("mine", "abc", 3, ["a"], {"a": 9}, 12, 500, 0, held_out={"a": 0}),
+        "mine: 1 client, 3 rounds; 12 of 500 parameters train; plan abc; "
+        "nothing is held out, so no loss is measured: set data.held_out, or name files for it",
+    ),
+    (
+        RecordsLeftOut("ward", 3, 1, {"no answer": (1, "ward.jsonl:2"), "no prompt": (1, "ward.jsonl:3")}),
+        "ward: 1 of 3 records used: 1 no answer, first at ward.jsonl:2; 1 no prompt, first at ward.jsonl:3",
+    ),
+    (
+        Evaluated(0, True, {}, math.nan, math.nan, 2.0),
+        "held-out loss before the first round: no client has measured one, 2.0 s",
+    ),
     (Replied(0, "clinic", 2.25, 5000, 1.25, 0, {}), "round 1: clinic: loss 2.250, 5.0 kB up, 1.2 s"),
     (Replied(4, "clinic", 2.25, 5000, 1.25, 2, {}), "round 5: clinic: loss 2.250, 5.0 kB up, 1.2 s, 2 rounds late"),
     (Missing(0, "clinic", "the loss is nan", True), "round 1: clinic refused: the loss is nan"),
@@ -47,6 +65,7 @@ EVENTS: list[tuple[Event, str]] = [
     ),
     (RunEnded(3, "finished", 61.0), "finished: 3 rounds in 61 s"),
 ]
+REPLY, ROUND = (next(one for one in EVENTS if isinstance(one[0], kind)) for kind in (Replied, RoundEnded))
 
 
 @pytest.mark.parametrize(("event", "line"), EVENTS)
@@ -102,9 +121,9 @@ def test_plain_log_counts_every_line_as_a_sign_of_life() -> None:
     plain = Plain(lines.append, clock)
     for second in range(8):
         clock.time = second
-        plain.event(EVENTS[2][0])
+        plain.event(REPLY[0])
         plain.report(tick(second))
-    assert lines == [EVENTS[2][1], at_work(tick(0)), *[EVENTS[2][1]] * 7]
+    assert lines == [REPLY[1], at_work(tick(0)), *[REPLY[1]] * 7]
 
 
 def test_plain_log_names_the_client_before_slow_work() -> None:
@@ -127,12 +146,12 @@ def test_live_line_shows_the_step_and_keeps_rounds() -> None:
         clock.time = 75
         live.report(tick(3))
         live._display.refresh()
-        live.event(EVENTS[2][0])
-        live.event(EVENTS[6][0])
+        live.event(REPLY[0])
+        live.event(ROUND[0])
     shown = screen.getvalue()
     assert "1:15  round 2 of 4 · clinic · local step 3 of 9 · loss 0.500" in shown
-    assert EVENTS[6][1] in shown
-    assert EVENTS[2][1] not in shown
+    assert ROUND[1] in shown
+    assert REPLY[1] not in shown
 
 
 def test_a_run_reports_every_step(

@@ -280,7 +280,7 @@ def test_causal_lm_on_chats_labels_every_token(prepared: Prepare) -> None:
 def test_plain_text_has_no_answers(prepared: Prepare) -> None:
     with pytest.raises(AtollError, match="no answers") as caught:
         prepared([{"text": "x"}])
-    assert "causal_lm" in str(caught.value)
+    assert "causal-lm" in str(caught.value)
 
 
 def test_samples_longer_than_the_context_are_left_out_never_cut(prepared: Prepare) -> None:

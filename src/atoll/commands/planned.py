@@ -13,14 +13,36 @@ from atoll.record.tables import SITES_SHOWN, human_seconds
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from atoll.build import Plan
+
 
 def table(data: Mapping[str, Any]) -> RenderableType:
     """What `estimate.as_data` says, a line each."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
     for name, value in facts(data):
         grid.add_row(name, value)
     return grid
+
+
+def beyond_memory(plan: Plan) -> list[str]:
+    """The warning that a run needs more memory than is free where it would train; none if it fits or is not known."""
+    from atoll.estimate import memory
+    from atoll.models.load import choose_device, free_memory
+
+    needs = memory(plan)
+    if needs is None:
+        return []
+    device = choose_device(str(plan.model.options["device"]))
+    free = free_memory(device)
+    if needs.total <= free:
+        return []
+    stage = plan.recipe.finetune
+    return [
+        f"about {human_bytes(needs.total)} at most are needed, and {human_bytes(free)} are free on {device}: lower "
+        f"finetune.batch_size ({stage.batch_size}) or finetune.context ({stage.context}), or take a smaller model"
+    ]
 
 
 def facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -88,8 +110,14 @@ def _time(data: Mapping[str, Any]) -> str:
     return f"about {human_seconds(data['seconds'])}, baselines included: {basis}"
 
 
-def _clients(records: Mapping[str, int | None]) -> str:
-    shown = [name if count is None else f"{name} ({count})" for name, count in list(records.items())[:SITES_SHOWN]]
+def _clients(records: Mapping[str, Mapping[str, Any] | None]) -> str:
+    shown = [name + _split(count) for name, count in list(records.items())[:SITES_SHOWN]]
     more = len(records) - len(shown)
-    known = ", records in brackets" if any(count is not None for count in records.values()) else ""
-    return f"{len(records)}{known}: " + ", ".join(shown) + (f" and {more} more" if more else "")
+    known = "; records to train on + held out" if any(records.values()) else ""
+    return f"{len(records)}: " + ", ".join(shown) + (f" and {more} more" if more else "") + known
+
+
+def _split(count: Mapping[str, Any] | None) -> str:
+    if count is None:
+        return ""
+    return f" ({'about ' if count['about'] else ''}{count['train']} + {count['held_out']})"

@@ -163,13 +163,14 @@ def _facts(preview: Preview) -> list[tuple[str, str]]:
     return [
         ("path", preview.path),
         ("files", "\n".join(f"{name} ({split})" if split else name for name, split in preview.files.items())),
-        ("format", f"{report.form}, objective {preview.objective}"),
+        ("format", f"{report.form or 'unknown'}, objective {preview.objective}"),
         ("unused columns", ", ".join(report.unused_columns) or "none"),
         ("records", f"{report.kept} kept of {report.read}"),
         ("left out", "\n".join(left_out) or "none"),
         ("samples", f"{preview.samples['train']} train, {preview.samples['test']} test"),
         ("tokens", f"{preview.tokens}, {preview.labeled_share:.1%} with a loss, context {preview.context}"),
-        ("length", ", ".join(f"{q:.0%}: {length}" for q, length in preview.lengths.items())),
+        ("length", ", ".join(f"{q:.0%}: {length}" for q, length in preview.lengths.items()) or "-"),
+        *([] if preview.tokens else [("usable", "no: a run leaves this client out")]),
     ]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -91,6 +92,8 @@ class Report:
         2 of 3 records kept (text)
         1 left out: empty text, first at notes.jsonl:2
         """
+        if not self.read:
+            return "no records"
         head = f"{self.kept} of {self.read} records kept ({self.form})"
         return "\n".join(
             [head, *(f"{count} left out: {why}, first at {place}" for why, (count, place) in self.left_out.items())]
@@ -107,14 +110,14 @@ class Source:
 
 
 def open_source(path: str | Path, held_out: float = 0.1) -> Source:
-    """Find the data files at `path`: a file, a folder of files, or a `datasets` directory.
+    """Find the data files at `path`: a file, a folder of files, or a `datasets` directory. An empty folder has none.
 
     Args:
         path: the file or folder.
         held_out: the share of records kept for evaluation where no file is named for it, in [0, 1).
 
     Raises:
-        AtollError: nothing there, or nothing that can be read.
+        AtollError: there is no such path, or what is there cannot be read.
     """
     path = Path(path)
     if not 0 <= held_out < 1:
@@ -133,12 +136,12 @@ def _files(path: Path) -> list[Path]:
         found = sorted(part for part in path.iterdir() if _is_saved(part))
     else:
         found = [path] if _is_saved(path) else sorted(p for p in path.iterdir() if p.suffix.lower() in READERS)
-    if not found:
-        names = [path.name] if path.is_file() else sorted(part.name for part in path.iterdir())
+    names = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    if names and not found:
         raise AtollError(
             "no data files",
             where=str(path),
-            found=", ".join(names[:10]) or "an empty folder",
+            found=", ".join(names[:10]),
             allowed=f"{', '.join(READERS)}, or a folder written by datasets' save_to_disk",
         )
     return found
@@ -157,8 +160,10 @@ def _splits(files: list[Path]) -> tuple[tuple[Path, Split | None], ...]:
     return (*((file, "test") for file in tests), *((file, "train") for file in trains))
 
 
-def records(source: Source, report: Report) -> Iterator[Record]:
+def records(source: Source, report: Report, first: int | None = None) -> Iterator[Record]:
     """The usable records of `source`, one at a time; `report` is filled on the way and is complete at the end.
+
+    With `first`, no more than so many rows of each file are read.
 
     Raises:
         AtollError: the source cannot be read for what it is: see the file's head.
@@ -166,7 +171,7 @@ def records(source: Source, report: Report) -> Iterator[Record]:
     form: Form | None = None
     held_out: set[int] = set()
     for path, named in source.files:
-        for place, row in rows(path):
+        for place, row in islice(rows(path), first):
             form = form or _recognize(row, place, report)
             report.read += 1
             content = _content(form, row, place)

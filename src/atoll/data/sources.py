@@ -1,30 +1,34 @@
 """Where the clients' data come from: what a recipe says under `data`.
 
 Each factory names the clients and finds their files, and reads no record yet: a plan is refused for a missing folder
-before anything is loaded. `load` then tokenizes (or maps from the cache) what the run needs.
+before anything is loaded. `check` reads the first records of every file before a model is loaded, `load` tokenizes (or maps
+from the cache) what the run needs. Both tell what is wrong with all clients at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from annotated_types import Ge, Lt
 
-from atoll.cache import home
+from atoll.cache import content_hash, home
 from atoll.data.partition import Ints, Partition
-from atoll.data.read import Report, Source, column, open_source
+from atoll.data.read import Report, Source, column, open_source, records
 from atoll.errors import AtollError
 from atoll.parts import Slot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from atoll.data.tokenize import Prepared
+
 Labels = Literal["sft", "causal_lm"]
 Share = Annotated[float, Ge(0), Lt(1)]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def partitioned(
     from atoll.data.files import rows
 
     count = sum(1 for file, _ in source.files for _ in rows(file))
+    if not count:
+        raise AtollError("there are no records to deal out", where="data.path", found=path)
     dealt = partition(count, lambda name: column(source, name))
     return {name: ClientSource(source, indices) for name, indices in dealt.items()}
 
@@ -88,24 +94,103 @@ def _is_data(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".parquet", ".csv")
 
 
+FIRST = 100
+"""Rows of each file that `check` reads: a plan of a hundred files still answers at once."""
+
+
+def check(sources: Mapping[str, Any], labels: Labels) -> None:
+    """Reads the first records of every file: encoding, JSON, columns, and whether they fit the objective.
+
+    Raises:
+        AtollError: what is wrong, for all clients.
+    """
+    from atoll.data.tokenize import refuse_plain_text
+
+    def read(source: Source) -> None:
+        for record in records(source, Report(), FIRST):
+            refuse_plain_text(record, labels)
+
+    _each(sources, read)
+
+
+def _each(sources: Mapping[str, Any], do: Callable[[Source], T]) -> dict[Source, T]:
+    """`do` for every source once, whoever shares it; raises what is wrong with all of them as one error."""
+    owners: dict[Source, str] = {}
+    for name, client in sources.items():
+        if isinstance(client, ClientSource):
+            owners.setdefault(client.source, name)
+    done, wrong = {}, {}
+    for source, name in owners.items():
+        try:
+            done[source] = do(source)
+        except AtollError as error:
+            wrong[name] = error
+    refuse(wrong)
+    return done
+
+
+def refuse(wrong: Mapping[str, AtollError]) -> None:
+    """Raises what is wrong with the data of these clients, if there are any, as one error."""
+    if len(wrong) == 1:
+        raise next(iter(wrong.values()))
+    if wrong:
+        remedies = dict.fromkeys(error.details["remedy"] for error in wrong.values() if error.details["remedy"])
+        raise AtollError(
+            f"the data of {len(wrong)} clients cannot be read",
+            where=one_a_line(f"{name}: {error.details['where']}" for name, error in wrong.items()),
+            found=one_a_line(_in_a_line(name, error) for name, error in wrong.items()),
+            remedy=one_a_line(remedies),
+        )
+
+
+def _in_a_line(name: str, error: AtollError) -> str:
+    return f"{name}: {error.what}" + (f": {found}" if (found := error.details["found"]) else "")
+
+
+def one_a_line(texts: Iterable[str]) -> str:
+    """Several texts as one detail of an error, in line with each other."""
+    return ("\n" + " " * 11).join(texts)
+
+
+class Loaded(NamedTuple):
+    """A client's samples, and what became of the records of its source."""
+
+    data: ClientData
+    report: Report
+
+
 def load(
     sources: Mapping[str, ClientSource],
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     labels: Labels,
-) -> dict[str, tuple[ClientData, Report]]:
-    """Every client's samples, and what became of its records. Both splits of a client may be empty: see the report."""
+) -> dict[str, Loaded]:
+    """Every client's samples. Both splits of a client may be empty: see the report.
+
+    Raises:
+        AtollError: what is wrong, for all clients.
+    """
     from atoll.data.tokenize import prepare
 
-    loaded = {}
-    prepared = {}
-    for name, client in sources.items():
-        if client.source not in prepared:
-            prepared[client.source] = prepare(client.source, tokenizer, context, labels, cache_root=home())
-        tokens = prepared[client.source]
-        train, test = tokens.train, tokens.test
-        if client.rows is not None:
-            train = train.select(np.flatnonzero(np.isin(train.rows, client.rows)))
-            test = test.select(np.flatnonzero(np.isin(test.rows, client.rows)))
-        loaded[name] = (ClientData(train, test), tokens.report)
-    return loaded
+    prepared = _each(sources, lambda source: prepare(source, tokenizer, context, labels, cache_root=home()))
+    return {name: _share(client, prepared[client.source]) for name, client in sources.items()}
+
+
+def _share(client: ClientSource, tokens: Prepared) -> Loaded:
+    """What of the source's samples is this client's."""
+    train, test = tokens.train, tokens.test
+    if client.rows is not None:
+        train = train.select(np.flatnonzero(np.isin(train.rows, client.rows)))
+        test = test.select(np.flatnonzero(np.isin(test.rows, client.rows)))
+    return Loaded(ClientData(train, test), tokens.report)
+
+
+def digest(client: object) -> str:
+    """Names what a client holds, by content. Of samples that a source of the user's own makes it knows the number alone."""
+    from atoll.data.tokenize import source_hash
+
+    if isinstance(client, ClientData):
+        return f"{len(client.train)} + {len(client.test)}"
+    assert isinstance(client, ClientSource)
+    rows = b"" if client.rows is None else client.rows.tobytes()
+    return content_hash(source_hash(client.source), rows)

@@ -94,6 +94,7 @@ def prepare(
 def _write(
     folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, context: int, objective: Objective
 ) -> None:
+    folder.chmod(0o700)  # tokens are text to whoever has the tokenizer: nobody else reads a client's
     report = Report()
     with TokenWriter(folder / "train") as train, TokenWriter(folder / "test") as test:
         for encoded in encode(records(source, report), tokenizer, objective, report):
@@ -101,6 +102,8 @@ def _write(
             for start, stop in fit(encoded, context, objective, report):
                 writer.add(encoded.ids[start:stop], encoded.labeled[start:stop], encoded.record.row)
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
+    for path in folder.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def _read_report(folder: Path) -> Report:
@@ -163,15 +166,8 @@ def _written(
     """The record's text and the spans of its answers; None if the template refuses it."""
     from jinja2 import TemplateError
 
+    refuse_plain_text(record, objective)
     if record.form == "text":
-        if objective == "sft":
-            raise AtollError(
-                "plain text has no answers to train on",
-                where=record.place,
-                found="records with 'text', objective sft",
-                allowed="messages, or prompt and completion",
-                remedy="use the objective causal_lm",
-            )
         return record.messages[0]["content"], []
     if record.form == "prompt_completion" and not tokenizer.chat_template:
         prompt, completion = (message["content"] for message in record.messages)
@@ -181,6 +177,18 @@ def _written(
     except TemplateError as error:
         report.leave_out(f"refused by the chat template ({error})", record.place)
         return None
+
+
+def refuse_plain_text(record: Record, objective: Objective) -> None:
+    """Raise AtollError for a record without answers where the objective learns from answers alone."""
+    if record.form == "text" and objective == "sft":
+        raise AtollError(
+            "plain text has no answers to train on",
+            where=record.place,
+            found="records with 'text', objective sft",
+            allowed="messages, or prompt and completion",
+            remedy="finetune.objective=causal-lm learns from every token",
+        )
 
 
 def _in_spans(offsets: list[tuple[int, int]], spans: Spans) -> NDArray[np.bool_]:
@@ -240,7 +248,12 @@ def fit(encoded: Encoded, context: int, objective: Objective, report: Report) ->
 
 
 def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, context: int, objective: str) -> str:
-    facts: list[Any] = [VERSION, source.path.name, source.held_out, context, objective, *_identity(tokenizer)]
+    return content_hash(json.dumps([VERSION, source_hash(source), context, objective, *_identity(tokenizer)]))
+
+
+def source_hash(source: Source) -> str:
+    """Names what a source holds: the bytes of its files, their names and splits, and the share held out."""
+    facts: list[Any] = [source.path.name, source.held_out]
     for path, split in source.files:
         facts += [(str(part.relative_to(source.path.parent)), split, file_hash(part)) for part in content(path)]
     return content_hash(json.dumps(facts))

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 from atoll.record.events import (
     ClientLeftOut,
     Evaluated,
     Missing,
+    RecordsLeftOut,
     Replied,
     RoundEnded,
     RunEnded,
@@ -30,6 +33,7 @@ class Story:
     replies: Sequence[Replied]
     missing: Sequence[Missing]
     left_out: Sequence[ClientLeftOut]
+    records: Sequence[RecordsLeftOut]
     ended: RunEnded | None
     baselines: Mapping[str, Story] = field(default_factory=dict)
 
@@ -70,16 +74,16 @@ def read_story(folder: RunFolder) -> Story | None:
     def of(kind: type) -> list[object]:
         return kinds.get(kind, [])
 
-    inner = {b.path.name: story for b in folder.baselines() if (story := read_story(b))}
+    inner = {unquote(b.path.name): story for b in folder.baselines() if (story := read_story(b))}
     return Story(
         of(RunStarted)[0],  # type: ignore[arg-type]
-        of(RoundEnded), of(Evaluated), of(Replied), of(Missing), of(ClientLeftOut),  # type: ignore[arg-type]
+        of(RoundEnded), of(Evaluated), of(Replied), of(Missing), of(ClientLeftOut), of(RecordsLeftOut),  # type: ignore[arg-type]
         next(iter(of(RunEnded)), None), inner,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 Row = tuple[str, list[tuple[float, float] | None]]
-"""A model's name; per site the held-out loss and its standard error."""
+"""A model's name; per site the held-out loss and its standard error, which one sample alone does not have: NaN."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,13 @@ class Table:
 
     sites: list[str]
     rows: list[Row]
+    notes: tuple[str, ...] = ()
+    """Who is missing, and why."""
+
+    @property
+    def mean_name(self) -> str:
+        """The head of the mean's column. A site may be called `mean`, too."""
+        return "mean of sites" if "mean" in self.sites else "mean"
 
     def mean(self, row: Row) -> tuple[float, float] | None:
         """Over all sites, each counting once; with its standard error."""
@@ -98,25 +109,39 @@ class Table:
 
 
 def loss_table(story: Story) -> Table | None:
-    """The comparison that the run was made for; None before anything is measured, or where nothing is held out."""
+    """The comparison that the run was made for; None before anything is measured. It is but a note if nothing can be."""
+    notes = unmeasured(story.started)
     measured = story.base or story.final
     if measured is None or not measured.clients:
-        return None
+        return Table([], [], notes) if notes else None
     sites = list(measured.clients)
     named: list[tuple[str, Evaluated | None]] = [("base", story.base)]
     named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
     named += [("federated", story.final)]
     named += [("pooled", s.final) for _, s in _of(story, "pooled")]
-    return Table(sites, [(name, [_cell(e, site) for site in sites]) for name, e in named if e is not None])
+    return Table(
+        sites, [(name, [cell(e.clients, site) for site in sites]) for name, e in named if e is not None], notes
+    )
+
+
+def unmeasured(started: RunStarted) -> tuple[str, ...]:
+    """Whose held-out loss is not known, because nothing of theirs is held out."""
+    without = [name for name, count in started.held_out.items() if not count]
+    if without and len(without) == len(started.held_out):
+        return ("nothing is held out, so no loss is measured: set data.held_out, or name files for it",)
+    return tuple(f"{name}: no held-out sample, not in the mean" for name in without)
 
 
 def _of(story: Story, prefix: str) -> list[tuple[str, Story]]:
     return [(name, s) for name, s in story.baselines.items() if name.startswith(prefix)]
 
 
-def _cell(evaluated: Evaluated, site: str) -> tuple[float, float] | None:
-    metrics = evaluated.clients.get(site)
-    return None if metrics is None else (metrics["loss"], metrics["standard_error"])
+def cell(clients: Mapping[str, Mapping[str, float]], site: str) -> tuple[float, float] | None:
+    """A site's loss and its standard error, of which one sample says nothing."""
+    metrics = clients.get(site)
+    if metrics is None:
+        return None
+    return metrics["loss"], metrics["standard_error"] if metrics["samples"] > 1 else math.nan
 
 
 def write_card(folder: RunFolder) -> None:
@@ -135,13 +160,14 @@ def markdown(name: str, story: Story) -> str:
     lines = [
         f"# {name}",
         "",
-        f"{len(s.clients)} clients, {len(story.rounds)} of {s.rounds} rounds, seed {s.seed}, plan `{s.plan}`. "
-        f"{s.trains:,} of {s.of:,} parameters trained and travelled ({s.trains / s.of:.1%}).",
+        f"{counted(len(s.clients), 'client')}, {len(story.rounds)} of {counted(s.rounds, 'round')}, seed {s.seed}, "
+        f"plan `{s.plan}`. {s.trains:,} of {s.of:,} parameters trained and travelled ({s.trains / s.of:.1%}).",
         "",
+        *_recipe_section(s.recipe),
         *_loss_section(story),
         "## What moved",
         "",
-        f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {len(story.rounds)} rounds, "
+        f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {counted(len(story.rounds), 'round')}, "
         f"and {human_bytes(story.bytes_to_evaluate)} down for evaluation; "
         f"{sum(r.seconds for r in story.rounds):.0f} s in rounds"
         + (f", {story.ended.seconds:.0f} s with evaluation." if story.ended else "."),
@@ -158,10 +184,41 @@ def markdown(name: str, story: Story) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _recipe_section(recipe: Mapping[str, Any]) -> list[str]:
+    """Model, method and settings. Where the data lie is nobody's business who reads the card."""
+    if not recipe:
+        return []
+    data = recipe["data"]
+    facts = {
+        "model": recipe["model"],
+        "method": recipe["reference"],
+        "data": data["use"] if isinstance(data, Mapping) else data,
+        **recipe["finetune"],
+    }
+    if facts.get("local_steps"):
+        facts.pop("epochs", None)
+    rows = [f"| {name.replace('_', ' ')} | {in_words(value)} |" for name, value in facts.items() if value or value == 0]
+    return ["## Made from", "", "| setting | value |", "|---|---|", *rows, ""]
+
+
+def in_words(value: Any) -> str:
+    """A setting as people read it.
+
+    >>> in_words({"use": "error-feedback", "chain": [{"use": "topk", "fraction": 0.1}]})
+    'error-feedback (chain: topk (fraction: 0.1))'
+    """
+    if isinstance(value, Mapping):
+        rest = ", ".join(f"{name}: {in_words(each)}" for name, each in value.items() if name != "use")
+        return f"{value['use']} ({rest})" if "use" in value and rest else str(value.get("use", rest))
+    return ", ".join(map(in_words, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def _loss_section(story: Story) -> list[str]:
     table = loss_table(story)
     if table is None:
         return []
+    if not table.rows:
+        return ["## Held-out loss", "", *table.notes, ""]
     note = (
         "Mean over held-out samples of each sample's mean token loss, ± its standard error; "
         "the mean over sites counts each once."
@@ -171,14 +228,15 @@ def _loss_section(story: Story) -> list[str]:
 
 def markdown_table(table: Table) -> list[str]:
     """The table's lines in Markdown."""
-    head = "| held-out loss | " + " | ".join([*table.sites, "mean"]) + " |"
+    head = "| held-out loss | " + " | ".join([*table.sites, table.mean_name]) + " |"
     rule = "|---" * (len(table.sites) + 2) + "|"
     rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
-    return [head, rule, *rows]
+    return [*([head, rule, *rows] if rows else []), *(f"\n{note}" for note in table.notes)]
 
 
 def _faults_section(story: Story) -> list[str]:
     lines = [f"- {one.client}: no usable data ({one.report.splitlines()[0]})" for one in story.left_out]
+    lines += [f"- {records_in_words(one)}" for one in story.records]
     lines += [
         f"- round {m.round + 1}, {m.client}: {'refused' if m.refused else 'dropped'}: {m.reason}"
         for m in story.missing[:20]
@@ -189,9 +247,26 @@ def _faults_section(story: Story) -> list[str]:
     return ["## What went wrong or might", "", *lines, ""] if lines else []
 
 
+def records_in_words(event: RecordsLeftOut) -> str:
+    """`clinic: 28 of 30 records used: 2 no answer, first at clinic.jsonl:7`."""
+    reasons = [f"{count} {why}, first at {place}" for why, (count, place) in event.reasons.items()]
+    return f"{event.client}: {event.kept} of {counted(event.read, 'record')} used: {'; '.join(reasons)}"
+
+
 def format_cell(cell: tuple[float, float] | None) -> str:
-    """`0.321 ± 0.012`."""
-    return "-" if cell is None else f"{cell[0]:.3f} ± {cell[1]:.3f}"
+    """`0.321 ± 0.012`.
+
+    >>> format_cell((0.3214, 0.012)), format_cell((0.3214, math.nan)), format_cell(None), format_cell((math.nan, 1.0))
+    ('0.321 ± 0.012', '0.321 ± n/a', '-', '-')
+    """
+    if cell is None or math.isnan(cell[0]):
+        return "-"
+    return f"{cell[0]:.3f} ± " + ("n/a" if math.isnan(cell[1]) else f"{cell[1]:.3f}")
+
+
+def counted(count: int, what: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def human_bytes(count: float) -> str:

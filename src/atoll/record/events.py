@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atoll.errors import AtollError
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -31,6 +33,10 @@ class RunStarted:
     """Names of the runs inside this one that it is measured against."""
     versions: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    held_out: Mapping[str, int] = field(default_factory=dict)
+    """Held-out samples of each client; `samples` are those to train on."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """What the run was made from, with all defaults."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,19 @@ class ClientLeftOut:
 
     client: str
     report: str
+
+
+@dataclass(frozen=True)
+class RecordsLeftOut:
+    """What became of the records of a client that goes on without some: reason -> (how many, the first one's place).
+
+    Simulated clients that share one source share the event: `client` is then `EVERYBODY`.
+    """
+
+    client: str
+    read: int
+    kept: int
+    reasons: Mapping[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,10 @@ class RunEnded:
     seconds: float
 
 
-Event = RunStarted | ClientLeftOut | Replied | Missing | RoundEnded | Evaluated | RunEnded
+EVERYBODY = "everybody"
+"""Stands for all clients of a run."""
+
+Event = RunStarted | ClientLeftOut | RecordsLeftOut | Replied | Missing | RoundEnded | Evaluated | RunEnded
 Sink = Callable[[Event], None]
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Event.__args__}
 
@@ -131,17 +153,34 @@ class Record:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """The events of a record, in order. A last line that was cut off by a crash is passed over."""
+    """The events of a record, in order. A last line that was cut off by a crash is passed over.
+
+    Raises:
+        AtollError: a line before the last is damaged, or no event that this version knows.
+    """
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            data = json.loads(line)
-        except ValueError:
-            return
-        kind = _KINDS[data.pop("event")]
-        data.pop("time")
-        yield kind(**{name: math.nan if value is None else value for name, value in data.items()})
+            event = _event(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if not any(lines[number:]):
+                return
+            raise AtollError(
+                "a line of the record is damaged", where=f"{path}:{number}", found=line[:80].decode(errors="replace"),
+                allowed="an event as JSON, as this version of atoll writes it",
+                remedy="put the file back from a copy, or run again",
+            ) from None  # fmt: skip
+        yield event
+
+
+def _event(line: bytes) -> Event:
+    data = json.loads(line)
+    kind = _KINDS[data.pop("event")]
+    data.pop("time")
+    event: Event = kind(**{name: math.nan if value is None else value for name, value in data.items()})
+    return event
 
 
 def _without_nan(value: Any) -> Any:

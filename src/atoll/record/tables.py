@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from atoll.record.card import Table as LossTable
-from atoll.record.card import format_cell, human_bytes
+from atoll.record.card import cell, format_cell, human_bytes
 from atoll.record.views import Summary
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 SITES_SHOWN = 8
 """More columns than this do not fit a terminal: the rest are counted, and are in the card and in `--json`."""
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """The first of these layouts that is no wider than the terminal; the last if all are."""
+
+    layouts: Sequence[RenderableType]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """See rich's console protocol."""
+        free = options.update(width=10_000)
+        fits = (one for one in self.layouts if Measurement.get(console, free, one).maximum <= options.max_width)
+        yield next(fits, self.layouts[-1])
+
+
 def plain_table(*columns: str, title: str = "") -> Table:
-    """Columns without boxes: the first to the left, the others to the right."""
+    """Columns without boxes: names to the left, which wrap where there is no room; numbers, which never do, to the right."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        table.add_column(column, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     return table
 
 
@@ -43,43 +59,74 @@ def human_seconds(seconds: float) -> str:
 
 def loss_cell(value: float | None) -> str:
     """`0.321`, or a dash where there is none."""
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def losses(table: LossTable) -> RenderableType:
-    """Held-out loss per site: base, each site alone, federated, pooled; the best of each column in bold."""
+    """Held-out loss per site: base, each site alone, federated, pooled; the best of each column in bold.
+
+    Where the terminal is too narrow the standard errors go first, then the columns go below each other.
+    """
+    more = len(table.sites) - SITES_SHOWN
+    notes = [*table.notes, *([f"and {more} more sites: --json and the card have them"] if more > 0 else [])]
+    return Group(*([Fitting(list(_layouts(table)))] if table.rows else []), *notes)
+
+
+def _layouts(table: LossTable) -> Iterator[RenderableType]:
     sites = table.sites[:SITES_SHOWN]
-    shown = plain_table("held-out loss", *sites, "mean")
-    cells = [[*row[1][: len(sites)], table.mean(row)] for row in table.rows]
-    best = [min((c[0] for c in column if c), default=None) for column in zip(*cells, strict=True)]
-    for row, values in zip(table.rows, cells, strict=True):
-        marked = [_marked(value, low) for value, low in zip(values, best, strict=True)]
-        shown.add_row(row[0], *marked)
-    more = len(table.sites) - len(sites)
-    return Group(shown, *([f"and {more} more sites: --json and the card have them"] if more else []))
+    columns = {site: [row[1][i] for row in table.rows] for i, site in enumerate(sites)}
+    columns_with_mean = [*columns.items(), (table.mean_name, list(map(table.mean, table.rows)))]
+    names = [row[0] for row in table.rows]
+    yield _losses(names, columns_with_mean, format_cell)
+    for most in range(len(columns_with_mean), 0, -1):
+        parts = [columns_with_mean[at : at + most] for at in range(0, len(columns_with_mean), most)]
+        yield Group(
+            *(_losses(names, part, lambda value: loss_cell(value and value[0])) for part in parts),
+            "standard errors: --json and the card have them",
+        )
 
 
-def _marked(value: tuple[float, float] | None, best: float | None) -> Text:
-    return Text(format_cell(value), "bold" if value and value[0] == best else "")
+Values = list[tuple[float, float] | None]
+
+
+def _losses(
+    models: Sequence[str], columns: Sequence[tuple[str, Values]], show: Callable[[tuple[float, float] | None], str]
+) -> Table:
+    shown = plain_table("held-out loss", *(name for name, _ in columns))
+    best = [min((c[0] for c in values if c), default=None) for _, values in columns]
+    for number, model in enumerate(models):
+        cells = [values[number] for _, values in columns]
+        bold = [cell is not None and cell[0] == low for cell, low in zip(cells, best, strict=True)]
+        shown.add_row(model, *(Text(show(c), "bold" if b else "") for c, b in zip(cells, bold, strict=True)))
+    return shown
 
 
 def runs(rows: Sequence[Summary]) -> RenderableType:
-    """All runs."""
-    table = plain_table("run", "state", "round", "clients", "base loss", "loss", "down", "up", "time", "baselines")
+    """All runs; in a narrow terminal without what is least asked for."""
+    left_out: list[tuple[str, ...]] = [(), ("down", "up"), ("clients", "baselines"), ("base loss", "time")]
+    return Fitting([_runs(rows, [name for some in left_out[: n + 1] for name in some]) for n in range(len(left_out))])
+
+
+def _runs(rows: Sequence[Summary], without: Sequence[str]) -> Table:
+    columns = {name: show for name, show in _RUN.items() if name not in without}
+    table = plain_table(*columns)
     for row in rows:
-        table.add_row(
-            row.name,
-            row.state,
-            f"{row.round} of {row.rounds}",
-            str(row.clients),
-            loss_cell(row.base_loss),
-            loss_cell(row.loss),
-            human_bytes(row.bytes_down),
-            human_bytes(row.bytes_up),
-            human_seconds(row.seconds),
-            baselines(row.baselines),
-        )
+        table.add_row(*(show(row) for show in columns.values()))
     return table
+
+
+_RUN: dict[str, Callable[[Summary], str]] = {
+    "run": lambda row: row.name,
+    "state": lambda row: row.state,
+    "round": lambda row: f"{row.round} of {row.rounds}",
+    "clients": lambda row: str(row.clients),
+    "base loss": lambda row: loss_cell(row.base_loss),
+    "loss": lambda row: loss_cell(row.loss),
+    "down": lambda row: human_bytes(row.bytes_down),
+    "up": lambda row: human_bytes(row.bytes_up),
+    "time": lambda row: human_seconds(row.seconds),
+    "baselines": lambda row: baselines(row.baselines),
+}
 
 
 def baselines(states: Mapping[str, str]) -> str:
@@ -94,6 +141,8 @@ def baselines(states: Mapping[str, str]) -> str:
 def details(data: Mapping[str, Any], table: LossTable | None) -> RenderableType:
     """One run."""
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, value in _facts(data):
         facts.add_row(name, value)
     return Group(facts, *(["", losses(table)] if table else []))
@@ -104,17 +153,25 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("run", f"{data['name']} in {data['path']}"),
         ("state", f"{data['state']}{ended}, round {data['round']} of {data['rounds']}"),
-        ("clients", ", ".join(f"{name} ({count})" for name, count in list(data["samples"].items())[:SITES_SHOWN])),
+        ("clients", _clients(data)),
         ("trains", f"{data['trains']:,} of {data['of']:,} parameters"),
         ("moved", f"{human_bytes(data['bytes_down'])} down, {human_bytes(data['bytes_up'])} up"),
         ("time", f"{human_seconds(data['seconds'])}; of the rounds: {_spans(data['spans'])}"),
         ("baselines", baselines(data["baselines"])),
     ]
     facts += [("left out", f"{name}: {report.splitlines()[0]}") for name, report in data["left_out"].items()]
+    facts += [("left out", one["in_words"]) for one in data["records_left_out"].values()]
     facts += [("refused" if m["refused"] else "dropped", _missing(m)) for m in data["missing"][:10]]
     if len(data["missing"]) > 10:
         facts.append(("", f"and {len(data['missing']) - 10} more: --json has them"))
     return facts + [("warning", warning) for warning in data["warnings"]]
+
+
+def _clients(data: Mapping[str, Any]) -> str:
+    """With the samples that each trains on, and those it holds out."""
+    named = [f"{name} ({count} + {data['held_out'].get(name, 0)})" for name, count in data["samples"].items()]
+    more = f" and {len(named) - SITES_SHOWN} more" if len(named) > SITES_SHOWN else ""
+    return ", ".join(named[:SITES_SHOWN]) + f"{more}; samples to train on + held out"
 
 
 def _missing(one: Mapping[str, Any]) -> str:
@@ -129,20 +186,19 @@ def comparison(data: Mapping[str, Any]) -> RenderableType:
     """Runs side by side, one column each."""
     names = [run["name"] for run in data["runs"]]
     table = plain_table("", *names)
+    for column in table.columns[1:]:
+        column.no_wrap = False  # settings may be long
     for path, values in data["settings"].items():
         table.add_row(path, *(str(values[name]) for name in names))
     table.add_section()
     sites = dict.fromkeys(site for each in data["losses"].values() for site in each)
     for site in sites:
-        table.add_row(f"loss {site}", *(_loss_at(data["losses"][name], site) for name in names))
+        table.add_row(f"loss {site}", *(format_cell(cell(data["losses"][name], site)) for name in names))
     for label, show in _COSTS.items():
         table.add_row(label, *(show(run) for run in data["runs"]))
-    return table
-
-
-def _loss_at(sites: Mapping[str, Mapping[str, float]], site: str) -> str:
-    at = sites.get(site)
-    return format_cell((at["loss"], at["standard_error"]) if at else None)
+    measured = {tuple(data["losses"][name]) for name in names if data["losses"][name]}
+    uneven = "the means are over different sites: compare the sites' own rows"
+    return Group(table, *([uneven] if len(measured) > 1 else []))
 
 
 _COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -5,12 +5,13 @@ Reads records and recipes and nothing else, so that it answers at once, also for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from atoll.errors import AtollError
-from atoll.record.card import Story, loss_table, read_story
+from atoll.record.card import Story, loss_table, read_story, records_in_words
 from atoll.record.card import Table as LossTable
 from atoll.record.events import Evaluated
 from atoll.record.folder import RunFolder
@@ -23,12 +24,13 @@ class Summary:
     name: str
     path: str
     state: str
-    """running, finished, stopped (it can go on), or empty (it ended before its first event)."""
+    """running, finished, stopped (it can go on), empty (it ended before its first event), or damaged (its record is)."""
     round: int
     rounds: int
     clients: int
     base_loss: float | None
     loss: float | None
+    """After the last evaluation that had a round before it."""
     bytes_down: int
     bytes_up: int
     seconds: float
@@ -38,11 +40,13 @@ class Summary:
 
 def summarize(folder: RunFolder) -> Summary:
     """The run in one row."""
-    story = read_story(folder)
     running = folder.is_running()
+    try:
+        story = read_story(folder)
+    except AtollError:  # `show` says what is wrong; it must not hide the other runs
+        return _without_story(folder, "damaged")
     if story is None:
-        state = "running" if running else "empty"
-        return Summary(folder.name, str(folder.path), state, 0, 0, 0, None, None, 0, 0, 0.0, {})
+        return _without_story(folder, "running" if running else "empty")
     inside = _baselines(story, running)
     done = story.ended is not None and all(state == "finished" for state in inside.values())
     return Summary(
@@ -52,8 +56,8 @@ def summarize(folder: RunFolder) -> Summary:
         round=len(story.rounds),
         rounds=story.started.rounds,
         clients=len(story.started.clients),
-        base_loss=story.base.mean if story.base else None,
-        loss=_latest(story),
+        base_loss=_mean(story.base),
+        loss=_mean(latest(story)),
         bytes_down=story.bytes_down,
         bytes_up=story.bytes_up,
         seconds=_seconds(story),
@@ -71,8 +75,17 @@ def _baselines(story: Story, running: bool) -> dict[str, str]:
     return states
 
 
-def _latest(story: Story) -> float | None:
-    return story.evaluations[-1].mean if story.evaluations else None
+def _without_story(folder: RunFolder, state: str) -> Summary:
+    return Summary(folder.name, str(folder.path), state, 0, 0, 0, None, None, 0, 0, 0.0, {})
+
+
+def latest(story: Story) -> Evaluated | None:
+    """The last evaluation that had a round before it: the base model's loss is no result."""
+    return next((e for e in reversed(story.evaluations) if e.round > 0), None)
+
+
+def _mean(evaluated: Evaluated | None) -> float | None:
+    return None if evaluated is None or math.isnan(evaluated.mean) else evaluated.mean
 
 
 def _seconds(story: Story) -> float:
@@ -107,12 +120,14 @@ def details(folder: RunFolder) -> dict[str, Any]:
         "trains": story.started.trains,
         "of": story.started.of,
         "samples": dict(story.started.samples),
+        "held_out": dict(story.started.held_out),
         "seconds_in_baselines": sum(_seconds(inner) for inner in story.baselines.values()),
         "ended": story.ended.reason if story.ended else None,
         "losses": losses_as_data(loss_table(story)),
         "evaluations": [{"round": e.round, "mean": e.mean, "worst": e.worst} for e in story.evaluations],
         "spans": spans,
         "left_out": {one.client: one.report for one in story.left_out},
+        "records_left_out": {one.client: asdict(one) | {"in_words": records_in_words(one)} for one in story.records},
         "missing": [asdict(one) | {"round": one.round + 1} for one in story.missing],
         "warnings": list(story.started.warnings),
     }
@@ -147,7 +162,7 @@ def compare(folders: Sequence[RunFolder]) -> dict[str, Any]:
 
 
 def _sites(story: Story) -> dict[str, dict[str, float]]:
-    last: Evaluated | None = story.evaluations[-1] if story.evaluations else None
+    last = latest(story)
     return {site: dict(metrics) for site, metrics in last.clients.items()} if last else {}
 
 
