@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from atoll.data.files import READERS, Row, rows
+from atoll.data.files import READERS, Row, parse_json, rows
 from atoll.errors import AtollError, closest
 
 Form = Literal["chat", "prompt_completion", "text"]
@@ -136,6 +136,8 @@ def _files(path: Path) -> list[Path]:
         found = sorted(part for part in path.iterdir() if _is_saved(part))
     else:
         found = [path] if _is_saved(path) else sorted(p for p in path.iterdir() if p.suffix.lower() in READERS)
+        if found != [path]:
+            _refuse_nested(path)
     names = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     if names and not found:
         raise AtollError(
@@ -145,6 +147,20 @@ def _files(path: Path) -> list[Path]:
             allowed=f"{', '.join(READERS)}, or a folder written by datasets' save_to_disk",
         )
     return found
+
+
+def _refuse_nested(path: Path) -> None:
+    """Raise AtollError for data below a folder of files: they would be left out without a word."""
+    below = (part for part in sorted(path.iterdir()) if part.is_dir() and not part.name.startswith((".", "_")))
+    nested = [part.name for part in below if any(file.suffix.lower() in READERS for file in part.rglob("*"))]
+    if nested:
+        raise AtollError(
+            "data in subfolders are not read",
+            where=str(path),
+            found=", ".join(nested),
+            allowed="the data files of a client side by side in its folder",
+            remedy="move them up, or let the subfolder's name begin with _ to leave it out",
+        )
 
 
 def _is_saved(path: Path) -> bool:
@@ -307,9 +323,10 @@ def _string(row: Row, name: str, place: str) -> str:
 
 def _parsed(text: str, place: str) -> object:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise _wrong_type("messages", text, "a JSON list of {role, content}", place) from None
+        return parse_json(text)
+    except ValueError as error:
+        allowed = f"a JSON list of {{role, content}} ({error})"
+        raise _wrong_type("messages", text, allowed, place) from None
 
 
 def _wrong_type(what: str, value: object, allowed: str, place: str) -> AtollError:

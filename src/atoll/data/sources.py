@@ -16,6 +16,7 @@ import numpy as np
 from annotated_types import Ge, Lt
 
 from atoll.cache import content_hash, home
+from atoll.data.files import READERS
 from atoll.data.partition import Ints, Partition
 from atoll.data.read import Report, Source, column, open_source, records
 from atoll.errors import AtollError
@@ -54,7 +55,28 @@ def folders(path: str, held_out: Share = 0.1) -> dict[str, ClientSource]:
     found = sorted(p for p in root.iterdir() if not p.name.startswith((".", "_")) and (p.is_dir() or _is_data(p)))
     if not found:
         raise AtollError("the folder holds no clients", where=str(root), remedy="one subfolder or data file a client")
-    return {p.stem if p.is_file() else p.name: ClientSource(open_source(p, held_out)) for p in found}
+    _refuse_shared_names(root, found)
+    return {_name(p): ClientSource(open_source(p, held_out)) for p in found}
+
+
+def _name(path: Path) -> str:
+    return path.stem if path.is_file() else path.name
+
+
+def _refuse_shared_names(root: Path, found: list[Path]) -> None:
+    """Raise AtollError where two files, or a file and a folder, would be one client: one of them would be lost."""
+    shared: dict[str, list[str]] = {}
+    for path in found:
+        shared.setdefault(_name(path), []).append(path.name)
+    clashes = [f"{name}: {', '.join(files)}" for name, files in shared.items() if len(files) > 1]
+    if clashes:
+        raise AtollError(
+            "two clients have one name",
+            where=str(root),
+            found="; ".join(clashes),
+            allowed="one subfolder or data file a client",
+            remedy="rename one, or move the files of one client into a subfolder",
+        )
 
 
 def clients(paths: dict[str, str], held_out: Share = 0.1) -> dict[str, ClientSource]:
@@ -91,7 +113,7 @@ def four_sites() -> dict[str, ClientSource]:
 
 
 def _is_data(path: Path) -> bool:
-    return path.suffix.lower() in (".jsonl", ".parquet", ".csv")
+    return path.suffix.lower() in READERS
 
 
 FIRST = 100

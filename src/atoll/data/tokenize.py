@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 Objective = Literal["sft", "causal_lm"]
 
-VERSION = 2
+VERSION = 3
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
 TOO_SHORT = "a single token"
+HIDDEN_ANSWER = "an answer that cannot be told from the rest in what the chat template writes"
 
 BATCH_CHARACTERS = 500_000
 """Text tokenized at a time: a few MB of tokens, enough to keep the tokenizer's threads busy."""
@@ -173,10 +174,14 @@ def _written(
         prompt, completion = (message["content"] for message in record.messages)
         return prompt + completion, [(len(prompt), len(prompt + completion))]
     try:
-        return chat.answers(record.messages)
+        text, spans = chat.answers(record.messages)
     except TemplateError as error:
         report.leave_out(f"refused by the chat template ({error})", record.place)
         return None
+    if not spans and objective == "sft":
+        report.leave_out(HIDDEN_ANSWER, record.place)
+        return None
+    return text, spans
 
 
 def refuse_plain_text(record: Record, objective: Objective) -> None:
