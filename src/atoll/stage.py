@@ -192,7 +192,7 @@ def introduce(at: Stage) -> None:
             baselines=baseline_names(ready),
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
             warnings=ready.warnings,
-            recipe=ready.recipe.model_dump(exclude={"name", "checked", "sinks"}),
+            recipe=ready.recipe.model_dump(include={"model", "reference", "data", "finetune", "evaluate"}),
         )
     )
     for client, report in things.left_out.items():

@@ -36,7 +36,7 @@ class RunStarted:
     held_out: Mapping[str, int] = field(default_factory=dict)
     """Held-out samples of each client; `samples` are those to train on."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """What the run was made from, with all defaults."""
+    """What decides the result, with all defaults: model, data, finetune, evaluate; and the method's reference."""
 
 
 @dataclass(frozen=True)
