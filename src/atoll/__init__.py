@@ -1,4 +1,4 @@
-"""Atoll: train, align, compress and serve language models on data that cannot be pooled.
+"""Atoll: adapt language models on data that cannot be pooled.
 
     import atoll
 

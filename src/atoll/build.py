@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from atoll import parts, wire
 from atoll.aggregate.base import Aggregator
 from atoll.aggregate.mean import share
-from atoll.errors import AtollError, closest
+from atoll.errors import AtollError, closest, placed
 from atoll.local.corrections import Correction
 from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.local.work import BindObjective
@@ -123,16 +124,20 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
     schedule: Schedule = make("schedule", stage.schedule)
     aggregate: Aggregator = make("aggregate", stage.aggregate)
     outer: Outer = make("outer", stage.outer)
-    sources = {name: s for name, s in parts.make("data", recipe.data, "data").items() if name not in left_out}
+    sources = {name: s for name, s in sources_of(recipe).items() if name not in left_out}
     sampled = population(recipe, list(sources))
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
+    for i, one in enumerate(recipe.sinks):
+        parts.make("sink", one, f"sinks[{i}]")  # what cannot be made is found before hours of training
     refuse_correction(recipe, correction)
     refuse_down(down)
     refuse_schedule(schedule, size)
     space: Space = make("space", stage.space)
     model = choose_model(recipe.model)
-    shapes = None if model.own_factory else shapes_of_model(model.name)
+    with placed("model"):
+        shapes = None if model.own_factory else shapes_of_model(model.name)
+    refuse_context(stage.context, shapes)
     digest = plan_hash(tree)
     streams = (
         Stream(up=up, down=down, aggregate=aggregate, outer=outer),
@@ -155,6 +160,19 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
         trains=space.plan(shapes) if shapes else None,
         warnings=tuple(warnings(up, outer, schedule, space, size)),
     )
+
+
+def sources_of(recipe: Recipe) -> dict[str, Any]:
+    """The clients' data, unread. A mistake in a path of `clients` is told with the client's key."""
+    try:
+        found: dict[str, Any] = parts.make("data", recipe.data, "data")
+    except AtollError as error:
+        paths = parts.spec(recipe.data, "data").arguments.get("paths")
+        for name, path in paths.items() if isinstance(paths, Mapping) else ():
+            if error.details["where"] == str(Path(str(path)).expanduser()):
+                error.details["where"] = f"data.paths.{name}: {path}"
+        raise
+    return found
 
 
 LORA_AVERAGING = (
@@ -240,6 +258,15 @@ def refuse_down(down: Chain) -> None:
                 "a broadcast must keep every parameter", where=f"finetune.down[{i}]", found=type(transform).__name__,
                 allowed="int8, int4", remedy="the broadcast carries the params themselves: what it drops would become zero",
             )  # fmt: skip
+
+
+def refuse_context(context: int, shapes: Shapes | None) -> None:
+    """A longer sample than the model has positions for: an error with learned ones, noise with others."""
+    if shapes and shapes.context and context > shapes.context:
+        raise AtollError(
+            "the context is longer than the model's", where="finetune.context", found=context,
+            allowed=f"8 to {shapes.context}", remedy=f"finetune.context: {shapes.context}, or a model with a longer one",
+        )  # fmt: skip
 
 
 def refuse_schedule(schedule: Schedule, population: int) -> None:

@@ -76,7 +76,7 @@ def file_hash(path: Path) -> str:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or all of the new, also after a kill."""
-    with _plain_errors(path.parent):
+    with _plain_errors(path.parent, cached=path.is_relative_to(home())):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
@@ -149,11 +149,17 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         raise _disk_full(folder, found=f"{free / 1e6:.0f} MB free", allowed=f"{needed / 1e6:.0f} MB for {what}")
 
 
+PRIVATE = "tokens"
+"""The folder of the cache that holds what clients wrote: nobody but its owner may look into it."""
+
+
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Hold the target's lock file. The kernel lets go of it when the process dies, however it dies."""
     with _plain_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.parent.name == PRIVATE:
+            target.parent.chmod(0o700)
         lock = (target.parent / f".{target.name}.lock").open("w")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -170,12 +176,19 @@ def _filled(target: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
+            if target.parent.name == PRIVATE:
+                _close_to_others(partial)
             if not target.is_dir():
                 _sync_tree(partial)
                 partial.rename(target)
                 _sync(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _close_to_others(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -192,16 +205,17 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _plain_errors(folder: Path) -> Iterator[None]:
-    """Turn the system's errors about a disk into ones that say what to do."""
+def _plain_errors(folder: Path, cached: bool = True) -> Iterator[None]:
+    """Turn the system's errors about a disk, that of the cache or another, into ones that say what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(folder, found=str(error), allowed="") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and str(folder) in str(error.filename):
-            remedy = "set ATOLL_HOME to a folder that can be written"
-            raise AtollError("cannot write to the cache", where=str(folder), found=str(error), remedy=remedy) from error
+            what = "cannot write to the cache" if cached else "cannot write here"
+            remedy = "set ATOLL_HOME to a folder that can be written" if cached else "name a place that can be written"
+            raise AtollError(what, where=str(folder), found=str(error), remedy=remedy) from error
         raise
 
 

@@ -11,13 +11,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
 from atoll.commands import learn, look, use, work
-from atoll.commands.output import Crashed, write_traceback
+from atoll.commands.output import Crashed, mendable, write_traceback
 from atoll.errors import AtollError, Interrupted
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -48,6 +48,14 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 """Name -> the command, and an example for its help."""
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"atoll {version('atoll')}")
+        raise typer.Exit
+
+
 def make_app() -> typer.Typer:
     """The application with all commands."""
     app = typer.Typer(
@@ -57,9 +65,18 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
+    app.callback()(options)
     for name, (command, example) in COMMANDS.items():
         app.command(name, epilog=f"Example: {example}")(command)
     return app
+
+
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say the version.")
+    ] = False,
+) -> None:
+    """Nothing but what stands before a command's name."""
 
 
 def call(arguments: Sequence[str]) -> int:
@@ -80,7 +97,11 @@ def call(arguments: Sequence[str]) -> int:
     except Crashed as crash:
         return _crashed(crash)
     except Exception as error:
-        return _crashed(Crashed(error, write_traceback(error)))
+        note = write_traceback(error)
+        if told := mendable(error, note, "try again"):
+            _tell(f"atoll: {told}")
+            return 1
+        return _crashed(Crashed(error, note))
 
 
 def _status(returned: Any) -> int:

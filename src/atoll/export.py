@@ -24,7 +24,7 @@ from atoll.models.spaces import LoRA
 from atoll.params import Params, equal
 from atoll.record.card import human_bytes, loss_table, markdown_table, read_story
 from atoll.record.folder import RunFolder
-from atoll.result import load_result, tuned_params
+from atoll.result import load_result, tuned_params, unfinished
 
 TENSORS = "adapter_model.safetensors"
 
@@ -114,6 +114,8 @@ def readme(folder: RunFolder, written: recipe.Recipe, rounds: int) -> str:
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this-folder")',
         "```", "",
     ]  # fmt: skip
+    if early := unfinished(folder, rounds):
+        lines += [f"The run is not finished: this is the adapter {early}.", ""]
     if story:
         moved = f"{human_bytes(story.bytes_down)} down and {human_bytes(story.bytes_up)} up"
         lines += [f"{len(story.started.clients)} clients; {moved} travelled.", ""]

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace, UnionType
+from traceback import walk_tb
+from types import ModuleType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from atoll.errors import AtollError, closest
+from atoll.errors import AtollError, closest, in_words, mend, wanted
 
 SLOTS: dict[str, dict[str, str]] = {
     "data": {
@@ -100,7 +101,10 @@ def spec(written: object, where: str) -> Spec:
     if isinstance(written, Mapping) and isinstance(written.get("use"), str):
         return Spec(written["use"], {str(name): value for name, value in written.items() if name != "use"})
     raise AtollError(
-        "not a part", where=where, found=written, allowed="a name, or a mapping like {use: NAME, argument: value}"
+        "not a part",
+        where=where,
+        found=in_words(written),
+        allowed="a name, or a mapping like {use: NAME, argument: value}",
     )
 
 
@@ -137,20 +141,47 @@ def _own(name: str, where: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        remedy = "name a module in the current folder or an installed package"
-        raise AtollError("cannot import the module", where=where, found=f"{name}: {error}", remedy=remedy) from error
-    except AttributeError as error:
-        names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
-        raise AtollError(
-            "the module has no such factory", where=where, found=name, remedy=closest(attribute, names)
-        ) from error
+    home = _import(module, name, where)
+    if not hasattr(home, attribute):
+        names = [n for n in dir(home) if not n.startswith("_")]
+        raise AtollError("the module has no such factory", where=where, found=name, remedy=closest(attribute, names))
+    found = getattr(home, attribute)
     if not callable(found):
         raise AtollError("not a factory", where=where, found=name, allowed="a function or class")
     factory: Callable[..., Any] = found
     return factory
+
+
+def _import(module: str, name: str, where: str) -> ModuleType:
+    _OWN[module] = name
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        remedy = "name a module in the current folder or an installed package"
+        raise AtollError("cannot import the module", where=where, found=f"{name}: {error}", remedy=remedy) from error
+    except SyntaxError as error:
+        at = f"{where}: {error.filename} line {error.lineno}"
+        raise AtollError(f"your part {name} failed", where=at, found=f"SyntaxError: {error.msg}") from error
+    except Exception as error:
+        if (told := own_failure(error)) is None:
+            raise
+        raise told from error
+
+
+_OWN: dict[str, str] = {}
+"""The user's own modules that recipes named in this process -> the part, as named."""
+
+
+def own_failure(error: BaseException) -> AtollError | None:
+    """An error inside a part of the user's own, told with the part's line that led to it; None for any other."""
+    passed = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
+              for frame, line in walk_tb(error.__traceback__)]  # fmt: skip
+    mine = [one for one in passed if one[0] in _OWN]
+    if not mine:
+        return None
+    module, file, line = mine[-1]
+    found = f"{type(error).__name__}: {error}"
+    return AtollError(f"your part {_OWN[module]} failed", where=f"{file} line {line}", found=found)
 
 
 def check(factory: Callable[..., Any], part: Spec, where: str) -> dict[str, Any]:
@@ -205,13 +236,10 @@ def validate(hint: Any, value: object, where: str) -> Any:
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        raise AtollError("wrong value", where=where, found=repr(value), allowed=_allowed(error)) from error
-
-
-def _allowed(error: Any) -> str:
-    """Pydantic's reasons in few words: 'Input should be greater than 0' -> 'greater than 0'."""
-    reasons = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors())
-    return " or ".join(reasons)
+        mistakes: list[Any] = error.errors()
+        raise AtollError(
+            "wrong value", where=where, found=in_words(value), allowed=wanted(mistakes), remedy=mend(mistakes)
+        ) from error
 
 
 def signature(factory: Callable[..., Any]) -> str:

@@ -10,20 +10,24 @@ since the old one's arguments mean nothing to it; lists are replaced as a whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from atoll.errors import AtollError, closest
+from atoll.errors import AtollError, closest, in_words, mend, placed, wanted
 
 VERSION = 1
 
 PartAsWritten = str | dict[str, Any]
 Count = Annotated[int, Ge(1)]
+NAME = r"^\w[\w.-]{0,99}$"
+"""A run's name becomes a folder's: no separator, and nothing that a shell or a listing passes over."""
 
 
 class Section(BaseModel):
@@ -47,8 +51,8 @@ class Finetune(Section):
     """Samples in a batch."""
     local_steps: Count | None = None
     """Optimizer steps a round; without it, `epochs` passes over each client's own samples."""
-    epochs: Count = 1
-    """Only without `local_steps`."""
+    epochs: Annotated[Count, BeforeValidator(lambda value: 1 if value is None else value)] = 1
+    """Passes over each client's own samples a round, instead of `local_steps`."""
     accumulate: Count = 1
     """Batches in an optimizer step."""
     optimizer: PartAsWritten = "adamw"
@@ -107,8 +111,8 @@ class Recipe(Section):
 
     recipe: Literal[1]
     """The version of the format."""
-    name: str
-    """Names the folder of its runs: `name-1`, `name-2`, ..."""
+    name: Annotated[str, Field(pattern=NAME)]
+    """Names the folder of its runs: `name-1`, `name-2`, ...; letters, digits, `_`, `-` and `.`."""
     description: str = ""
     reference: str = ""
     """A method's paper and algorithm."""
@@ -135,12 +139,64 @@ class Recipe(Section):
 Tree = dict[str, Any]
 
 
-def read(name_or_path: str, settings: Iterable[str] = ()) -> tuple[Recipe, Tree]:
+def read(name_or_path: str | Path, settings: Sequence[str] = ()) -> tuple[Recipe, Tree]:
     """A recipe by the name of a shipped one or by path, with `--set` settings; checked, and as the merged tree."""
+    name_or_path = check_call(name_or_path, settings)
     tree = resolve(name_or_path)
     for setting in settings:
         tree = apply(tree, setting)
-    return validate(tree, name_or_path), tree
+    with blamed(name_or_path, settings, tree):
+        return validate(tree), tree
+
+
+def check_call(name_or_path: object, settings: object) -> str:
+    """The recipe's name or path as text, if that and the settings are what they must be."""
+    if not isinstance(name_or_path, str | Path):
+        raise AtollError(
+            "not a recipe", found=type(name_or_path).__name__, allowed="a shipped recipe's name, or a path",
+            remedy="write the mapping to a .yaml file and give its path",
+        )  # fmt: skip
+    if isinstance(settings, str) or not (
+        isinstance(settings, Sequence) and all(isinstance(one, str) for one in settings)
+    ):
+        raise AtollError(
+            "not a list of settings", found=repr(settings), allowed="a list of texts `path.to.key=value`",
+            remedy='write ["finetune.rounds=10"]',
+        )  # fmt: skip
+    return str(name_or_path)
+
+
+@contextmanager
+def blamed(file: str, settings: Sequence[str], tree: Tree | None = None) -> Iterator[None]:
+    """Mistakes at a key of the recipe, known or in `tree`, are told with who says it: the `--set` that does, or the file."""
+    try:
+        yield
+    except AtollError as error:
+        key, colon, rest = error.details["where"].partition(": ")
+        if re.split(r"[.\[]", key)[0] in {*_keys([]), *(tree or {})}:
+            error.details["where"] = f"{blame(key, file, settings)}{colon}{rest}"
+        raise
+
+
+def blame(key: str, file: str, settings: Sequence[str]) -> str:
+    """Who says what stands at `key`.
+
+    >>> blame("finetune.rounds", "a.yaml", ["seed=1"]), blame("finetune.rounds", "a.yaml", ["finetune.rounds=x"])
+    ('a.yaml: finetune.rounds', '--set finetune.rounds')
+    """
+    own = f"{file}: {key}"
+    for said in (setting.partition("=")[0].strip() for setting in reversed(settings)):
+        if key == said:
+            return f"--set {key}"
+        if _inside(key, said):
+            return f"--set {said}: {key}"
+        if _inside(said, key):
+            return f"{own}, or --set {said}"
+    return own
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path.startswith((f"{outer}.", f"{outer}["))
 
 
 def resolve(name_or_path: str) -> Tree:
@@ -194,10 +250,14 @@ def load(path: Path) -> Tree:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise AtollError("the recipe is not UTF-8", where=f"{path}: byte {error.start}") from error
+        raise AtollError(
+            "the recipe is not UTF-8", where=f"{path}: byte {error.start}", found=f"byte {error.object[error.start]:#x}",
+            remedy="save it as UTF-8, for example with iconv -f latin1 -t utf-8",
+        ) from error  # fmt: skip
     tree: Any = parse(text, str(path))
     if not isinstance(tree, dict):
-        raise AtollError("a recipe is a mapping", where=str(path), found=type(tree).__name__, remedy="`atoll init`")
+        found = "nothing" if tree is None else in_words(tree)
+        raise AtollError("a recipe is a mapping", where=str(path), found=found, remedy="`atoll init` writes an example")
     return dict(tree)
 
 
@@ -211,7 +271,9 @@ def parse(text: str, where: str) -> Any:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}: line {mark.line + 1}, column {mark.column + 1}" if mark else where
-        raise AtollError("not YAML", where=place, found=getattr(error, "problem", None) or error) from error
+        remedy = "close what is open, quote texts that hold `: ` or `#`, and indent by spaces"
+        found = getattr(error, "problem", None) or error
+        raise AtollError("not YAML", where=place, found=found, remedy=remedy) from error
 
 
 def apply(tree: Tree, setting: str) -> Tree:
@@ -260,29 +322,51 @@ def merge(base: Any, over: Any) -> Any:
     return {**base, **{key: merge(base[key], value) if key in base else value for key, value in over.items()}}
 
 
-def validate(tree: Tree, where: str) -> Recipe:
-    """The tree as a Recipe, or the first thing that is wrong with it."""
-    if (version := tree.get("recipe")) != VERSION:
-        raise AtollError("a recipe needs its version", where=f"{where}: recipe", found=version, allowed=VERSION,
-                         remedy=f"start the file with `recipe: {VERSION}`")  # fmt: skip
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise _mistake(error, where) from error
+def validate(tree: Tree, where: str = "") -> Recipe:
+    """The tree as a Recipe, or the first thing that is wrong with it, which is told with `where` before its key."""
+    with placed(where):
+        if (version := tree.get("recipe")) != VERSION:
+            raise AtollError("a recipe needs its version", where="recipe", found=in_words(version), allowed=VERSION,
+                             remedy=f"start the file with `recipe: {VERSION}`")  # fmt: skip
+        try:
+            found = Recipe.model_validate(tree)
+        except ValidationError as error:
+            raise _mistake(error) from error
+        refuse_two_lengths(tree)
+        return found
 
 
-def _mistake(error: ValidationError, where: str) -> AtollError:
+def refuse_two_lengths(tree: Tree) -> None:
+    """A round's local work is as long as one key says. The other would count for nothing."""
+    stage = tree.get("finetune") or {}
+    if stage.get("local_steps") is not None and stage.get("epochs") is not None:
+        raise AtollError(
+            "local_steps and epochs both say how long local work is", where="finetune.epochs",
+            found=f"local_steps: {stage['local_steps']}, epochs: {stage['epochs']}", allowed="one of the two",
+            remedy="clear the other: --set finetune.local_steps=null, or --set finetune.epochs=null",
+        )  # fmt: skip
+
+
+def _mistake(error: ValidationError) -> AtollError:
     first = error.errors()[0]
-    path = [str(key) for key in first["loc"] if key not in ("str", "dict[str,any]")]
-    at = f"{where}: {'.'.join(path)}"
+    path = _path(first)
+    at = re.sub(r"\.(\d+)", r"[\1]", ".".join(path))
     if first["type"] == "extra_forbidden":
         return AtollError("unknown key", where=at, found=path[-1], remedy=closest(path[-1], _keys(path[:-1])))
     if first["type"] == "missing":
         return AtollError(
-            f"'{path[-1]}' is missing", where=where, remedy=f"add `{path[-1]}:`; `atoll init` writes an example"
+            f"'{path[-1]}' is missing", where=at, remedy=f"add `{path[-1]}:`; `atoll init` writes an example"
         )
-    allowed = first["msg"].removeprefix("Input should be ")
-    return AtollError("wrong value", where=at, found=repr(first["input"]), allowed=allowed)
+    here = [one for one in error.errors() if _path(one) == path]
+    return AtollError(
+        "wrong value", where=at, found=in_words(first["input"]), allowed=wanted(here), remedy=mend(here)
+    )  # fmt: skip
+
+
+def _path(one: Mapping[str, Any]) -> list[str]:
+    """Where a mistake is, as a recipe writes it; pydantic also names the branches of a union."""
+    branches = ("str", "dict[str,any]", "list[str]", "literal['all','pooled']")
+    return [str(key) for key in one["loc"] if key not in branches and not str(key).startswith("function-")]
 
 
 def _keys(path: list[str]) -> list[str]:

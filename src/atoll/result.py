@@ -18,6 +18,7 @@ from atoll.errors import AtollError
 from atoll.keys import key
 from atoll.models.spaces import Space, read, write
 from atoll.params import Params
+from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
 from atoll.stream import UPDATE
@@ -50,6 +51,14 @@ def tuned_params(folder: RunFolder) -> tuple[Params, int]:
         )  # fmt: skip
     state = load_state(folder.checkpoint)
     return state.params[UPDATE], state.round
+
+
+def unfinished(folder: RunFolder, rounds: int) -> str:
+    """`after round 5 of 60, stopped` for a run that has not ended; empty for one that has."""
+    story = read_story(folder)
+    if story is None or story.ended:
+        return ""
+    return f"after round {rounds} of {story.started.rounds}, {'running' if folder.is_running() else 'stopped'}"
 
 
 def load_result(folder: RunFolder, say: Say = quiet) -> Result:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from atoll import parts, recipe
-from atoll.assemble import Assembly, again, assemble
-from atoll.build import LOCAL, POOLED, Plan, baseline_names, build
+from atoll.assemble import Assembly, again, assemble, check_data
+from atoll.build import LOCAL, POOLED, Plan, baseline_names, build, choose_model
 from atoll.cache import Say, quiet
-from atoll.errors import AtollError
+from atoll.errors import AtollError, placed
 from atoll.estimate import remember_speed
 from atoll.local.work import Report, unwatched
+from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
 from atoll.params import Params
 from atoll.record.card import read_story, write_card
@@ -31,17 +34,64 @@ from atoll.stage import run_stage
 from atoll.stream import UPDATE
 
 
-def plan(name_or_path: str, settings: Sequence[str] = ()) -> Plan:
+def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
     """The plan of a recipe: what `atoll plan` shows. Runs nothing.
 
     >>> plan("quickstart", ["finetune.rounds=2"]).recipe.finetune.rounds
     2
     """
-    return build(*recipe.read(name_or_path, settings))
+    read = recipe.read(name_or_path, settings)
+    with recipe.blamed(str(name_or_path), settings), quiet_libraries():
+        ready = build(*read)
+        refuse_start(ready)
+        check_data(ready)
+    return ready
+
+
+def plan_again(folder: RunFolder) -> Plan:
+    """The plan of a run that is there. What it started `from` lies in its checkpoint, and may be gone."""
+    with quiet_libraries():
+        return build(*recipe.read(folder.recipe))
+
+
+def refuse_start(ready: Plan) -> None:
+    """The run that this one starts `from` must be there, with the same model and space."""
+    if ready.recipe.start is None:
+        return
+    with placed("from"):
+        other = find(ready.recipe.start)
+    if not other.checkpoint.exists():
+        raise AtollError(
+            "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
+        )
+    theirs, _ = recipe.read(other.recipe)
+    model, space = choose_model(theirs.model), parts.make("space", theirs.finetune.space, "finetune.space")
+    same = {
+        "model": (model.name, ready.model.name),
+        "finetune.space": (space, ready.space),
+    }
+    for key, (found, mine) in same.items():
+        if found != mine:
+            raise AtollError(
+                f"the run has another {key.rpartition('.')[2]}", where="from", found=f"{other.name}: {_said(theirs, key)}",
+                allowed=_said(ready.recipe, key), remedy=f"use the {key} of that run",
+            )  # fmt: skip
+
+
+def _said(written: recipe.Recipe, key: str) -> str:
+    return str(parts.spec(written.model if key == "model" else written.finetune.space, key))
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Libraries warn each other of what comes; people can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def run(
-    name_or_path: str,
+    name_or_path: str | Path,
     settings: Sequence[str] = (),
     sinks: Sequence[Sink] = (),
     say: Say = quiet,
@@ -66,12 +116,12 @@ def run(
 
 @contextmanager
 def begun(ready: Plan) -> Iterator[RunFolder]:
-    """A new run's folder with its recipe; gone again if a mistake ends the run before its first event."""
+    """A new run's folder with its recipe; gone again if something ends the run before its first event."""
     folder = create(ready.recipe.name)
     write_recipe(folder, ready)
     try:
         yield folder
-    except AtollError:
+    except BaseException:
         if not folder.record.exists():
             shutil.rmtree(folder.path)
         raise
@@ -80,7 +130,7 @@ def begun(ready: Plan) -> Iterator[RunFolder]:
 def resume(reference: str, sinks: Sequence[Sink] = (), say: Say = quiet, report: Report = unwatched) -> RunFolder:
     """Goes on with a run from its last whole round; a finished one is left as it is."""
     folder = find(reference)
-    return execute(plan(str(folder.recipe)), folder, sinks, say, report)
+    return execute(plan_again(folder), folder, sinks, say, report)
 
 
 def write_recipe(folder: RunFolder, ready: Plan) -> None:
@@ -95,7 +145,7 @@ def execute(
     ready: Plan, folder: RunFolder, sinks: Sequence[Sink] = (), say: Say = quiet, report: Report = unwatched
 ) -> RunFolder:
     """The run itself, then its baselines, the adapter and the card. Each is skipped if it is there."""
-    with folder.locked(), folder.disk_errors():
+    with folder.locked(), folder.disk_errors(), quiet_libraries():
         things = assemble(ready, say, report)
         ready = build(ready.recipe, ready.tree, left_out=things.left_out)
         list(baselines(ready, ready.recipe.finetune.rounds))  # what they cannot do is found before hours of training
@@ -145,7 +195,8 @@ def variant(ready: Plan, finetune: dict[str, Any]) -> Plan:
 def save_adapter(ready: Plan, things: Assembly, params: Params, folder: RunFolder) -> None:
     """Leaves the federated params in the model, and writes what trained where the ecosystem's tools find it."""
     write(ready.space, things.model, params)
-    ready.space.save(things.model, folder.adapter)
+    with no_progress_bars():
+        ready.space.save(things.model, folder.adapter)
     if things.tokenizer is not None:
         things.tokenizer.save_pretrained(folder.adapter)
 

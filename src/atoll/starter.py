@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from atoll.cache import write_file
-from atoll.errors import AtollError
+from atoll.errors import AtollError, placed
 
 TEMPLATE = """\
 # A run of Atoll. `atoll plan {file}` says what it will do, `atoll run {file}` does it.
@@ -22,7 +22,7 @@ model: smollm2-135m              # a preset, a folder, or a hub id like org/name
 
 finetune:
   rounds: 5                      # broadcast, local work at each client, aggregation
-  local_steps: 10                # optimizer steps a client and round; or `epochs: 1` over its own data
+  local_steps: 10                # optimizer steps a client and round; `epochs: 1` in its place: all its own data once
   batch_size: 4
   context: 512                   # the longest sample, in tokens
   optimizer: {{use: adamw, lr: 1e-3}}
@@ -65,11 +65,20 @@ def write_starter(path: Path, data: Path | None) -> Path:
 
 def _name(file: Path) -> str:
     """The run's name from the file's, in what suits a folder."""
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in file.stem) or "run"
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in file.stem).strip("-")[:100] or "run"
 
 
 def _found(data: Path) -> str:
     from atoll.data.sources import folders
 
-    clients = ", ".join(folders(str(data)))
+    if data.is_file():
+        raise AtollError(
+            "this is a file", where=f"--data {data}", allowed="a folder with one subfolder or file a client",
+            remedy=f"--data {data.parent} makes every file beside it a client",
+        )  # fmt: skip
+    if not data.is_dir():
+        remedy = "give the folder that holds one subfolder or file a client"
+        raise AtollError("there is no such folder", where=f"--data {data}", remedy=remedy)
+    with placed("--data"):
+        clients = ", ".join(folders(str(data)))
     return f"data: {{use: folders, path: {json.dumps(str(data))}, held_out: 0.1}}\n# one client each: {clients}"

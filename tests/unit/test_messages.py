@@ -26,7 +26,7 @@ MISTAKES = {
     "unknown argument": Mistake(
         ["finetune.optimizer.lrr=1"], ["'adamw' has no such argument", "finetune.optimizer.lrr", "did you mean 'lr'?"]
     ),
-    "wrong type": Mistake(["finetune.rounds=many"], ["finetune.rounds", "'many'", "a valid integer"]),
+    "wrong type": Mistake(["finetune.rounds=many"], ["finetune.rounds", "'many'", "a whole number"]),
     "out of range": Mistake(["finetune.optimizer.lr=-1"], ["finetune.optimizer.lr", "-1", "greater than 0"]),
     "missing folder": Mistake(["data.path=./nowhere"], ["there is no such folder", "data.path", "./nowhere"]),
     "missing model": Mistake(["model=./no-model"], ["there is no such folder", "no-model"]),
@@ -186,9 +186,12 @@ def test_no_client_has_usable_data(atoll: Atoll, tiny: str, tmp_path: Path) -> N
 # What goes wrong on the way.
 
 
-def test_loss_that_is_no_number_is_refused_and_the_round_goes_on(atoll: Atoll, tiny: str) -> None:
+def test_run_that_accepted_no_update_fails_and_the_rounds_go_on(atoll: Atoll, tiny: str) -> None:
     said = atoll("run", tiny, "--set", "finetune.optimizer.lr=1e30", "--set", "finetune.local_steps=3", "--json")
-    assert said.status == 0
+    assert said.status == 1
+    assert "nothing was learned: no update was ever accepted" in said.err
+    assert "6 replies refused, the first north's: the loss is nan" in said.err
+    assert "--set finetune.optimizer.lr" in said.err
     data = json.loads(said.out)
     assert (data["state"], data["round"]) == ("finished", 2)
     assert {(one["round"], one["client"]) for one in data["missing"]} == {

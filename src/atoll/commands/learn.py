@@ -27,10 +27,13 @@ def data(
     open_source(path)  # a wrong path is told before the tokenizer is loaded
     say(f"loading the tokenizer of {model}")
     from atoll.data.preview import preview, render
+    from atoll.errors import placed
     from atoll.models.load import load_tokenizer
 
     wanted: Any = objective and objective.replace("-", "_")
-    seen = preview(path, load_tokenizer(model, say), context, samples, wanted)
+    with placed("--model"):
+        tokenizer = load_tokenizer(model, say)
+    seen = preview(path, tokenizer, context, samples, wanted)
     if as_json:
         show_json(seen.as_dict())
     else:

@@ -44,10 +44,16 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: settings in which they differ, losses, costs."""
+    from atoll.commands.compared import settings
+    from atoll.errors import AtollError
     from atoll.record import tables, views
     from atoll.record.folder import find
 
-    data = views.compare([find(run) for run in runs])
+    if len(runs) < 2:
+        raise AtollError("one run compares with nothing", found=runs[0], allowed="two runs or more",
+                         remedy=f"`atoll show {runs[0]}` shows one")  # fmt: skip
+    folders = [find(run) for run in runs]
+    data = views.compare(folders) | {"settings": settings(folders)}
     if as_json:
         show_json(data)
     else:

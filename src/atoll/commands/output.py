@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -70,18 +71,58 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def interruptible(folder: RunFolder) -> Iterator[None]:
-    """While a run works: Ctrl-C says how to go on, and a crash leaves its traceback with the run."""
+def interruptible(folder: RunFolder, new: bool) -> Iterator[None]:
+    """While a run works: Ctrl-C says how to go on, and a crash leaves its traceback with the run.
+
+    Of a `new` run nothing stays before its first event, see `run.begun`: there is nothing to go on with.
+    """
     try:
         yield
     except KeyboardInterrupt:
+        if new and not folder.record.exists():
+            raise Interrupted("interrupted before it began; nothing was kept", remedy="run it again") from None
         raise Interrupted(
             "interrupted; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`"
         ) from None
     except AtollError:
         raise
     except Exception as error:
-        raise Crashed(error, write_traceback(error, folder.path)) from error
+        begun = folder.record.exists()
+        note = write_traceback(error, folder.path if begun else None)
+        if told := mendable(error, note, f"`atoll resume {folder.name}`" if begun else "run it again"):
+            raise told from error
+        raise Crashed(error, note) from error
+
+
+REFUSALS = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG", "ENOSPC", "EDQUOT")
+"""What the system says of a place that the user chose, by errno's names."""
+
+
+def mendable(error: Exception, note: Path | None, again: str) -> AtollError | None:
+    """An error that the user can mend: in a part of their own, or at a file or folder. None for an error of ours."""
+    from atoll.parts import own_failure
+
+    if told := own_failure(error):
+        traceback_in = f"; the traceback is in {note}" if note else ""
+        told.details["remedy"] = f"mend it, then {again}{traceback_in}"
+        return told
+    refused = isinstance(error, OSError) and error.errno in {getattr(errno, name) for name in REFUSALS}
+    if not (refused and isinstance(error, OSError) and error.filename):
+        return None
+    place = Path(os.fsdecode(error.filename)).absolute()
+    return AtollError(
+        "the system refuses a file or folder", where=str(place), found=error.strerror, remedy=_other_place(place)
+    )
+
+
+def _other_place(place: Path) -> str:
+    from atoll.cache import home
+    from atoll.record.folder import root
+
+    for name, what, used in (("ATOLL_RUNS", "runs", root().absolute()), ("ATOLL_HOME", "the cache", home())):
+        if place == used or used in place.parents or place in used.parents:
+            return f"set {name} to a folder for {what} that can be written (now {used})"
+    return "mend its permissions, or name another place"
 
 
 def write_traceback(error: BaseException, folder: Path | None = None) -> Path | None:

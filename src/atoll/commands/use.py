@@ -24,9 +24,11 @@ def chat(
 
     folder = find(run)
     from atoll.chat import HELP, Chat, converse
-    from atoll.result import load_result
+    from atoll.result import load_result, unfinished
 
     talk = Chat(load_result(folder, say), max_tokens, temperature, base)
+    if early := unfinished(folder, talk.result.rounds):
+        say(f"{folder.name} is not finished: this is the model {early}")
     if prompt is not None:
         talk.answer(prompt, _write)
         _write("\n")
@@ -61,5 +63,8 @@ def export(
 
     folder = find(run)
     from atoll.export import export_adapter
+    from atoll.result import tuned_params, unfinished
 
+    if early := unfinished(folder, tuned_params(folder)[1]):
+        say(f"{folder.name} is not finished: this is the adapter {early}")
     print(export_adapter(folder, out or Path(f"{folder.path.name}-{to}"), say))

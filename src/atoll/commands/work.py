@@ -21,68 +21,52 @@ def run(recipe: RecipeName, settings: Settings = None, as_json: AsJson = False) 
 
     ready = plan(recipe, settings or ())
     with begun(ready) as folder:
-        work_on(ready, folder)
+        work_on(ready, folder, new=True)
+    from atoll.commands.ending import conclude
+
     conclude(folder, as_json)
 
 
 def resume(run: RunName = "latest", as_json: AsJson = False) -> None:
     """Go on with a run from its last whole round."""
+    from atoll.commands.ending import conclude, told_if_finished
     from atoll.record.folder import find
 
     folder = find(run)
+    if told_if_finished(folder, as_json):
+        return
     say(f"planning {folder.name}")
-    from atoll.run import plan
+    from atoll.run import plan_again
 
-    work_on(plan(str(folder.recipe)), folder)
+    work_on(plan_again(folder), folder, new=False)
     conclude(folder, as_json)
 
 
-def work_on(ready: Plan, folder: RunFolder) -> None:
+def work_on(ready: Plan, folder: RunFolder, new: bool) -> None:
     """The run itself, watched; Ctrl-C and crashes say where it can go on."""
+    from atoll.commands.planned import beyond_memory
     from atoll.run import execute
     from atoll.terminal import watch
 
-    for warning in ready.warnings:
+    for warning in [*ready.warnings, *beyond_memory(ready)]:
         say(f"warning: {warning}")
     say(f"run {folder.name} in {folder.path}")
-    with interruptible(folder), watch() as shown:
+    with interruptible(folder, new), watch() as shown:
         execute(ready, folder, [shown.event], shown.say, shown.report)
-
-
-def conclude(folder: RunFolder, as_json: bool) -> None:
-    """What the run was made for: the table, what moved, how long it took, and what to do next."""
-    from atoll.record import tables, views
-    from atoll.record.card import human_bytes, loss_table
-
-    data = views.details(folder)
-    if as_json:
-        show_json(data)
-        return
-    if table := loss_table(views.need_story(folder)):
-        show(tables.losses(table))
-    beside = (
-        f", and {tables.human_seconds(data['seconds_in_baselines'])} for the baselines" if data["baselines"] else ""
-    )
-    show(
-        f"\n{human_bytes(data['bytes_down'])} down, {human_bytes(data['bytes_up'])} up, "
-        f"{tables.human_seconds(data['seconds'])}{beside}\n\n"
-        f"atoll chat {folder.name}      talk to the result\n"
-        f"atoll card {folder.name}      what the run says of itself\n"
-        f"atoll export {folder.name} --to adapter"
-    )
 
 
 def plan(recipe: RecipeName, settings: Settings = None, as_json: AsJson = False) -> None:
     """Say what a recipe would do: what trains, what travels, bytes, memory, time. Runs nothing."""
+    from atoll.commands.planned import beyond_memory, table
     from atoll.estimate import as_data
     from atoll.run import plan
 
-    data = as_data(plan(recipe, settings or ()))
+    ready = plan(recipe, settings or ())
+    data = as_data(ready)
+    data["warnings"] += beyond_memory(ready)
     if as_json:
         show_json(data)
         return
-    from atoll.commands.planned import table
-
     show(table(data))
 
 
@@ -101,7 +85,9 @@ def sweep(
     recipe: RecipeName,
     method: Annotated[list[str], typer.Option(help="A method to tune; may be repeated.")],
     grid: Annotated[list[str], typer.Option(metavar="[METHOD:]KEY=V,V", help="Values to try; may be repeated.")],
-    trials: Annotated[int | None, typer.Option(help="Trials for each method; all points of the smallest grid.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials for each method; all points of the smallest grid.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the trials from the grid.")] = 0,
     as_json: AsJson = False,
 ) -> None:

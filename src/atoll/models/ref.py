@@ -22,6 +22,9 @@ from atoll.models.tiny import FAMILIES
 HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 HUB_TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model"]
 
+HUB_SECONDS = 10.0
+"""How long the hub may take to say whether it has a model."""
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -90,7 +93,9 @@ def _tiny(name: str) -> ModelRef:
 def _folder(name: str) -> ModelRef:
     folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
-        raise AtollError("there is no such folder", where=str(folder), found=name)
+        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        remedy = closest(folder.name, near) if near else "check the path; save_pretrained writes such a folder"
+        raise AtollError("there is no such folder", where=str(folder), found=name, remedy=remedy)
     params = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file():
         raise AtollError(
@@ -113,12 +118,14 @@ def _hub(name: str, hub_id: str) -> ModelRef:
 
     What is in that cache stands, without asking the hub again: runs repeat and work offline. `hf download` renews it.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     hub_id, _, revision = hub_id.partition("@")
     try:
         config = try_to_load_from_cache(hub_id, "config.json", revision=revision or None)
         if not isinstance(config, str):
+            url = hf_hub_url(hub_id, "config.json", revision=revision or None)
+            get_hf_file_metadata(url, timeout=HUB_SECONDS)  # asks once; the download retries for half a minute
             config = hf_hub_download(hub_id, "config.json", revision=revision or None)
     except Exception as error:  # the hub's client raises its own, httpx's and OSError
         raise _not_there(name, hub_id, error) from error

@@ -18,6 +18,9 @@ HIDDEN = 32
 LAYERS = 2
 HEADS = 4
 CONTEXT = 256
+"""Of the families with learned positions, which are params."""
+LONG_CONTEXT = 8192
+"""Of those whose positions are computed: it costs nothing."""
 SPECIAL = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
 
 CHAT_TEMPLATE = (
@@ -29,7 +32,7 @@ _USUAL: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
-    "max_position_embeddings": CONTEXT,
+    "max_position_embeddings": LONG_CONTEXT,
     "initializer_range": 0.1,
 }
 _GROUPED: dict[str, Any] = _USUAL | {"num_key_value_heads": 2, "intermediate_size": 64}

@@ -131,8 +131,22 @@ def root() -> Path:
 
 
 def create(name: str) -> RunFolder:
-    """A new folder `name-N` with the next free number."""
-    root().mkdir(parents=True, exist_ok=True)
+    """A new folder `name-N` with the next free number.
+
+    Raises:
+        AtollError: runs cannot be kept where they should be.
+    """
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+        return _next(name)
+    except OSError as error:
+        raise AtollError(
+            "cannot make a folder for the run", where=str(root().absolute()), found=error.strerror,
+            remedy="go to a folder that can be written, or set ATOLL_RUNS to one",
+        ) from error  # fmt: skip
+
+
+def _next(name: str) -> RunFolder:
     number = 1 + max(
         (int(p.name.rpartition("-")[2]) for p in root().glob(f"{name}-*") if _numbered(p, name)), default=0
     )
@@ -156,8 +170,9 @@ def find(reference: str) -> RunFolder:
     known = {folder.name: folder for folder in every()}
     if not known:
         raise AtollError(
-            "there are no runs yet", where=str(root().absolute()), remedy="`atoll run quickstart` makes one"
-        )
+            "there are no runs yet", where=str(root().absolute()), found=reference,
+            remedy="`atoll run quickstart` makes one",
+        )  # fmt: skip
     if reference == "latest":
         return max(known.values(), key=lambda folder: folder.recipe.stat().st_mtime)
     run, _, inner = reference.partition("/")

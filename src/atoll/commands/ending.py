@@ -1,0 +1,93 @@
+"""How a run ends for people: the table, what did not count, what it took, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from atoll.commands.output import say, show, show_json
+from atoll.errors import AtollError
+from atoll.record import tables, views
+from atoll.record.card import Story, human_bytes, loss_table
+from atoll.record.events import Missing
+from atoll.record.folder import RunFolder
+from atoll.terminal import counted
+
+SHOWN = 10
+"""Lines on what did not count, at most."""
+
+
+def conclude(folder: RunFolder, as_json: bool) -> None:
+    """What the run was made for.
+
+    Raises:
+        AtollError: nothing was learned, since no update was ever accepted.
+    """
+    story = views.need_story(folder)
+    data = views.details(folder)
+    if as_json:
+        show_json(data)
+        refuse_fruitless(folder, story)
+        return
+    if table := loss_table(story):
+        show(tables.losses(table))
+    if lines := [*not_counted(story)]:
+        more = [f"and {len(lines) - SHOWN} more: `atoll show {folder.name}`"] if len(lines) > SHOWN else []
+        show("\n" + "\n".join(lines[:SHOWN] + more))
+    refuse_fruitless(folder, story)
+    beside = (
+        f", and {tables.human_seconds(data['seconds_in_baselines'])} for the baselines" if data["baselines"] else ""
+    )
+    show(
+        f"\n{human_bytes(data['bytes_down'])} down, {human_bytes(data['bytes_up'])} up, "
+        f"{tables.human_seconds(data['seconds'])}{beside}\n\n"
+        f"atoll chat {folder.name}      talk to the result\n"
+        f"atoll card {folder.name}      what the run says of itself\n"
+        f"atoll export {folder.name} --to adapter"
+    )
+
+
+def not_counted(story: Story) -> Iterator[str]:
+    """A line for each client that was left out, and for each whose replies were refused or dropped."""
+    for one in story.left_out:
+        yield f"{one.client} was left out: {'; '.join(one.report.splitlines())}"
+
+    def kind(one: Missing) -> tuple[str, bool]:
+        return one.client, one.refused
+
+    for (client, refused), group in groupby(sorted(story.missing, key=kind), key=kind):
+        lost = [*group]
+        happened = "refused" if refused else "dropped"
+        times = counted(len(lost), "reply").replace("replys", "replies")
+        yield f"{client}: {times} {happened}, first in round {lost[0].round + 1}: {lost[0].reason}"
+
+
+def refuse_fruitless(folder: RunFolder, story: Story) -> None:
+    """A run whose every update was lost has not learned, whatever its table says."""
+    if not story.rounds or story.replies or not story.missing:
+        return
+    refused = [one for one in story.missing if one.refused]
+    first = (refused or [*story.missing])[0]
+    remedy = (
+        "a lower learning rate: --set finetune.optimizer.lr=..."
+        if "loss is" in first.reason
+        else f"`atoll show {folder.name}` tells every reply's fate"
+    )
+    count = f"{len(refused)} replies refused" if refused else f"{len(story.missing)} replies dropped"
+    raise AtollError(
+        "nothing was learned: no update was ever accepted",
+        where=str(folder.path),
+        found=f"{count}, the first {first.client}'s: {first.reason}",
+        remedy=remedy,
+    )
+
+
+def told_if_finished(folder: RunFolder, as_json: bool) -> bool:
+    """Whether a run, its baselines and its card are all done; says so in one line, or as JSON."""
+    summary = views.summarize(folder)
+    if summary.state != "finished" or not (folder.adapter.exists() and folder.card.exists()):
+        return False
+    say(f"{folder.name} has finished already, after {summary.round} of {summary.rounds} rounds")
+    if as_json:
+        show_json(views.details(folder))
+    return True
