@@ -100,6 +100,17 @@ def point_to_base(config: Path, base: str) -> None:
     config.write_text(json.dumps(written | {"base_model_name_or_path": base}, indent=2), encoding="utf-8")
 
 
+def loads(base: str) -> list[str]:
+    """The lines of Python that load the base model. Tiny random ones are made by Atoll and lie nowhere."""
+    if base.startswith("tiny:"):
+        return ["from atoll.models.load import load_model", "", f'base, tokenizer = load_model("{base}")']
+    return [
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+    ]
+
+
 def readme(folder: RunFolder, written: recipe.Recipe, rounds: int) -> str:
     """The card of the adapter: what it is, how it is loaded, what it gained."""
     base = hub_id(choose_model(written.model).name)
@@ -110,8 +121,8 @@ def readme(folder: RunFolder, written: recipe.Recipe, rounds: int) -> str:
         f"# {folder.name}", "",
         f"A LoRA adapter for {base}, fine-tuned over {rounds} rounds by clients whose data stayed with them.", "",
         "```python",
-        "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this-folder")',
+        "from peft import PeftModel", *loads(base), "",
+        'model = PeftModel.from_pretrained(base, "this-folder")',
         "```", "",
     ]  # fmt: skip
     if early := unfinished(folder, rounds):

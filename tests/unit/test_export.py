@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from atoll.errors import AtollError
-from atoll.export import export_adapter, hub_id
+from atoll.export import export_adapter, hub_id, loads
 from atoll.models.tiny import tiny as tiny_model
 from atoll.params import equal
 from atoll.record.folder import RunFolder
@@ -50,6 +50,15 @@ def test_folder_has_a_card_and_nothing_stays_beside_it(run: RunFolder, tmp_path:
     assert "| federated |" in text
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert oct(out.stat().st_mode)[-3:] == "755"
+
+
+def test_python_of_the_card_loads_the_adapter(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = export_adapter(run, tmp_path / "this-folder")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], namespace)
+    assert isinstance(namespace["model"], PeftModel)
+    assert 'AutoModelForCausalLM.from_pretrained("org/name")' in loads("org/name")[-1]
 
 
 def test_run_that_is_not_finished_is_exported_from_its_checkpoint(run: RunFolder, tmp_path: Path) -> None:
