@@ -21,6 +21,7 @@ data: {{use: folders, path: {data}}}
 finetune:
   rounds: 3
   local_steps: 4
+  context: 256
   batch_size: 4
   space: {space}
   objective: {objective}
