@@ -70,7 +70,7 @@ def losses(folder: RunFolder) -> list[object]:
     [
         ("train:1:south", "synchronous", ""),
         ("train:0:north", "synchronous", ""),
-        ("evaluate:2:south", "synchronous", ""),
+        ("evaluate:2:south:4", "synchronous", ""),
         ("train:2:south", "{use: synchronous, cohort: 2}", ""),
         (
             "train:2:north",

@@ -135,3 +135,15 @@ def test_labels_of_the_preview_are_those_of_training(shown: Preview, tmp_path: P
         for row, sample in zip(data.rows, data, strict=True)
     }
     assert [token.labeled for token in shown.shown[0]] == (by_row[0][1] != IGNORE).tolist()
+
+
+@pytest.mark.parametrize("rows", [[], ROWS[1:2]])
+def test_a_client_without_a_usable_record_is_called_so(tmp_path: Path, rows: list[Any]) -> None:
+    write(tmp_path / "ward" / "a.jsonl", rows)
+    found = preview(tmp_path / "ward", byte_tokenizer(), 128)
+    screen = Console(width=100)
+    with screen.capture() as printed:
+        screen.print(render(found))
+    lines = [" ".join(line.split()) for line in printed.get().splitlines()]
+    assert "length -" in lines
+    assert "usable no: a run leaves this client out" in lines

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from atoll import recipe
 from atoll.errors import AtollError
-from atoll.sweep import Outcome, choose, parse_grid, points, ranked, tree_of
+from atoll.sweep import Outcome, choose, parse_grid, points, ranked, tree_of, untried
 from support import Atoll
 
 
@@ -34,6 +35,42 @@ def test_equal_budgets_drawn_by_seed() -> None:
     assert len({trial.name for trial in chosen}) == 8
     assert chosen == choose(["one", "two"], grid, 4, seed=0)
     assert chosen != choose(["one", "two"], grid, 4, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("trials", [1, 2, 3, 4])
+def test_methods_get_the_same_values_of_what_they_share(seed: int, trials: int) -> None:
+    grid = parse_grid(["lr=0.001,0.01", "fedprox:mu=0.01,0.1", "scaffold:k=1,2,3"])
+    methods = ["methods/fedprox", "scaffold"]
+    chosen = choose(methods, grid, trials, seed)
+    assert len({trial.name for trial in chosen}) == 2 * trials
+    rates = [sorted(one.settings["lr"] for one in chosen if one.method == method) for method in methods]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) == min(trials, 2)
+
+
+def test_a_key_that_a_method_has_values_of_its_own_for_is_not_shared() -> None:
+    grid = parse_grid(["lr=1,2", "seed=0,1", "two:lr=3,4"])
+    chosen = choose(["one", "two"], grid, 2, 0)
+    assert [{one.settings["seed"] for one in chosen if one.method == method} for method in ("one", "two")] == [
+        {0, 1}
+    ] * 2
+    assert {one.settings["lr"] for one in chosen if one.method == "two"} <= {3, 4}
+
+
+def test_values_that_no_trial_has_room_for_are_told() -> None:
+    grid = parse_grid(["lr=1,2,3", "seed=0,1"])
+    assert untried(grid, ["one"], choose(["one"], grid, 6, 0)) == {}
+    (trial,) = choose(["one"], grid, 1, 0)
+    left = untried(grid, ["one"], [trial])
+    assert sorted([*left["lr"], trial.settings["lr"]]) == [1, 2, 3]
+    assert len(left["seed"]) == 1
+
+
+def test_fewer_trials_than_one_are_refused_with_the_range() -> None:
+    with pytest.raises(AtollError, match="no trials") as told:
+        choose(["one"], parse_grid(["lr=1,2"]), -1, 0)
+    assert told.value.details["allowed"] == "1 to 2"
 
 
 def test_budget_is_bounded_by_the_smallest_grid() -> None:
@@ -94,6 +131,26 @@ def test_sweep_goes_on_where_it_was_cut_off(atoll: Atoll, tiny: str, tmp_path: P
     assert kept.read_bytes() == records[kept]
     table = atoll(*command[:-1]).out
     assert table.index("lr=0.01") < table.index("lr=0.0001")
+
+
+def test_changed_data_make_another_sweep(atoll: Atoll, tiny: str, sites: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(sites, tmp_path / "mine")
+    (tmp_path / "mine.yaml").write_text(f"extends: {tiny}\nname: mine\ndata: {{path: {mine}}}\n")
+    command = ["sweep", "mine.yaml", "--method", "fedavg-lora", "--grid", "finetune.optimizer.lr=1e-2,1e-4"]
+    command += ["--trials", "1"]
+    first = atoll(*command)
+    assert "no trial of any method has finetune.optimizer.lr = 0.01" in first.err or "lr = 0.0001" in first.err
+    with (mine / "north.jsonl").open("a") as file:
+        file.write('{"prompt": "One more?", "completion": "Yes."}\n')
+    atoll(*command)
+    assert len(list((tmp_path / "runs/sweeps").iterdir())) == 2
+
+
+def test_sweep_needs_held_out_data(atoll: Atoll, tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"extends: {tiny}\nname: mine\ndata: {{held_out: 0}}\n")
+    said = atoll("sweep", "mine.yaml", "--method", "fedavg-lora", "--grid", "finetune.optimizer.lr=1e-4,1e-2")
+    assert said.status == 1
+    assert "nothing is held out" in said.err
 
 
 def test_mistake_in_any_trial_is_found_before_the_first_runs(atoll: Atoll, tiny: str, tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from atoll.errors import AtollError
 from atoll.record import tables, views
+from atoll.record.card import markdown, markdown_table
 from atoll.record.events import ClientLeftOut, Evaluated, Event, Missing, Record, RoundEnded, RunEnded, RunStarted
 from atoll.record.folder import RunFolder
 from atoll.record.sinks import scalars
@@ -104,6 +109,137 @@ def shown(table: object) -> str:
     with screen.capture() as printed:
         screen.print(table)
     return printed.get()
+
+
+def at_width(width: int, table: object) -> str:
+    screen = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
+    with screen.capture() as printed:
+        screen.print(table)
+    return printed.get()
+
+
+def test_base_loss_is_no_result(tmp_path: Path) -> None:
+    folder = written(tmp_path / "mine-1", [*BEGUN[:3]])
+    row = views.summarize(folder)
+    assert (row.base_loss, row.loss) == (3.5, None)
+    assert shown(tables.runs([row])).split()[-9:-7] == ["3.500", "-"]
+    assert views.compare([folder])["losses"] == {"mine-1": {}}
+    assert views.summarize(written(tmp_path / "mine-2", BEGUN)).loss == 2.5
+
+
+SITES = ["clinic", "desk", "school", "social"]
+
+
+def wide_table(tmp_path: Path, sites: Sequence[str] = SITES) -> views.LossTable:
+    each = {site: {"loss": 0.784, "standard_error": 0.039, "samples": 40.0} for site in sites}
+    folder = written(tmp_path / "mine-1", [started(), Evaluated(0, True, each, 0.784, 0.784, 1.0)])
+    table = views.loss_table(views.need_story(folder))
+    assert table is not None
+    return table
+
+
+@pytest.mark.parametrize("width", [200, 80, 60, 40, 24])
+def test_no_number_is_cut_however_narrow_the_terminal(tmp_path: Path, width: int) -> None:
+    text = at_width(width, tables.losses(wide_table(tmp_path)))
+    assert "…" not in text
+    assert text.count("0.784") == len(SITES) + 1
+    assert max(map(len, text.splitlines())) <= width
+    assert ("0.784 ± 0.039" in text) == (width == 200)
+    assert ("standard errors: --json" in " ".join(text.split())) == (width < 200)
+
+
+@pytest.mark.parametrize("width", [200, 80, 50])
+def test_runs_in_a_narrow_terminal(tmp_path: Path, width: int) -> None:
+    text = at_width(width, tables.runs([views.summarize(written(tmp_path / "quickstart-with-a-name-1", BEGUN))]))
+    assert "…" not in text
+    assert "2.500" in text
+    assert "2 of 4" in text
+    assert ("down" in text) == (width == 200)
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_facts_of_a_run_are_not_cut(tmp_path: Path) -> None:
+    data = views.details(written(tmp_path / ("long" * 30), BEGUN))
+    assert "…" not in at_width(60, tables.details(data, None))
+
+
+HELD_OUT = dataclasses.replace(started(), held_out={"clinic": 4, "school": 0})
+ONE_SITE = Evaluated(0, True, {"clinic": {"loss": 2.0, "standard_error": 0.0, "samples": 1.0}}, 2.0, 2.0, 1.0)
+
+
+def test_sites_without_held_out_samples_are_named(tmp_path: Path) -> None:
+    folder = written(tmp_path / "mine-1", [HELD_OUT, ONE_SITE])
+    story = views.need_story(folder)
+    table = views.loss_table(story)
+    assert table is not None
+    note = "school: no held-out sample, not in the mean"
+    assert note in shown(tables.losses(table))
+    assert note in markdown("mine-1", story)
+    assert "clinic (9 + 4), school (8 + 0); samples to train on + held out" in shown(
+        tables.details(views.details(folder), table)
+    )
+
+
+def test_one_sample_has_no_standard_error(tmp_path: Path) -> None:
+    story = views.need_story(written(tmp_path / "mine-1", [started(), ONE_SITE]))
+    table = views.loss_table(story)
+    assert table is not None
+    assert markdown_table(table)[2] == "| base | 2.000 ± n/a | 2.000 ± n/a |"
+    assert "2.000 ± n/a" in shown(tables.losses(table))
+
+
+def test_means_over_different_sites_are_not_compared_without_a_word(tmp_path: Path) -> None:
+    one = written(tmp_path / "one", [*BEGUN])
+    two = written(tmp_path / "two", [HELD_OUT, ended_round(0), dataclasses.replace(ONE_SITE, round=1)])
+    assert "the means are over different sites" in shown(tables.comparison(views.compare([one, two])))
+    assert "different sites" not in shown(tables.comparison(views.compare([one, one])))
+
+
+def test_nothing_held_out_is_said_and_no_number_is_made_up(atoll: Atoll, tiny: str) -> None:
+    said = atoll("run", tiny, "--set", "data.held_out=0", "--set", "evaluate.patience=1")
+    assert said.status == 0, said.err
+    assert "nan" not in said.err + said.out
+    for text in (said.err, said.out, atoll("show").out, atoll("card").out):
+        assert "nothing is held out, so no loss is measured" in text
+    (row,) = json.loads(atoll("runs", "--json").out)
+    assert (row["state"], row["round"], row["loss"]) == ("finished", 2, None)
+    assert "nan" not in atoll("runs").out
+
+
+def test_a_site_may_be_called_mean(tmp_path: Path) -> None:
+    table = wide_table(tmp_path, ["clinic", "mean"])
+    assert markdown_table(table)[0] == "| held-out loss | clinic | mean | mean of sites |"
+    assert "mean of sites" in shown(tables.losses(table))
+
+
+def test_baselines_have_the_names_of_their_clients(tmp_path: Path) -> None:
+    name = "local-North Ward #1"
+    folder = written(tmp_path / "mine-1", [started([name]), *BEGUN[1:], evaluated(4, 1, 2), RunEnded(4, "finished", 9)])
+    written(folder.baseline(name).path, [*BEGUN, evaluated(4, 1, 2), RunEnded(4, "finished", 9)])
+    assert views.summarize(folder).baselines == {name: "finished"}
+    assert [row["model"] for row in views.details(folder)["losses"]] == ["base", "North Ward #1 alone", "federated"]
+
+
+def test_card_says_what_the_run_was_made_from(atoll: Atoll, finished: Path) -> None:
+    text = atoll("card", str(finished)).out
+    for row in (
+        "| model | tiny:llama |",
+        "| method | McMahan et al. 2017 (arXiv 1602.05629), Algorithm 1; Hu et al. 2021 (arXiv 2106.09685) |",
+        "| rounds | 2 |",
+        "| local steps | 2 |",
+        "| optimizer | adamw (lr: 0.01) |",
+        "| space | lora (rank: 8, alpha: 16) |",
+    ):
+        assert row in text
+    assert "| epochs" not in text
+    assert "2 of 2 rounds" in text
+
+
+def test_card_of_one_round(tmp_path: Path) -> None:
+    one = dataclasses.replace(started(), rounds=1, clients=["clinic"])
+    text = markdown("mine-1", views.need_story(written(tmp_path / "mine-1", [one, ended_round(0)])))
+    assert "1 client, 1 of 1 round, seed 0" in text
+    assert "in 1 round," in text
 
 
 def test_mean_over_sites_and_its_error(tmp_path: Path) -> None:
