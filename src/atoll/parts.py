@@ -153,7 +153,8 @@ def _own(name: str, where: str) -> Callable[..., Any]:
 
 
 def _import(module: str, name: str, where: str) -> ModuleType:
-    _OWN[module] = name
+    if module.partition(".")[0] != "atoll":
+        _OWN[module] = name
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,21 @@ def test_hub_that_is_not_reached_is_asked_once_and_quietly(tmp_path: Path, free_
     assert "etrying" not in said.stderr
     assert "thrown while" not in said.stderr
     assert time.monotonic() - started < 20
+
+
+def test_part_of_ours_that_is_named_by_its_place_stays_ours() -> None:
+    from atoll import parts
+    from atoll.outer import sgd
+
+    parts.find("outer", "atoll.outer:sgd", "outer")
+    parts.find("outer", "json:loads", "outer")
+    assert parts.own_failure(failure(lambda: sgd().step({}, None, None))) is None  # type: ignore[arg-type]
+    told = parts.own_failure(failure(lambda: json.loads(None)))  # type: ignore[arg-type]
+    assert told is not None
+    assert told.what == "your part json:loads failed"
+
+
+def failure(do: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        do()
+    return caught.value
