@@ -191,6 +191,6 @@ def test_part_of_ours_that_is_named_by_its_place_stays_ours() -> None:
 
 
 def failure(do: Callable[[], object]) -> BaseException:
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         do()
     return caught.value
