@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 
 from atoll import parts
-from atoll.assemble import Assembly, clients, rebuild
+from atoll.assemble import Assembly, Rebuild, clients
 from atoll.build import POOLED, Plan, baseline_names
 from atoll.data.read import Report
 from atoll.data.sources import one_a_line
@@ -88,7 +87,7 @@ def run_stage(ready: Plan, things: Assembly, folder: RunFolder, outer: RunFolder
     record = Record(folder.record, [*sinks, *own_sinks], keep_bytes=progress.record_bytes)
     names = [*things.data, POOLED] if ready.trainers == [POOLED] else list(things.data)
     make = clients(ready, things, folder)
-    with closing(ready.fleet(names, make, partial(rebuild, ready.tree, folder), state.clock)) as fleet:
+    with closing(ready.fleet(names, make, Rebuild(ready.tree, folder), state.clock)) as fleet:
         fleet.submit(state.in_flight)
         return drive(
             Stage(ready, things, folder, fleet, record, outer, time.perf_counter() - progress.seconds), state, progress
@@ -195,6 +194,8 @@ def introduce(at: Stage) -> None:
             recipe=ready.recipe.model_dump(include={"model", "reference", "data", "finetune", "evaluate"}),
         )
     )
+    if at.folder != at.outer:  # a baseline trains on what its run has told of
+        return
     for client, report in things.left_out.items():
         at.record(ClientLeftOut(client, report))
     for client, records in distinct(things.reports).items():

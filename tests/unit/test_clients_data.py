@@ -131,7 +131,8 @@ def test_nothing_but_held_out_samples_is_blamed_on_the_share(atoll: Atoll, tiny:
 def test_records_left_out_are_in_the_record_the_card_and_what_is_shown(atoll: Atoll, tiny: str, mine: Path) -> None:
     with (mine / "north.jsonl").open("ab") as file:
         file.write(record(1, completion="") + record(2, prompt=" ") + record(3, completion=" "))
-    said = atoll("run", tiny, "--set", f"data.path={mine}", "--set", "finetune.rounds=1")
+    said = atoll("run", tiny, "--set", f"data.path={mine}", "--set", "finetune.rounds=1", "--set", "baselines=[pooled]")
+    assert said.err.count("of 43 records used") == 1
     assert "north: 40 of 43 records used: 2 no answer, first at north.jsonl:41; 1 no prompt" in said.err
     (event,) = (e for e in read_events(RunFolder(Path("runs/tiny-1")).record) if isinstance(e, RecordsLeftOut))
     assert (event.client, event.read, event.kept) == ("north", 43, 40)
