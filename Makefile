@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup quickstart test check docs bench clean
+.PHONY: setup quickstart demo-network test check docs bench clean
 
 setup: $(READY)
 
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: $(READY)
 	$(BIN)/atoll run quickstart
+
+demo-network: $(READY)
+	$(BIN)/python examples/network.py
 
 test: $(READY) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2  # models so small that a second thread only waits

@@ -161,10 +161,22 @@ def clients(plan: Plan, assembly: Assembly, folder: RunFolder) -> Callable[[str]
     return client
 
 
-def rebuild(tree: Tree, folder: RunFolder) -> Callable[[str], Client]:
+@dataclass(frozen=True)
+class Rebuild:
     """`clients` from nothing but the plan's tree: what a worker process does."""
-    plan = build(validate(tree, str(folder.recipe)), tree)
-    return clients(plan, assemble(plan), folder)
+
+    tree: Tree
+    folder: RunFolder
+
+    @property
+    def run(self) -> str:
+        """Names the run among all there are, on this machine and others."""
+        return self.folder.id
+
+    def __call__(self) -> Callable[[str], Client]:
+        """Loads model and data."""
+        plan = build(validate(self.tree, str(self.folder.recipe)), self.tree)
+        return clients(plan, assemble(plan), self.folder)
 
 
 def pooled(data: Mapping[str, ClientData]) -> ClientData:

@@ -11,7 +11,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import torch
 
@@ -19,6 +20,7 @@ from atoll import parts, wire
 from atoll.aggregate.base import Aggregator
 from atoll.aggregate.mean import share
 from atoll.errors import AtollError, closest, placed
+from atoll.fleet.inprocess import Elsewhere, MakeFleet
 from atoll.local.corrections import Correction
 from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.local.work import BindObjective
@@ -34,9 +36,6 @@ from atoll.stream import Stream
 from atoll.transforms.chain import Chain
 from atoll.transforms.noise import GaussianNoise
 from atoll.transforms.residual import ErrorFeedback
-
-if TYPE_CHECKING:
-    from atoll.fleet.inprocess import MakeFleet
 
 POOLED = "pooled"
 """The client of a pooled run: it holds everybody's samples."""
@@ -105,10 +104,11 @@ class Plan:
         return self.rounds.schedule.law.answers(len(self.trainers))
 
 
-def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
+def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: Mapping[str, Any] | None = None) -> Plan:
     """Makes every part, checks that they go together, and finds out what will train and travel.
 
-    `left_out` are clients that turned out to have no usable data: the plan is checked again without them.
+    `left_out` are clients that turned out to have no usable data: the plan is checked again without them. `sources` stand
+    in the place of the recipe's data: at a site, which has its own.
 
     Raises:
         AtollError: a part is unknown or called wrongly, or the parts cannot work together.
@@ -124,7 +124,12 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
     schedule: Schedule = make("schedule", stage.schedule)
     aggregate: Aggregator = make("aggregate", stage.aggregate)
     outer: Outer = make("outer", stage.outer)
-    sources = {name: s for name, s in sources_of(recipe).items() if name not in left_out}
+    digest = plan_hash(tree)
+    fleet: MakeFleet = parts.make("fleet", recipe.fleet, "fleet")
+    if sources is None:
+        sources = clients_elsewhere(recipe, tree, fleet) if isinstance(fleet, Elsewhere) else sources_of(recipe)
+    unwilling = {name: why for name, why in sources.items() if isinstance(why, str)}
+    sources = {name: source for name, source in sources.items() if name not in {*left_out, *unwilling}}
     sampled = population(recipe, list(sources))
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
@@ -138,7 +143,6 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
     with placed("model"):
         shapes = None if model.own_factory else shapes_of_model(model.name)
     refuse_context(stage.context, shapes)
-    digest = plan_hash(tree)
     streams = (
         Stream(up=up, down=down, aggregate=aggregate, outer=outer),
         *extra_streams(correction, size),
@@ -154,12 +158,25 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = ()) -> Plan:
         optimizer=make("optimizer", stage.optimizer),
         rate=make("rate", stage.rate),
         correction=correction,
-        fleet=parts.make("fleet", recipe.fleet, "fleet"),
+        fleet=fleet,
         sources=sources,
         shapes=shapes,
         trains=space.plan(shapes) if shapes else None,
-        warnings=tuple(warnings(up, outer, schedule, space, size)),
+        warnings=(
+            *warnings(up, outer, schedule, space, size),
+            *(f"without {n}: {why}" for n, why in unwilling.items()),
+        ),
     )
+
+
+def clients_elsewhere(recipe: Recipe, tree: Tree, fleet: Elsewhere) -> Mapping[str, Any]:
+    """The clients on machines of their own that are ready for the plan, or why not. What they hold stays there."""
+    if recipe.baselines:
+        raise AtollError(
+            "no baselines over a network", where="baselines", found=recipe.baselines, allowed="[]",
+            remedy="data stay where they are: pool a sample of your own, or simulate, to measure them",
+        )  # fmt: skip
+    return fleet.prepare(plan_hash(tree), tree)
 
 
 def sources_of(recipe: Recipe) -> dict[str, Any]:
@@ -217,12 +234,18 @@ def extra_streams(correction: Correction, population: int) -> tuple[Stream, ...]
     return tuple(replace(stream, aggregate=share(population)) for stream in correction.streams)
 
 
+LONGEST_NAME = 200
+"""Bytes of a client's name as a file's name."""
+
+
 def refuse_names(clients: Sequence[str]) -> None:
     """The name of the pooled client is taken: a client of that name would be handed everybody's samples."""
-    if POOLED in clients:
-        raise AtollError(
-            "a client may not be called so", where="data", found=POOLED, remedy="rename its folder or file"
-        )
+    for name in clients:
+        if name == POOLED or len(quote(name, safe="")) > LONGEST_NAME:
+            raise AtollError(
+                "a client may not be called so", where="data", found=name,
+                allowed=f"at most {LONGEST_NAME} bytes, and not '{POOLED}'", remedy="rename its folder or file",
+            )  # fmt: skip
 
 
 def refuse_correction(recipe: Recipe, correction: Correction) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from atoll.commands import learn, look, use, work
+from atoll.commands import learn, look, network, use, work
 from atoll.commands.output import Crashed, mendable, write_traceback
 from atoll.errors import AtollError, Interrupted
 
@@ -44,8 +44,14 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         work.sweep,
         "atoll sweep quickstart --method methods/fedavg-lora --grid finetune.optimizer.lr=1e-3,3e-3 --trials 2",
     ),
+    "server": (network.server, "atoll server --listen 0.0.0.0:8000 --certs certs/server"),
+    "join": (network.join, "atoll join server.example:8000 --data ./data --certs ./clinic --policy policy.yaml"),
+    "clients": (network.clients, "atoll clients server.example:8000"),
 }
 """Name -> the command, and an example for its help."""
+
+GROUPS = {"certs": network.certs, "audit": network.audit}
+"""Commands that have commands of their own."""
 
 
 def _version(wanted: bool) -> None:
@@ -68,6 +74,8 @@ def make_app() -> typer.Typer:
     app.callback()(options)
     for name, (command, example) in COMMANDS.items():
         app.command(name, epilog=f"Example: {example}")(command)
+    for name, group in GROUPS.items():
+        app.add_typer(group, name=name)
     return app
 
 

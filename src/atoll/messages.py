@@ -70,6 +70,15 @@ def unpack_task(data: Buffer, broadcast: Broadcast) -> Task:
         raise ValueError(f"not a task: {error}") from error
 
 
+def task_id(data: Buffer) -> str:
+    """The id of a packed task. Raises ValueError for what is none."""
+    head, _ = _head(data)
+    try:
+        return unpack_task(data, Broadcast(head["round"], {})).id
+    except WRONG as error:
+        raise ValueError(f"not a task: {error}") from error
+
+
 def pack_event(event: Event) -> list[Buffer]:
     """A reply, or word that none will come."""
     if isinstance(event, Dropped):

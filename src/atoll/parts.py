@@ -70,6 +70,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "inprocess": "atoll.fleet.inprocess:inprocess",
         "processes": "atoll.fleet.processes:processes",
         "faults": "atoll.fleet.faults:faults",
+        "flower": "atoll.fleet.flower.fleet:flower",
     },
     "sink": {"tensorboard": "atoll.record.sinks:tensorboard"},
 }

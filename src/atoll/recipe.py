@@ -10,6 +10,7 @@ since the old one's arguments mean nothing to it; lists are replaced as a whole.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -202,7 +203,8 @@ def _inside(path: str, outer: str) -> bool:
 def resolve(name_or_path: str) -> Tree:
     """The tree of a recipe over everything it extends."""
     path = locate(name_or_path)
-    tree, chain = load(path), {path.resolve(): name_or_path}
+    tree: Tree = rooted(load(path), path.parent)
+    chain = {path.resolve(): name_or_path}
     while base := tree.pop("extends", None):
         if not isinstance(base, str):
             found = f"{[*chain.values()][-1]}: extends"
@@ -212,7 +214,18 @@ def resolve(name_or_path: str) -> Tree:
             circle = " -> ".join([*chain.values(), base])
             raise AtollError("recipes extend each other in a circle", where=name_or_path, found=circle)
         chain[path.resolve()] = base
-        tree = merge(load(path), tree)
+        tree = merge(rooted(load(path), path.parent), tree)
+    return tree
+
+
+def rooted(tree: Any, folder: Path) -> Any:
+    """Paths that begin with `./` or `../` are read from the recipe's folder, wherever one stands; `extends` is already."""
+    if isinstance(tree, dict):
+        return {key: value if key == "extends" else rooted(value, folder) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [rooted(value, folder) for value in tree]
+    if isinstance(tree, str) and tree.startswith(("./", "../")):
+        return os.path.normpath(folder.absolute() / tree)
     return tree
 
 

@@ -40,9 +40,9 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
     >>> plan("quickstart", ["finetune.rounds=2"]).recipe.finetune.rounds
     2
     """
-    read = recipe.read(name_or_path, settings)
+    written, tree = recipe.read(name_or_path, settings)
     with recipe.blamed(str(name_or_path), settings), quiet_libraries():
-        ready = build(*read)
+        ready = build(*starting_from(written, tree))
         refuse_start(ready)
         check_data(ready)
     return ready
@@ -52,6 +52,15 @@ def plan_again(folder: RunFolder) -> Plan:
     """The plan of a run that is there. What it started `from` lies in its checkpoint, and may be gone."""
     with quiet_libraries():
         return build(*recipe.read(folder.recipe))
+
+
+def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> tuple[recipe.Recipe, recipe.Tree]:
+    """The recipe with the run that it starts `from` by its path: `latest` is another one as soon as this run is there."""
+    if written.start is None:
+        return written, tree
+    with placed("from"):
+        path = str(find(written.start).path.absolute())
+    return written.model_copy(update={"start": path}), {**tree, "from": path}
 
 
 def refuse_start(ready: Plan) -> None:
@@ -145,15 +154,17 @@ def execute(
     ready: Plan, folder: RunFolder, sinks: Sequence[Sink] = (), say: Say = quiet, report: Report = unwatched
 ) -> RunFolder:
     """The run itself, then its baselines, the adapter and the card. Each is skipped if it is there."""
-    with folder.locked(), folder.disk_errors(), quiet_libraries():
+    with folder.outermost.locked(), folder.disk_errors(), quiet_libraries():
         things = assemble(ready, say, report)
         ready = build(ready.recipe, ready.tree, left_out=things.left_out)
-        list(baselines(ready, ready.recipe.finetune.rounds))  # what they cannot do is found before hours of training
+        list(
+            baselines(ready, things, ready.recipe.finetune.rounds)
+        )  # what they cannot do is found before hours of training
         state = run_stage(ready, things, folder, folder, sinks)
         save_adapter(ready, things, state.params[UPDATE], folder)
         if story := read_story(folder):
             remember_speed(ready, story, folder.name)
-        for name, variant in baselines(ready, state.round):
+        for name, variant in baselines(ready, things, state.round):
             say(f"baseline {name}")
             inner = folder.baseline(name)
             inner.path.mkdir(parents=True, exist_ok=True)
@@ -164,13 +175,19 @@ def execute(
     return folder
 
 
-def baselines(ready: Plan, rounds: int) -> Iterator[tuple[str, Plan]]:
-    """What the federated result is measured against: the same work by one client alone, or on everybody's data pooled."""
-    work = ready.recipe.finetune
+def baselines(ready: Plan, things: Assembly, rounds: int) -> Iterator[tuple[str, Plan]]:
+    """What the federated result is measured against: one client alone, or everybody's data pooled.
+
+    One client does its own steps in every round; the pooled one does those of a round's whole cohort.
+    """
+    steps = [things.local.steps(len(things.data[name].train)) for name in ready.trainers if name in things.data]
     for name in baseline_names(ready):
         if name == POOLED:
-            steps = None if work.local_steps is None else round(work.local_steps * ready.cohort)
-            yield name, variant(ready, {"population": POOLED, "local_steps": steps, "rounds": rounds})
+            all_steps = round(ready.cohort * sum(steps) / len(steps))
+            yield (
+                name,
+                variant(ready, {"population": POOLED, "local_steps": all_steps, "epochs": None, "rounds": rounds}),
+            )
         else:
             yield name, variant(ready, {"population": [name.removeprefix(LOCAL)], "rounds": rounds})
 

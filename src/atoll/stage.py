@@ -218,7 +218,7 @@ def due(ready: Plan, round: int) -> bool:
 
 
 def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progress:
-    """Evaluates, and notes whether it got better. Only evaluations between rounds, all on the same samples, are compared."""
+    """Evaluates, and notes whether it got better. Compared are evaluations between rounds, on the same samples of all."""
     wanted = at.ready.recipe.evaluate
     held_out = [name for name, data in at.things.data.items() if len(data.test)]
     samples = wanted.final_samples if final else wanted.samples
@@ -226,7 +226,7 @@ def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progres
         return progress
     heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
     at.record(heard)
-    if final or math.isnan(heard.mean):
+    if final or math.isnan(heard.mean) or len(heard.clients) < len(held_out):
         return progress
     if heard.mean < progress.best - wanted.min_delta:
         return replace(progress, best=heard.mean, without_better=0)

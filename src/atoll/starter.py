@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from atoll.cache import write_file
@@ -58,7 +59,7 @@ def write_starter(path: Path, data: Path | None) -> Path:
         raise AtollError("a recipe's name ends in .yaml", found=file, remedy=f"`atoll init {file}.yaml`")
     if file.exists():
         raise AtollError("the file is there already", where=str(file), remedy="choose another name, or remove it")
-    section = OWN_PATHS if data is None else _found(data)
+    section = OWN_PATHS if data is None else _found(data, file.absolute().parent)
     write_file(file.absolute(), TEMPLATE.format(file=file, name=_name(file), data=section).encode())
     return file
 
@@ -68,7 +69,8 @@ def _name(file: Path) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in file.stem).strip("-")[:100] or "run"
 
 
-def _found(data: Path) -> str:
+def _found(data: Path, folder: Path) -> str:
+    """The section for the clients in `data`; a relative path as from the recipe's `folder`, where recipes are read from."""
     from atoll.data.sources import folders
 
     if data.is_file():
@@ -81,4 +83,5 @@ def _found(data: Path) -> str:
         raise AtollError("there is no such folder", where=f"--data {data}", remedy=remedy)
     with placed("--data"):
         clients = ", ".join(folders(str(data)))
-    return f"data: {{use: folders, path: {json.dumps(str(data))}, held_out: 0.1}}\n# one client each: {clients}"
+    written = str(data) if data.is_absolute() else f"./{os.path.relpath(data, folder)}"
+    return f"data: {{use: folders, path: {json.dumps(written)}, held_out: 0.1}}\n# one client each: {clients}"

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-GUIDES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+NETWORK = ROOT / "docs" / "how-to" / "network.md"
+"""Its commands are processes that talk to each other: tests/network runs them."""
+
+GUIDES = [ROOT / "docs" / "tutorial.md", *sorted({*(ROOT / "docs" / "how-to").glob("*.md")} - {NETWORK})]
 """Pages whose command lines run, too."""
 PAGES = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
     ROOT / "docs" / "index.md",
     *GUIDES,
+    NETWORK,
 ]
 
 _FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)

@@ -9,7 +9,7 @@ import pytest
 import typer.main
 from pages import PAGES, ROOT, blocks, inline_commands, lines, name
 
-from atoll.cli import COMMANDS, make_app
+from atoll.cli import COMMANDS, GROUPS, make_app
 
 CLI = typer.main.get_command(make_app())
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -19,8 +19,11 @@ ALSO = {"pip", "pre-commit", "source"}
 
 def parse(words: list[str], whole: bool = True) -> None:
     """Raises a usage error for what the program would refuse. In running text the arguments may be left out."""
-    assert words[0] in COMMANDS, f"no command '{words[0]}'"
+    assert words[0] in {*COMMANDS, *GROUPS}, f"no command '{words[0]}'"
     command = CLI.commands[words[0]]
+    if words[0] in GROUPS and len(words) > 1:
+        assert words[1] in command.commands, f"no command '{words[0]} {words[1]}'"
+        command, words = command.commands[words[1]], words[1:]
     if "--help" not in words:
         command.make_context(words[0], words[1:], resilient_parsing=not whole)
     known = {option for parameter in command.params for option in parameter.opts} | {"--help"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pages import GUIDES, PAGES, ROOT, Block, blocks, lines, name
 
-from atoll import parts, recipe, run
+from atoll import parts, policy, recipe, run
 from atoll.cli import call
 from atoll.transforms.chain import Chain
 
@@ -25,7 +25,9 @@ def follow(block: Block, page: Path, namespace: dict[str, object]) -> None:
     if block.title:
         Path(block.title).parent.mkdir(parents=True, exist_ok=True)
         Path(block.title).write_text(block.text, encoding="utf-8")
-        if block.title.endswith(".yaml"):
+        if block.title == "policy.yaml":
+            assert policy.read(Path(block.title)) != policy.Policy()
+        elif block.title.endswith(".yaml"):
             builds(block.title)
     elif block.language == "python":
         exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)

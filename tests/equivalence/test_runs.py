@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from atoll import run
+from atoll.assemble import assemble
 from atoll.build import POOLED
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError, Interrupted
@@ -198,7 +200,23 @@ def test_scaffolds_variate_moves_by_the_share_of_clients_that_answer(schedule, s
     plan = run.plan(str(path), [f"finetune.{one}" for one in said])
     control = plan.rounds.streams[1]
     zero, one = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
-    assert float(control.outer.step({}, zero, one)[1]["w"]) == pytest.approx(share)
+    total = control.aggregate.init(zero)
+    for _ in range(round(3 * share)):
+        total = control.aggregate.add(total, one, {"all": 1.0})
+    update = control.aggregate.finish(total, lambda sums: sums)
+    assert float(control.outer.step({}, zero, update)[1]["w"]) == pytest.approx(round(3 * share) / 3)
+    assert not control.ages
+
+
+def test_the_pooled_client_does_the_steps_of_a_whole_cohort(tmp_path, sites):
+    path = tmp_path / "pooled.yaml"
+    path.write_text(RECIPE.format(data=sites))
+    said = ["baselines=[pooled]", "finetune.local_steps=null", "finetune.epochs=2"]
+    plan = run.plan(str(path), [*said, "finetune.schedule={use: synchronous, cohort: 1}"])
+    things = assemble(plan)
+    ((_, pooled),) = run.baselines(plan, things, 3)
+    each = [2 * math.ceil(len(data.train) / plan.recipe.finetune.batch_size) for data in things.data.values()]
+    assert pooled.recipe.finetune.local_steps == round(sum(each) / len(each))
 
 
 def test_staleness_counts_even_when_every_update_of_a_round_is_as_old(edge):

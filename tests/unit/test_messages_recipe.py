@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,26 @@ def test_libraries_warnings_of_the_future_are_not_shown(tiny: str, tmp_path: Pat
         env={"ATOLL_HOME": str(shared_home), "OMP_NUM_THREADS": "1", "PATH": ""},
     )  # fmt: skip
     assert "FutureWarning" not in said.stderr
+
+
+def test_a_path_in_a_recipe_is_read_from_the_recipes_folder(atoll: Atoll, sites: Path, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    shutil.copytree(sites, tmp_path / "study" / "sites")
+    assert atoll("init", "study/mine.yaml", "--data", "study/sites").status == 0
+    assert 'path: "./sites"' in (tmp_path / "study" / "mine.yaml").read_text()
+    plan = json.loads(atoll("plan", "study/mine.yaml", "--set", "model=tiny:llama", "--json").out)
+    assert list(plan["clients"]) == ["north", "south", "west"]
+    (tmp_path / "study" / "deep").mkdir()
+    (tmp_path / "study" / "deep" / "more.yaml").write_text("extends: ../mine.yaml\nname: more\nseed: 3\n")
+    again = json.loads(atoll("plan", "study/deep/more.yaml", "--set", "model=tiny:llama", "--json").out)
+    assert again["clients"] == plan["clients"]
+
+
+def test_a_run_that_starts_from_the_latest_does_not_start_from_itself(atoll: Atoll, tiny: str) -> None:
+    assert atoll("run", tiny).status == 0
+    assert atoll("run", tiny, "--set", "from=latest").status == 0
+
+
+def test_a_clients_name_that_no_file_can_have_is_refused(atoll: Atoll, tiny: str, sites: Path) -> None:
+    text = json.dumps({"x" * 300: str(sites / "north.jsonl")})
+    refused(atoll("plan", tiny, "--set", f"data={{use: clients, paths: {text}}}"), "may not be called so", "rename")

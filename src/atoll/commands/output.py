@@ -28,6 +28,10 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped rec
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting over the recipe; may be repeated.")
 ]
+Fleet = Annotated[
+    str | None, typer.Option("--fleet", metavar="HOST:PORT", help="Run at the sites that have joined this server.")
+]
+Certs = Annotated[str, typer.Option("--certs", help="The operator's keys, for --fleet.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable, and nothing else on stdout.")]
 
 

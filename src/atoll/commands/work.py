@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atoll.commands.output import AsJson, RecipeName, RunName, Settings, interruptible, say, show, show_json
+from atoll.commands.output import (
+    AsJson,
+    Certs,
+    Fleet,
+    RecipeName,
+    RunName,
+    Settings,
+    interruptible,
+    say,
+    show,
+    show_json,
+)
 from atoll.errors import AtollError, Interrupted
 
 if TYPE_CHECKING:
@@ -14,12 +27,18 @@ if TYPE_CHECKING:
     from atoll.record.folder import RunFolder
 
 
-def run(recipe: RecipeName, settings: Settings = None, as_json: AsJson = False) -> None:
+def run(
+    recipe: RecipeName,
+    settings: Settings = None,
+    fleet: Fleet = None,
+    certs: Certs = "certs/operator",
+    as_json: AsJson = False,
+) -> None:
     """Run a recipe: rounds, evaluation, baselines, adapter and card."""
     say(f"planning {recipe}")
     from atoll.run import begun, plan
 
-    ready = plan(recipe, settings or ())
+    ready = plan(recipe, [*at_sites(fleet, certs), *(settings or ())])
     with begun(ready) as folder:
         work_on(ready, folder, new=True)
     from atoll.commands.ending import conclude
@@ -55,13 +74,30 @@ def work_on(ready: Plan, folder: RunFolder, new: bool) -> None:
         execute(ready, folder, [shown.event], shown.say, shown.report)
 
 
-def plan(recipe: RecipeName, settings: Settings = None, as_json: AsJson = False) -> None:
+def at_sites(server: str | None, certs: str) -> list[str]:
+    """The settings that `--fleet` stands for. Baselines need everybody's data in one place."""
+    if server is None:
+        return []
+    from atoll.commands.network import address
+
+    address(server)
+    where = {"use": "flower", "server": server, "keys": str(Path(certs).absolute())}
+    return [f"fleet={json.dumps(where)}", "baselines=[]"]
+
+
+def plan(
+    recipe: RecipeName,
+    settings: Settings = None,
+    fleet: Fleet = None,
+    certs: Certs = "certs/operator",
+    as_json: AsJson = False,
+) -> None:
     """Say what a recipe would do: what trains, what travels, bytes, memory, time. Runs nothing."""
     from atoll.commands.planned import beyond_memory, table
     from atoll.estimate import as_data
     from atoll.run import plan
 
-    ready = plan(recipe, settings or ())
+    ready = plan(recipe, [*at_sites(fleet, certs), *(settings or ())])
     data = as_data(ready)
     data["warnings"] += beyond_memory(ready)
     if as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from annotated_types import Ge
 
@@ -63,8 +63,22 @@ class InProcess:
         """Holds nothing."""
 
 
-Rebuild = Callable[[], Callable[[str], Client]]
-"""Makes the makers of clients anew, from the plan: for fleets whose clients live elsewhere. Picklable."""
+class Rebuild(Protocol):
+    """Makes the maker of clients anew, from the plan: for fleets whose clients live elsewhere. Picklable."""
+
+    @property
+    def tree(self) -> Mapping[str, Any]:
+        """The plan as the recipe says it."""
+        ...
+
+    @property
+    def run(self) -> str:
+        """Names the run, or the baseline, among all there are."""
+        ...
+
+    def __call__(self) -> Callable[[str], Client]:
+        """What `client` is in this process."""
+        ...
 
 
 class MakeFleet(Protocol):
@@ -72,6 +86,15 @@ class MakeFleet(Protocol):
 
     def __call__(self, names: Sequence[str], client: Callable[[str], Client], rebuild: Rebuild, clock: float) -> Fleet:
         """`clock` is where virtual time goes on, for a run that is resumed."""
+        ...
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """What a recipe's `fleet` is beside that, where clients have machines and data of their own."""
+
+    def prepare(self, plan: str, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Has them get ready for a plan: each with what a plan may know of its data, or why it will not take part."""
         ...
 
 

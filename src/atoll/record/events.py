@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -136,12 +137,14 @@ class Record:
         self.path, self.sinks = path, tuple(sinks)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            file.truncate(keep_bytes)
+            file.truncate(min(keep_bytes, file.tell()))  # a power cut may have taken the end of it
 
     @property
     def position(self) -> int:
-        """Bytes written so far; a checkpoint keeps it."""
-        return self.path.stat().st_size
+        """Bytes written so far, and on disk; a checkpoint keeps it."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def __call__(self, event: Event) -> None:
         """Writes an event."""
@@ -179,8 +182,17 @@ def _event(line: bytes) -> Event:
     data = json.loads(line)
     kind = _KINDS[data.pop("event")]
     data.pop("time")
-    event: Event = kind(**{name: math.nan if value is None else value for name, value in data.items()})
+    event: Event = kind(**(data if kind is RunStarted else _with_nan(data)))  # a recipe may say null
     return event
+
+
+def _with_nan(value: Any) -> Any:
+    """Back from `_without_nan`."""
+    if isinstance(value, dict):
+        return {name: _with_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value
 
 
 def _without_nan(value: Any) -> Any:

@@ -15,10 +15,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 
 from atoll.errors import AtollError, closest
@@ -35,6 +38,14 @@ class RunFolder:
         """`quickstart-1`, or `quickstart-1/local-clinic` for a baseline's."""
         inside = self.path.parent.name == "baselines"
         return f"{self.path.parent.parent.name}/{self.path.name}" if inside else self.path.name
+
+    @property
+    def id(self) -> str:
+        """Names this run among all there are, for clients on other machines. Drawn when it is first asked for."""
+        path = self.path / "id"
+        if not path.exists():
+            path.write_text(secrets.token_hex(8))
+        return path.read_text()
 
     @property
     def recipe(self) -> Path:
@@ -69,21 +80,27 @@ class RunFolder:
         """The run of a baseline."""
         return RunFolder(self.path / "baselines" / quote(name, safe=""))
 
+    @property
+    def outermost(self) -> RunFolder:
+        """The run that this baseline belongs to, or this run."""
+        return RunFolder(self.path.parent.parent) if self.path.parent.name == "baselines" else self
+
     def baselines(self) -> list[RunFolder]:
         """The baselines that have a record."""
         return [RunFolder(p.parent) for p in sorted(self.path.glob("baselines/*/record.jsonl"))]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time works on a run; the lock goes with the process, however it ends."""
+        """One process at a time works on a run; the lock goes with the process, however it ends.
+
+        What a process that was killed had half written is removed.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise AtollError(
-                    "the run is running already", where=str(self.path), remedy=f"`atoll stop {self.name}`"
-                ) from error
+            if not any(_held(file, fcntl.LOCK_EX) for _ in range(5)):
+                raise AtollError("the run is running already", where=str(self.path), remedy=f"`atoll stop {self.name}`")
+            for unfinished in self.path.rglob("*.partial"):
+                unfinished.unlink()
             yield
 
     @contextmanager
@@ -106,11 +123,7 @@ class RunFolder:
         if not lock.exists():
             return False
         with lock.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-            return False
+            return not _held(file, fcntl.LOCK_SH)
 
     def ask_to_stop(self) -> None:
         """The run ends after the round it is in."""
@@ -123,6 +136,16 @@ class RunFolder:
         except FileNotFoundError:
             return False
         return True
+
+
+def _held(file: IO[str], how: int) -> bool:
+    """Tries to lock; who only looks whether a run is running holds the lock for a moment."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError:
+        time.sleep(0.05)
+        return False
+    return True
 
 
 def root() -> Path:

@@ -1,0 +1,303 @@
+"""The Flower fleet: tasks go to sites as messages, replies come back in whatever order.
+
+Flower delivers a message at most once, and tells nobody of one that was lost on the way. So a site that has not answered
+for a while is asked about its task: it answers with the reply (which it keeps), says that it is still at work, or does not
+know the task, which is then sent again. However often a task or a reply travels, it counts once: by its id.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atoll import messages
+from atoll.cache import home
+from atoll.data.sources import ClientData
+from atoll.errors import AtollError
+from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
+from atoll.fleet.flower import quiet
+from atoll.fleet.flower.talk import envelope, opened
+from atoll.fleet.inprocess import Rebuild
+from atoll.params import Params
+
+if TYPE_CHECKING:
+    from atoll.fleet.flower.link import Part
+    from atoll.fleet.flower.operator import Operator
+
+POLL = 0.02
+"""Seconds between two looks for answers."""
+
+ASK = 20.0
+"""Seconds after which a site that has not answered is asked about its task."""
+
+PREPARE = 900.0
+"""Seconds that sites have to get ready for a plan: the first time they fetch and convert the model."""
+
+
+@dataclass
+class Federation:
+    """A connection to a server, made when it is first needed and shared by all stages of a run."""
+
+    server: str
+    keys: Path
+    prepared: dict[str, dict[str, ClientData | str]] = field(default_factory=dict)
+    """Plan -> what the sites answered."""
+
+    @cached_property
+    def operator(self) -> Operator:
+        """Raises AtollError where no server answers, or does not let us in."""
+        quiet(home() / "flower")
+        from atoll.fleet.flower.link import LIMIT_BYTES
+        from atoll.fleet.flower.operator import Operator
+
+        return Operator(self.server, self.keys, LIMIT_BYTES)
+
+    def hello(self, wait: float = 10.0) -> dict[str, dict[str, Any]]:
+        """What everybody who is there says of itself."""
+        heard = self._everyone(lambda name: envelope("hello"), wait)
+        return {name: said if isinstance(said, dict) else {"silent": said} for name, said in heard.items()}
+
+    def members(self) -> list[dict[str, Any]]:
+        """Everybody who is enrolled, by name: whether they are there, when they were last heard of, what they say."""
+        said = self.hello()
+        return [one | {"said": said.get(one["name"], {})} for one in self.operator.members()]
+
+    def prepare(self, plan: str, tree: Mapping[str, Any]) -> dict[str, ClientData | str]:
+        """Has all sites get ready for a plan.
+
+        Those that are come with the numbers of their samples in the place of them, the others with the reason.
+
+        Raises:
+            AtollError: nobody is there, or nobody is willing.
+        """
+        if plan in self.prepared:
+            return self.prepared[plan]
+        names = list(self.operator.sites())
+        if not names:
+            raise AtollError(
+                "no site is there", where=self.server, remedy="sites come by `atoll join`; see `atoll clients`"
+            )
+        heard = self._everyone(lambda name: envelope("plan", tree=tree, client=name, clients=names), PREPARE)
+        answers = {name: counted(said) for name, said in sorted(heard.items())}
+        if all(isinstance(answer, str) for answer in answers.values()):
+            raise AtollError(
+                "no site is willing to do this plan", where=self.server,
+                found="; ".join(f"{name}: {why}" for name, why in answers.items()),
+                remedy="change the plan, or ask the site's owner to change the policy",
+            )  # fmt: skip
+        self.prepared[plan] = answers
+        return answers
+
+    def _everyone(self, message: Callable[[str], Any], wait: float) -> dict[str, dict[str, Any] | str]:
+        """Asks every site that is there; its envelope, or why there is none."""
+        from atoll.fleet.flower.link import Gone, Received, part
+
+        asked: dict[str, str] = {}
+        heard: dict[str, dict[str, Any] | str] = {}
+        for name, node in self.operator.sites().items():
+            try:
+                asked[self.operator.send(node, [part(message(name))])] = name
+            except Gone as error:
+                heard[name] = str(error)
+        end = time.monotonic() + wait
+        while asked and time.monotonic() < end:
+            for answer in self.operator.answers(asked):
+                name = asked.pop(answer.answers)
+                try:
+                    heard[name] = opened(answer.parts) if isinstance(answer, Received) else answer.reason
+                except ValueError as error:
+                    heard[name] = str(error)
+            time.sleep(POLL)
+        return heard | dict.fromkeys(asked.values(), f"no answer in {wait:g} s")
+
+    def close(self) -> None:
+        """Ends the run at the server, if there is one."""
+        if "operator" in self.__dict__:
+            self.operator.close()
+            del self.__dict__["operator"]
+
+
+def counted(said: dict[str, Any] | str) -> ClientData | str:
+    """A site's answer to a plan: how many samples it has, or why it will not take part."""
+    if isinstance(said, dict) and said["kind"] == "ready":
+        return ClientData(range(int(said["train"])), range(int(said["test"])))
+    return said if isinstance(said, str) else str(said.get("reason"))
+
+
+@dataclass
+class Flower:
+    """See the module's text."""
+
+    federation: Federation
+    names: Sequence[str]
+    run: str
+    """Names the run to sites: they keep a client's state for each."""
+    ordered: bool = False
+    """Whether answers are handed out in the order in which tasks were sent."""
+    _out: dict[str, Task] = field(default_factory=dict)
+    """Messages that are not answered, by name, and the tasks they are about."""
+    _ask_at: dict[str, float] = field(default_factory=dict)
+    """When to ask about a task that is not answered, by its id."""
+    _order: dict[str, None] = field(default_factory=dict)
+    """Ids of the tasks whose answer nobody has had yet, in the order in which they were sent."""
+    _tasks: dict[str, Task] = field(default_factory=dict)
+    """Tasks that are not settled, by id."""
+    _answers: dict[str, Event] = field(default_factory=dict)
+    """By the id of the task."""
+    _last: tuple[Broadcast, Part] | None = None
+
+    def clients(self) -> list[str]:
+        """Those who are there now."""
+        there = self.federation.operator.sites()
+        return [name for name in self.names if name in there]
+
+    def lanes(self) -> int:
+        """Every site has its own."""
+        return len(self.names)
+
+    def now(self) -> float:
+        """The time of day."""
+        return time.time()
+
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """See `Fleet`. A site that has left in the meantime drops out."""
+        there = self.federation.operator.sites()
+        for task in tasks:
+            self._tasks[task.id] = task
+            self._order[task.id] = None
+            self._send(task, there.get(task.client), full=True)
+
+    def receive(self, tasks: Collection[str]) -> Event:
+        """See `Fleet`."""
+        while True:
+            wanted = [id for id in self._order if id in tasks]
+            for id in wanted[:1] if self.ordered else wanted:
+                if id in self._answers:
+                    del self._order[id]
+                    return self._answers.pop(id)
+            self._hear()
+            self._ask()
+            time.sleep(POLL)
+
+    def reduce(self, total: Params) -> Params:
+        """One server hears everybody."""
+        return total
+
+    def close(self) -> None:
+        """Nothing: other stages of the run may go on with the connection."""
+
+    def _send(self, task: Task, node: int | None, full: bool) -> None:
+        """A task with its broadcast, or the question what became of it."""
+        from atoll.fleet.flower.link import Gone, part
+
+        if node is None:
+            return self._settle(task, Dropped(task.client, task.id, "the site is not there"))
+        if full:
+            head = envelope("task", run=self.run, plan=task.plan)
+            parts = [part(head), self._broadcast(task.broadcast), part(messages.pack_task(task))]
+        else:
+            parts = [part(envelope("ask", run=self.run, task=task.id))]
+        try:
+            self._out[self.federation.operator.send(node, parts)] = task
+            self._ask_at[task.id] = time.monotonic() + ASK
+        except Gone as error:
+            self._settle(task, Dropped(task.client, task.id, str(error)))
+
+    def _settle(self, task: Task, event: Event) -> None:
+        """A task is answered; whatever else is out about it does not matter any more."""
+        self._answers[task.id] = event
+        self._ask_at.pop(task.id, None)
+        self._tasks.pop(task.id, None)
+        self._out = {name: other for name, other in self._out.items() if other.id != task.id}
+
+    def _broadcast(self, broadcast: Broadcast) -> Part:
+        """Cut and named once for all who get it."""
+        from atoll.fleet.flower.link import part
+
+        if self._last is None or self._last[0] is not broadcast:
+            self._last = (broadcast, part(messages.pack_broadcast(broadcast)))
+        return self._last[1]
+
+    def _hear(self) -> None:
+        """Takes in what has come."""
+        from atoll.fleet.flower.link import Received
+
+        for answer in list(self.federation.operator.answers(self._out)) if self._out else ():
+            if (task := self._out.pop(answer.answers, None)) is None:
+                continue  # a second answer to a task that is settled
+            if not isinstance(answer, Received):
+                self._settle(task, Dropped(task.client, task.id, answer.reason))
+            else:
+                self._read(task, answer.parts)
+
+    def _read(self, task: Task, parts: Sequence[bytearray]) -> None:
+        """What a site's message says of a task."""
+        refuse = partial(Reply, task.id, task.client, task.plan, task.broadcast.round)
+        try:
+            head = opened(parts)
+            if head["kind"] == "event":
+                self._settle(task, messages.unpack_event(parts[1]))
+            elif head["kind"] == "refused":
+                self._settle(task, refuse(refusal=str(head.get("reason"))))
+            elif head["kind"] == "unknown":
+                self._send(task, self.federation.operator.sites().get(task.client), full=True)
+        except (ValueError, LookupError) as error:
+            self._settle(task, refuse(refusal=f"an answer that cannot be read: {error}"))
+
+    def _ask(self) -> None:
+        """Asks those who have been silent for long."""
+        late = {id for id, at in self._ask_at.items() if time.monotonic() > at}
+        if not late:
+            return
+        there = self.federation.operator.sites()
+        for task in [self._tasks[id] for id in late]:
+            self._send(task, there.get(task.client), full=False)
+
+
+def hardware() -> dict[str, Any]:
+    """What a machine has."""
+    return {"cores": os.cpu_count(), "machine": platform.machine(), "system": platform.system()}
+
+
+@dataclass(frozen=True)
+class OverNetwork:
+    """See `flower`."""
+
+    server: str
+    keys: str
+    ordered: bool
+
+    def prepare(self, plan: str, tree: Mapping[str, Any]) -> Mapping[str, ClientData | str]:
+        """Has the sites get ready; see `Federation.prepare`."""
+        return federation(self.server, self.keys).prepare(plan, tree)
+
+    def __call__(self, names: Sequence[str], client: object, rebuild: Rebuild, clock: float) -> Flower:
+        """The fleet of a stage: its clients are made by the sites, its clock is the time of day."""
+        return Flower(federation(self.server, self.keys), names, rebuild.run, self.ordered)
+
+
+@cache
+def federation(server: str, keys: str) -> Federation:
+    """One connection a server for this process; the run at the server ends with it."""
+    made = Federation(server, Path(keys).expanduser())
+    atexit.register(made.close)
+    return made
+
+
+def flower(server: str, keys: str = "certs/operator", ordered: bool = False) -> OverNetwork:
+    """Sites on machines of their own, which join a server by `atoll join`.
+
+    Args:
+        server: HOST:PORT of `atoll server`.
+        keys: the operator's folder that `atoll certs init` made.
+        ordered: add replies in the order in which clients were asked, as a simulation does: the same bits in every run, at
+            the cost of keeping early replies in memory.
+    """
+    return OverNetwork(server, keys, ordered)

@@ -1,0 +1,177 @@
+"""The server: Flower's SuperLink, with everything closed that Flower leaves open.
+
+Flower's own command authenticates sites and nobody else: whoever reaches the port may enrol a key of his own, start runs and
+take their work. Here the control API asks for the operator's token, work is given to its holder alone, large bodies are
+refused before they are read, and there are no pages about the API. Who may join is who lies in the folder `clients`, which
+is read every second: a file more enrols a site, a file less turns it away at once.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.common.constant import ACCESS_TOKEN_KEY, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
+from flwr.supercore.auth.typing import AccountInfo
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+
+from atoll.errors import AtollError
+from atoll.fleet.flower import certs
+from atoll.fleet.flower.link import CHUNK, Gone, Headers, retried, trust
+from atoll.fleet.flower.operator import executor_secret
+
+LARGEST_BODY = 2 * CHUNK
+OPEN_PATHS = ("/v1/fleet/", "/v1/control/", "/v1/runtime/", "/health")
+Say = Callable[[str], None]
+
+
+class TokenOnly(NoOpControlAuthnPlugin):
+    """Lets the holder of the operator's token use the control API, and nobody else."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def validate_tokens_in_metadata(self, metadata: Any) -> tuple[bool, AccountInfo | None]:
+        """Flower's question."""
+        given = str(dict(metadata).get(ACCESS_TOKEN_KEY, ""))
+        fits = hmac.compare_digest(given.encode(), self.token.encode())
+        return fits, AccountInfo(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME) if fits else None
+
+
+@dataclass
+class Front:
+    """Stands before Flower's app: only its APIs, and no body that is larger than a chunk can be."""
+
+    app: Any
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif not scope["path"].startswith(OPEN_PATHS):
+            await _refuse(send, 404)
+        elif scope["method"] == "POST" and not _fits(dict(scope["headers"]).get(b"content-length", b"")):
+            await _refuse(send, 413)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _fits(length: bytes) -> bool:
+    return length.isdigit() and int(length) <= LARGEST_BODY
+
+
+async def _refuse(send: Any, status: int) -> None:
+    headers = [(b"content-length", b"0"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def serve(folder: Path, host: str, port: int, say: Say) -> None:
+    """Runs the server until it is stopped. `folder` is the server's part of `atoll certs init`.
+
+    Raises:
+        AtollError: keys that are not there; an address that is taken.
+    """
+    token = certs.read(folder / "operator.token", "operator's token").strip()
+    for name, what in (("server.key", "key of the server"), ("server.pem", "certificate of the server")):
+        certs.read(folder / name, what)
+    app = Front(create_app(settings(token, host, port), SuperLinkLifespan))
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        ssl_certfile=folder / "server.pem",
+        ssl_keyfile=folder / "server.key",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,  # sites keep their connections open: without this it would wait for ever
+        timeout_keep_alive=75,
+    )
+    server = uvicorn.Server(config)
+    enrolment = Enrolment(folder / "clients", token.decode(), folder / "ca.pem", port, server, say)
+    threading.Thread(target=enrolment.watch, daemon=True).start()
+    try:
+        with suppress(KeyboardInterrupt):  # uvicorn has stopped, and passes the signal on
+            server.run()
+    except SystemExit as error:
+        raise AtollError("the server cannot start", where=f"{host}:{port}", remedy="is the port taken?") from error
+
+
+def settings(token: bytes, host: str, port: int) -> SuperLinkLifespanConfig:
+    """Flower's settings: keys for sites, a token for the operator, no code run, nothing installed, nothing reported."""
+    unset: dict[str, Any] = {one.name: None for one in fields(SuperLinkLifespanConfig)}
+    wanted = {
+        "control_address": "",
+        "host": host,
+        "port": port,
+        "insecure": False,
+        "superexec_auth_secret": executor_secret(token),
+        "authn_plugin": TokenOnly(token.decode()),
+        "enable_event_log": False,
+        "enable_supernode_auth": True,
+        "fleet_api_type": "grpc-rere",
+        "simulation": False,
+        "database": ":flwr-in-memory:",
+        "isolation": "process",
+        "runtime_dependency_install": False,
+    }
+    return SuperLinkLifespanConfig(**(unset | wanted))
+
+
+@dataclass
+class Enrolment:
+    """Keeps Flower's list of nodes what the folder says."""
+
+    folder: Path
+    token: str
+    authority: Path
+    port: int
+    server: uvicorn.Server
+    say: Say
+    _known: dict[str, int] = field(default_factory=dict)
+
+    def watch(self) -> None:
+        """Looks every second while the server lives."""
+        bearer = Headers(lambda: {"authorization": f"Bearer {self.token}"})
+        context = trust(self.authority)
+        context.check_hostname = False  # it is ourselves that we call, by whatever name the certificate has
+        control = ControlHttpClient(f"https://127.0.0.1:{self.port}", interceptors=[bearer], verify=context)
+        pause = threading.Event()
+        while not self.server.should_exit:
+            if self.server.started:
+                self.update(control)
+            pause.wait(0.2 if not self.server.started else 1.0)
+
+    def update(self, control: ControlHttpClient) -> None:
+        """Enrols files that are new, turns away sites whose file is gone."""
+        listed = {path.stem: path for path in sorted(self.folder.glob("*.pub"))}
+        for name in listed.keys() - self._known.keys():
+            try:
+                self._known[name] = self._enrol(control, name, listed[name])
+            except (Gone, ValueError) as error:
+                self._known[name] = 0
+                self.say(f"{name} is not enrolled: {error}")
+        for name in self._known.keys() - listed.keys():
+            if node := self._known.pop(name):
+                with suppress(Gone):
+                    retried(control.UnregisterNode, UnregisterNodeRequest(node_id=node))
+                self.say(f"{name} is no longer let in")
+
+    def _enrol(self, control: ControlHttpClient, name: str, path: Path) -> int:
+        public = public_key_to_bytes(load_ssh_public_key(path.read_bytes()))  # type: ignore[arg-type]
+        node: int = retried(control.RegisterNode, RegisterNodeRequest(public_key=public, name=name)).node_id
+        self.say(f"{name} may join")
+        return node

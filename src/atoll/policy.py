@@ -1,0 +1,107 @@
+"""A site's policy: what the owner of the data allows. A plan that breaks it is refused at the site, whoever sent it.
+
+models: [smollm2-135m, HuggingFaceTB/*]     # names, with * and ?; all by default
+objectives: [sft]
+spaces: [lora]
+metrics: [loss, steps]                      # that may leave, beside what a round needs
+minimum_cohort: 3                           # fewest clients whose updates are put together
+code: []                                    # module:factory parts that may run here; none by default
+require: [clip]                             # transforms that must be in the up chain
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atoll import parts
+from atoll.errors import AtollError
+from atoll.recipe import Recipe, load
+
+NEEDED = frozenset({"seconds_in_steps", "samples", "standard_error", "loss"})
+"""Metrics by which rounds and evaluations are counted."""
+
+
+class Policy(BaseModel):
+    """See the module's text. Everything that ships is allowed by default, and no code of anybody's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: list[str] = ["*"]
+    objectives: list[str] = ["*"]
+    spaces: list[str] = ["*"]
+    metrics: list[str] = ["*"]
+    minimum_cohort: int = Field(default=1, ge=1)
+    code: list[str] = []
+    require: list[str] = []
+
+    def broken_by(self, recipe: Recipe) -> list[str]:
+        """Why a plan is refused; nothing if it is allowed. Reads names alone: nothing that they name is imported."""
+        stage = recipe.finetune
+        asked = {
+            "models": parts.spec(recipe.model, "model").use,
+            "objectives": parts.spec(stage.objective, "finetune.objective").use,
+            "spaces": parts.spec(stage.space, "finetune.space").use,
+        }
+        broken = [
+            f"{key} {name}; this site allows {', '.join(getattr(self, key)) or 'none'}"
+            for key, name in asked.items()
+            if not allows(getattr(self, key), name)
+        ]
+        broken += [
+            f"code {name}; this site runs {', '.join(self.code) or 'no code but what ships with Atoll'}"
+            for name in own_code([recipe.model, stage.model_dump()])  # a site makes nothing else of a recipe
+            if not allows(self.code, name)
+        ]
+        chain = {parts.spec(one, "finetune.up").use.replace("_", "-") for one in stage.up}
+        return broken + [
+            f"no {name} in finetune.up, which this site requires" for name in self.require if name not in chain
+        ]
+
+    def too_few(self, cohort: float) -> list[str]:
+        """Why `cohort` clients a round, on average, are not enough."""
+        if cohort >= self.minimum_cohort:
+            return []
+        return [f"{cohort:g} clients a round; this site asks for at least {self.minimum_cohort}"]
+
+    def may_leave(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that the owner lets out; those that rounds are counted by are among them in any case."""
+        return {name: value for name, value in metrics.items() if name in NEEDED or allows(self.metrics, name)}
+
+
+def allows(patterns: Sequence[str], name: str) -> bool:
+    """Whether one of the patterns fits."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def own_code(tree: Any) -> Iterator[str]:
+    """Every `module:factory` that a recipe names, at whatever depth. `tiny:FAMILY` is a model and no module."""
+    if isinstance(tree, str):
+        if ":" in tree and " " not in tree and not tree.startswith("tiny:"):
+            yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from own_code(value)
+    elif isinstance(tree, Sequence):
+        for value in tree:
+            yield from own_code(value)
+
+
+def read(path: Path | None) -> Policy:
+    """A policy from its file; without one, the default. Raises AtollError."""
+    if path is None:
+        return Policy()
+    try:
+        return Policy.model_validate(load(path))
+    except OSError as error:
+        raise AtollError("there is no such policy", where=str(path), found=error.strerror) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise AtollError(
+            "the policy cannot be read", where=f"{path}: {'.'.join(map(str, first['loc']))}", found=first.get("input"),
+            allowed=", ".join(Policy.model_fields), remedy=first["msg"],
+        ) from error  # fmt: skip

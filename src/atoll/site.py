@@ -1,0 +1,184 @@
+"""A site: the long-lived process at an owner of data. It answers what the operator asks, as far as the policy goes.
+
+    message -> policy -> plan, built from its tree with the site's own data -> client -> audit log -> reply
+
+Model, tokens and client state stay warm between rounds and runs. Nothing here knows what network there is: `urgent` and
+`answer` take and give parts of bytes (see fleet/flower/talk.py).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from atoll import messages, parts
+from atoll.assemble import Assembly, assemble, clients
+from atoll.audit import AuditLog
+from atoll.build import Plan, build
+from atoll.cache import Say
+from atoll.client import Client
+from atoll.data.files import rows
+from atoll.data.read import open_source
+from atoll.data.sources import ClientData, ClientSource
+from atoll.errors import AtollError
+from atoll.fleet.flower.fleet import hardware
+from atoll.fleet.flower.talk import envelope, opened
+from atoll.policy import Policy
+from atoll.recipe import validate
+from atoll.record.folder import RunFolder
+from atoll.wire import Buffer
+
+Message = list[list[Buffer]]
+
+WARM = 2
+"""Plans whose model stays in memory."""
+
+KEPT = 8
+"""Replies that are kept for an operator who asks again."""
+
+
+class Unwilling(Exception):
+    """What is asked is not done here; the text says why, to both ends."""
+
+
+@dataclass
+class Ready:
+    """A plan that this site has agreed to."""
+
+    name: str
+    """What the operator calls this site."""
+    plan: Plan
+    things: Assembly
+
+
+@dataclass
+class Site:
+    """See the module's text. `folder` holds client state and the audit log."""
+
+    data: Path
+    policy: Policy
+    folder: Path
+    say: Say
+    _ready: OrderedDict[str, Ready] = field(default_factory=OrderedDict)
+    _working: set[tuple[str, str]] = field(default_factory=set)
+    """(run, task) that are being worked on, or wait for it."""
+    _done: OrderedDict[tuple[str, str], list[Buffer]] = field(default_factory=OrderedDict)
+
+    @cached_property
+    def audit(self) -> AuditLog:
+        """Raises AtollError for a damaged log: nothing leaves that cannot be noted."""
+        return AuditLog(self.folder / "audit.jsonl")
+
+    @cached_property
+    def records(self) -> int:
+        """How many records there are, whether or not they can be used."""
+        return sum(1 for file, _ in open_source(self.data, 0.0).files for _ in rows(file))
+
+    def urgent(self, message: Sequence[Buffer]) -> Message | None:
+        """Answers at once what needs no work; None for what does."""
+        try:
+            head = opened(message)
+            if head["kind"] == "hello":
+                return [self.hello()]
+            if head["kind"] == "ask":
+                return self.became(str(head.get("run")), str(head.get("task")))
+            if head["kind"] == "task":
+                task = (str(head.get("run")), messages.task_id(message[2]))
+                if task in self._done or task in self._working:
+                    return self.became(*task)
+                self._working.add(task)
+            return None
+        except (ValueError, LookupError) as error:
+            return [refusal(str(error))]
+
+    def answer(self, message: Sequence[Buffer]) -> Message:
+        """Does what takes time: gets ready for a plan, works on a task. Whatever is wrong comes back as a refusal."""
+        try:
+            head = opened(message)
+            if head["kind"] == "plan":
+                return [self.prepare(head)]
+            if head["kind"] == "task":
+                return self.work(head, opened_task(message))
+            raise Unwilling(f"this site does not know what '{head['kind']}' is")
+        except (Unwilling, AtollError, ValueError, LookupError) as error:
+            self.say(f"refused: {error}")
+            return [refusal(str(error))]
+
+    def hello(self) -> list[Buffer]:
+        """What this site says of itself to whoever may start runs."""
+        versions = {"version": version("atoll"), "torch": version("torch")}
+        return envelope("hello", **versions, **hardware(), records=self.records, policy=self.policy.model_dump())
+
+    def became(self, run: str, task: str) -> Message:
+        """What became of a task."""
+        if (done := self._done.get((run, task))) is not None:
+            return [envelope("event"), done]
+        return [envelope("working" if (run, task) in self._working else "unknown")]
+
+    def prepare(self, head: Mapping[str, Any]) -> list[Buffer]:
+        """Builds the plan and loads what it needs, unless that is warm. Raises Unwilling for what the policy forbids."""
+        name, names, tree = str(head["client"]), [str(one) for one in head["clients"]], dict(head["tree"])
+        recipe = validate(tree, "the operator's plan")
+        self._allow(self.policy.broken_by(recipe))  # before anything that the plan names is imported
+        plan = build(recipe, tree, sources={one: ClientData((), ()) for one in names})
+        self._allow(self.policy.too_few(plan.cohort))
+        if plan.hash not in self._ready:
+            self.say(f"getting ready for plan {plan.hash} ({recipe.name}), as {name}")
+            own = replace(plan, sources={name: ClientSource(open_source(self.data, held_out(tree)))})
+            self._ready[plan.hash] = Ready(name, plan, assemble(own, self.say))
+            while len(self._ready) > WARM:
+                self._ready.popitem(last=False)
+        self._ready.move_to_end(plan.hash)
+        data = self._ready[plan.hash].things.data[name]
+        return envelope("ready", train=len(data.train), test=len(data.test))
+
+    def _allow(self, broken: Sequence[str]) -> None:
+        if broken:
+            raise Unwilling("the site's policy does not allow: " + "; ".join(broken))
+
+    def work(self, head: Mapping[str, Any], task: Any) -> Message:
+        """A task of a plan that this site has agreed to."""
+        run = str(head["run"])
+        try:
+            ready = self._ready.get(task.plan)
+            if ready is None:
+                raise Unwilling(f"this site is not ready for plan {task.plan}")
+            self.say(f"round {task.broadcast.round}: {task.kind}")
+            reply = self.client(run, ready).handle(task)
+            event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))
+            self.audit.wrote(run, task.plan, task.id, event)
+            self._done[run, task.id] = event
+            while len(self._done) > KEPT:
+                self._done.popitem(last=False)
+            return [envelope("event"), event]
+        finally:
+            self._working.discard((run, task.id))
+
+    def client(self, run: str, ready: Ready) -> Client:
+        """This site's client in a run, with the state that it keeps for it."""
+        if not run.isalnum():
+            raise Unwilling(f"a run named {run!r}")
+        return clients(ready.plan, ready.things, RunFolder(self.folder / "runs" / run))(ready.name)
+
+
+def refusal(reason: str) -> list[Buffer]:
+    """What is not done, and why."""
+    return envelope("refused", reason=reason, version=version("atoll"))
+
+
+def held_out(tree: Mapping[str, Any]) -> float:
+    """The share of records that the plan holds out, where it says one."""
+    written = parts.spec(tree["data"], "data").arguments.get("held_out", 0.1)
+    return float(written)
+
+
+def opened_task(message: Sequence[Buffer]) -> Any:
+    """The task of a message, with its broadcast. Raises ValueError."""
+    if len(message) != 3:
+        raise ValueError(f"a task of {len(message)} parts, 3 are needed")
+    return messages.unpack_task(message[2], messages.unpack_broadcast(message[1]))
