@@ -30,8 +30,8 @@ def token_clients(file: str, batch_size: int, clients: int = 1) -> dict[str, Cli
 
 def in_order(samples: Sequence[Sample], batch_size: int) -> list[Sample]:
     """Laid out so that a task with the key KEY draws them in the order given: peers read them in that order."""
-    steps = -(-len(samples) // batch_size)
-    drawn = [number for batch in islice(draw(len(samples), batch_size, KEY), steps) for number in batch]
+    steps = islice(draw(len(samples), batch_size, 1, KEY), -(-len(samples) // batch_size))
+    drawn = [number for step in steps for batch in step for number in batch]
     laid_out = list(samples)
     for sample, place in zip(samples, drawn, strict=True):
         laid_out[place] = sample
