@@ -56,6 +56,7 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
         "space": {"use": "lora", "rank": 8, "alpha": 16},
         "optimizer": {"use": "adamw", "lr": 1e-3},
         "batch_size": config["batch"],
+        "context": 256,
         "local_steps": config["steps"],
         "clip_norm": 1.0,
     }
