@@ -10,7 +10,6 @@ from atoll.exchange import Accepted, Refused, Reply, Task, plain
 from atoll.fleet.base import Fleet
 from atoll.record.events import Evaluated
 from atoll.round import DECODING_ERRORS, RoundPlan, State, broadcast, check_sender, converse
-from atoll.schedule import everyone_answered
 
 
 def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], samples: int, final: bool) -> Evaluated:
@@ -22,7 +21,8 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
     tasks, _ = broadcast(plan, state, clients, fleet.now(), kind="evaluate")
     tasks = [replace(task, data={"samples": samples}, variant=str(samples)) for task in tasks]
     asked = {task.id: task for task in tasks}
-    exchange = plain(tasks, [], lambda reply: hear(asked[reply.task], reply), everyone_answered)
+    until = fleet.now() + plan.schedule.deadline
+    exchange = plain(tasks, [], lambda reply: hear(asked[reply.task], reply), lambda came: until)
     verdicts = converse(fleet, exchange, plan.streams, {})
     each = {v.reply.client: v.reply.metrics for v in verdicts if isinstance(v, Accepted)}
     sent = sum(task.broadcast.nbytes for task in tasks)

@@ -3,7 +3,7 @@
 An exchange is a generator. It yields what it wants done and never does it:
 
     Send(tasks)       hand these to the clients
-    Wait(tasks)       -> the next Reply or Dropped for one of these, sent back into the generator
+    Wait(tasks, until) -> Heard: the next Reply or Dropped for one of these, or nothing, and the time
     Accepted(...)     a reply counts: add its contributions to the totals
     Refused(...)      a reply does not count, and why
     Dropped(...)      a client will not answer
@@ -15,10 +15,11 @@ A plain round is one Send and many Waits. Secure aggregation is several of those
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from atoll import wire
 from atoll.aggregate.base import Weights
@@ -113,6 +114,8 @@ class Wait:
     """Wait for the next answer to one of these tasks (by id)."""
 
     tasks: frozenset[str]
+    until: float = math.inf
+    """On the fleet's clock: the wait is over then, with nothing heard."""
 
 
 @dataclass(frozen=True)
@@ -156,34 +159,46 @@ class Abandoned:
     reason: str
 
 
+class Heard(NamedTuple):
+    """What a wait came to: an answer, or None when its time was up; and the fleet's time."""
+
+    event: Reply | Dropped | None
+    now: float
+
+
 Verdict = Accepted | Refused | Dropped | Abandoned
 Event = Reply | Dropped
-Exchange = Generator[Send | Wait | Verdict, Event | None, None]
+Exchange = Generator[Send | Wait | Verdict, Heard | None, None]
 Receive = Callable[[Reply], Accepted | Refused]
-Closing = Callable[[int, int], bool]
-"""(replies accepted, tasks still out) -> whether the round stops waiting."""
+Closes = Callable[[Sequence[float]], float]
+"""(when each accepted reply came) -> until when the round waits; a time that has passed: no longer. On the fleet's clock."""
 
 
 class MakeExchange(Protocol):
     """What a plan holds: makes the round's exchange from its tasks."""
 
-    def __call__(self, tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closed: Closing) -> Exchange:
+    def __call__(self, tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closes: Closes) -> Exchange:
         """`in_flight` are tasks of earlier rounds that may still be answered."""
         ...
 
 
-def plain(tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closed: Closing) -> Exchange:
+def plain(tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closes: Closes) -> Exchange:
     """One phase: send the tasks, take the replies as they come, stop when the closing rule says so."""
     yield Send(tasks)
     out = {task.id for task in (*in_flight, *tasks)}
-    accepted = 0
-    while out and not closed(accepted, len(out)):
-        event = yield Wait(frozenset(out))
-        assert event is not None
+    came: list[float] = []
+    now = -math.inf
+    while out and now < (until := closes(came)):
+        heard = yield Wait(frozenset(out), until)
+        assert heard is not None
+        event, now = heard
+        if event is None:
+            continue  # the time is up
         if event.task not in out:
             yield Refused(event.client, event.task, "not expected: answered before, or never asked")
             continue
         out.discard(event.task)
         verdict = receive(event) if isinstance(event, Reply) else event
-        accepted += isinstance(verdict, Accepted)
+        if isinstance(verdict, Accepted):
+            came.append(now)
         yield verdict

@@ -8,9 +8,10 @@ server all run through it; what differs is data in the plan. `converse` is the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -19,8 +20,9 @@ from atoll.exchange import (
     Accepted,
     Broadcast,
     Contribution,
-    Event,
+    Dropped,
     Exchange,
+    Heard,
     MakeExchange,
     Refused,
     Reply,
@@ -83,14 +85,16 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     population = [client for client in fleet.clients() if plan.population is None or client in plan.population]
     busy = [task.client for task in state.in_flight]
     cohort = plan.schedule.sample(population, busy, key(plan.seed, state.round, "cohort"))
-    tasks, down = broadcast(plan, state, cohort, fleet.now())
+    began = fleet.now()
+    tasks, down = broadcast(plan, state, cohort, began)
     totals = {stream.name: stream.aggregate.init(state.params[stream.name]) for stream in plan.streams}
     acknowledged = dict(state.acknowledged)
     sent = state.bytes_down + sum(task.broadcast.nbytes for task in tasks)
     out = {task.id: task for task in (*state.in_flight, *tasks)}
 
-    exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state, dict(out)), plan.schedule.closed)
-    for verdict in converse(fleet, exchange, plan.streams, totals):
+    closes = partial(closing, plan.schedule, began, len(out))
+    exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state, dict(out)), closes)
+    for verdict in chain(converse(fleet, exchange, plan.streams, totals), too_late(plan.schedule, out)):
         settle(verdict, out, acknowledged)
         observe(verdict)
     after = replace(state, round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()))
@@ -121,6 +125,19 @@ def not_finite(params: Mapping[str, Params]) -> str:
     """The first parameter that has a value which is no finite number; empty if there is none."""
     every = ((name, x) for values in params.values() for name, x in values.items())
     return next((name for name, x in every if not torch.isfinite(x.sum()) and not torch.isfinite(x).all()), "")
+
+
+def closing(schedule: Schedule, began: float, asked: int, came: Sequence[float]) -> float:
+    """Until when a round waits that began then, by the fleet's clock."""
+    until = schedule.waits([at - began for at in came], asked)
+    return began + min(until, schedule.deadline)
+
+
+def too_late(schedule: Schedule, out: Mapping[str, Task]) -> Iterator[Dropped]:
+    """Those who have not answered when the round has closed, unless a later round takes their replies."""
+    if not schedule.keeps_late:
+        for task in list(out.values()):
+            yield Dropped(task.client, task.id, "no answer before the round closed")
 
 
 def settle(verdict: Verdict, out: dict[str, Task], acknowledged: dict[str, str]) -> None:
@@ -159,7 +176,7 @@ def converse(
     An exchange that is abandoned leaves `totals` empty.
     """
     aggregators = {stream.name: stream.aggregate for stream in streams}
-    answer: Event | None = None
+    answer: Heard | None = None
     while True:
         try:
             step = exchange.send(answer)
@@ -169,7 +186,7 @@ def converse(
         if isinstance(step, Send):
             fleet.submit(step.tasks)
         elif isinstance(step, Wait):
-            answer = fleet.receive(step.tasks)
+            answer = Heard(fleet.receive(step.tasks, step.until), fleet.now())
         else:
             if isinstance(step, Accepted):
                 for name, given in step.contributions.items():

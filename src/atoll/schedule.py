@@ -6,6 +6,7 @@ asynchronous round asks whoever is idle and closes after a few answers; the rest
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -13,7 +14,6 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from atoll.errors import AtollError
-from atoll.exchange import Closing
 from atoll.keys import rng
 
 
@@ -28,35 +28,63 @@ class Law:
     """The smallest population that it can draw from."""
 
 
+Waits = Callable[[Sequence[float], int], float]
+"""(when each accepted reply came, how many were asked) -> until when the round waits, in seconds after it began."""
+
+Seconds = Annotated[float, Gt(0)]
+
 Sample = Callable[[Sequence[str], Sequence[str], int], list[str]]
 """(population, clients still busy, key) -> cohort, in the order of the population."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Whom a round asks, when it closes, and the factor on an update that is `staleness` rounds old."""
+    """Whom a round asks, when it closes, and what a late reply is worth: a factor by the rounds it is old."""
 
     law: Law
     sample: Sample
-    closed: Closing
+    waits: Waits = lambda came, asked: math.inf
+    deadline: float = math.inf
+    """Seconds that anything a round asks for may take at most."""
     discount: Callable[[int], float] = lambda staleness: 1.0
+    keeps_late: bool = True
+    """Whether a reply that comes after its round has closed counts in a later one; else its task is dropped."""
 
 
-def everyone_answered(accepted: int, out: int) -> bool:
-    """The synchronous closing rule."""
-    return out == 0
+def synchronous(
+    cohort: Annotated[int, Ge(1)] | None = None,
+    deadline: Seconds | None = None,
+    quorum: Annotated[float, Gt(0), Le(1)] = 1.0,
+    grace: Annotated[float, Ge(0)] = 0.0,
+    late: Literal["drop", "take"] = "drop",
+    exponent: Annotated[float, Ge(0)] = 0.5,
+) -> Schedule:
+    """Every round asks `cohort` clients, drawn uniformly without replacement (all of them by default), and waits for all.
 
-
-def synchronous(cohort: Annotated[int, Ge(1)] | None = None) -> Schedule:
-    """Every round asks `cohort` clients, drawn uniformly without replacement (all of them by default), and waits for all."""
+    Args:
+        cohort: how many are asked.
+        deadline: seconds after which a round closes, whoever is missing.
+        quorum: the share of those asked after whose replies a round waits for `grace` seconds more and no longer.
+        grace: see `quorum`.
+        late: what becomes of a reply that comes after its round has closed: nothing, or it counts in a later round.
+        exponent: a late reply that is s rounds old is multiplied by (1 + s)^-exponent.
+    """
     law = Law("everyone", float) if cohort is None else Law("uniform", lambda population: cohort, least=cohort)
 
     def sample(population: Sequence[str], busy: Sequence[str], key: int) -> list[str]:
-        if cohort is None:
-            return list(population)
-        return _draw(population, cohort, key)
+        chosen = list(population) if cohort is None else _draw(population, cohort, key)
+        return [client for client in chosen if client not in busy]
 
-    return Schedule(law, sample, everyone_answered)
+    def waits(came: Sequence[float], asked: int) -> float:
+        enough = math.ceil(quorum * asked)
+        return came[enough - 1] + grace if quorum < 1 and len(came) >= enough else math.inf
+
+    return Schedule(law, sample, waits, deadline or math.inf, aging(exponent), keeps_late=late == "take")
+
+
+def aging(exponent: float) -> Callable[[int], float]:
+    """What an update that is s rounds old counts: (1 + s)^-exponent."""
+    return lambda staleness: (1 + staleness) ** -exponent
 
 
 def poisson(rate: Annotated[float, Gt(0), Le(1)]) -> Schedule:
@@ -66,7 +94,7 @@ def poisson(rate: Annotated[float, Gt(0), Le(1)]) -> Schedule:
         chosen = rng(key).random(len(population)) < rate
         return [client for client, yes in zip(population, chosen, strict=True) if yes]
 
-    return Schedule(Law("poisson", lambda population: rate * population), sample, everyone_answered)
+    return Schedule(Law("poisson", lambda population: rate * population), sample)
 
 
 def buffered(
@@ -89,9 +117,11 @@ def buffered(
         return _draw(idle, min(max(0, concurrency - len(busy)), len(idle)), key)
 
     law = Law("idle", lambda population: min(buffer, population))
-    return Schedule(
-        law, sample, lambda accepted, out: accepted >= buffer, lambda staleness: (1 + staleness) ** -exponent
-    )
+
+    def waits(came: Sequence[float], asked: int) -> float:
+        return -math.inf if len(came) >= buffer else math.inf
+
+    return Schedule(law, sample, waits, discount=aging(exponent))
 
 
 def _draw(population: Sequence[str], count: int, key: int) -> list[str]:

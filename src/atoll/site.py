@@ -147,7 +147,7 @@ class Site:
         try:
             ready = self._ready.get(task.plan)
             if ready is None:
-                raise Unwilling(f"this site is not ready for plan {task.plan}")
+                return [envelope("unready")]
             self.say(f"round {task.broadcast.round}: {task.kind}")
             reply = self.client(run, ready).handle(task)
             event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))

@@ -6,6 +6,7 @@ client state that survives a kill between encode and commit.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -194,13 +195,13 @@ class MaskingClient(Client):
         return total
 
 
-def masked(tasks, in_flight, receive, closed):
+def masked(tasks, in_flight, receive, closes):
     """Phase one: masked updates. Phase two: the survivors name the masks they shared with those who dropped out."""
     yield Send(tasks)
     survivors, lost = [], []
     out = {task.id for task in tasks}
     while out:
-        event = yield Wait(frozenset(out))
+        event, _ = yield Wait(frozenset(out))
         out.discard(event.task)
         verdict = event if isinstance(event, Dropped) else receive(event)
         (survivors if isinstance(verdict, Accepted) else lost).append(event.client)
@@ -213,7 +214,7 @@ def masked(tasks, in_flight, receive, closed):
     yield Send(ask)
     out = {task.id for task in ask}
     while out:
-        reply = yield Wait(frozenset(out))
+        reply, _ = yield Wait(frozenset(out))
         out.discard(reply.task)
         if isinstance(reply, Dropped):  # its masks cannot be taken off any more, and the sum is worth nothing
             yield Abandoned(f"{reply.client} was lost before it had named its masks")
@@ -244,8 +245,8 @@ def test_a_masked_sum_in_two_phases_with_a_dropout(dropped):
             seen.append(verdict.contributions[UPDATE].vector["a"])
 
     class Dropping(InProcess):
-        def receive(self, tasks):
-            event = super().receive(tasks)
+        def receive(self, tasks, until=math.inf):
+            event = super().receive(tasks, until)
             drop = event.client in dropped and event.task.startswith("train")
             return Dropped(event.client, event.task) if drop else event
 
@@ -266,8 +267,8 @@ def test_a_masked_round_that_loses_a_client_while_unmasking_is_abandoned():
     plan = toy_plan(streams=(Stream(up=Chain((FixedPoint(),)), aggregate=RingSum()),), exchange=masked)
 
     class Dropping(InProcess):
-        def receive(self, tasks):
-            event = super().receive(tasks)
+        def receive(self, tasks, until=math.inf):
+            event = super().receive(tasks, until)
             return Dropped(event.client, event.task) if event.task == "unmask:0:west" else event
 
     start, heard = START | {"weight": torch.zeros(1)}, []

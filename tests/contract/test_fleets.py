@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -217,8 +218,8 @@ def test_a_hostile_reply_is_refused_and_its_claims_are_not_believed(spoil, reaso
     """`reason` None: the claim is ignored, for the server knows better."""
 
     class Hostile(FaultFleet):
-        def receive(self, tasks):
-            event = super().receive(tasks)
+        def receive(self, tasks, until=math.inf):
+            event = super().receive(tasks, until)
             return spoil(event) if event.client == "south" else event
 
     plan, heard = toy_plan(), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -28,8 +29,11 @@ class Fleet(Protocol):
         """Hands tasks to their clients; does not wait."""
         ...
 
-    def receive(self, tasks: Collection[str]) -> Event:
-        """Waits for the next answer to one of `tasks` (ids), or word that none will come. Answers to others keep."""
+    def receive(self, tasks: Collection[str], until: float = math.inf) -> Event | None:
+        """Waits for the next answer to one of `tasks` (ids), or word that none will come. Answers to others keep.
+
+        None if the clock is at `until` before there is one. A task is forgotten once its client has another of its kind.
+        """
         ...
 
     def reduce(self, total: Params) -> Params:

@@ -14,6 +14,7 @@ it: what a power cut does.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections import deque
@@ -72,14 +73,14 @@ class FaultFleet:
                 late = self.delay_seconds if self._strikes("delay", task.id) else 0.0
                 self.inner.submit([replace(task, sent=task.sent + late)])
 
-    def receive(self, tasks: Collection[str]) -> Event:
+    def receive(self, tasks: Collection[str], until: float = math.inf) -> Event | None:
         """The inner fleet's next answer, or what the faults make of it. A second copy comes whether asked for or not."""
         if self._copies:
             return self._copies.popleft()
         if gone := next((task for task in self._dropped if task in tasks), None):
             return self._dropped.pop(gone)
-        event = self.inner.receive(tasks)
-        if event.task == self.kill_at:
+        event = self.inner.receive(tasks, until)
+        if event is not None and event.task == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if not isinstance(event, Reply):
             return event

@@ -7,6 +7,7 @@ run gives the same result every time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -46,11 +47,14 @@ class InProcess:
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """See `Fleet`. A task is due at the time it was sent plus what the client needs."""
-        self._due |= {task.id: (task.sent + self.speed(task), task) for task in tasks}
+        self._due = still_wanted(self._due, tasks) | {task.id: (task.sent + self.speed(task), task) for task in tasks}
 
-    def receive(self, tasks: Collection[str]) -> Event:
+    def receive(self, tasks: Collection[str], until: float = math.inf) -> Event | None:
         """See `Fleet`. Does the work of the task that is due first; of several, the one sent first."""
         first = min((id for id in self._due if id in tasks), key=lambda id: self._due[id][0])
+        if self._due[first][0] > until:
+            self.clock = max(self.clock, until)
+            return None
         due, task = self._due.pop(first)
         self.clock = max(self.clock, due)
         return self.client(task.client).handle(task)
@@ -61,6 +65,16 @@ class InProcess:
 
     def close(self) -> None:
         """Holds nothing."""
+
+
+Due = dict[str, tuple[float, Task]]
+"""By a task's id: when its answer is due, and the task."""
+
+
+def still_wanted(due: Due, new: Sequence[Task]) -> Due:
+    """Without the tasks whose clients are given others of their kind."""
+    again = {(task.kind, task.client) for task in new}
+    return {id: (at, task) for id, (at, task) in due.items() if (task.kind, task.client) not in again}
 
 
 class Rebuild(Protocol):

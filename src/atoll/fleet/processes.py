@@ -9,6 +9,7 @@ without a name; the pipe carries its descriptor alone, and tensors are read wher
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from atoll.client import Client
 from atoll.errors import AtollError
 from atoll.exchange import Broadcast, Dropped, Event, Task
 from atoll.fleet.base import Fleet
-from atoll.fleet.inprocess import MakeFleet, Rebuild, Seconds, Speed, speeds
+from atoll.fleet.inprocess import MakeFleet, Rebuild, Seconds, Speed, speeds, still_wanted
 from atoll.params import Params
 from atoll.wire import Buffer
 
@@ -90,12 +91,16 @@ class Processes:
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """See `Fleet`. Idle workers begin at once with what is due first."""
-        self._due |= {task.id: (task.sent + self.speed(task), task) for task in tasks}
+        self._due = still_wanted(self._due, tasks) | {task.id: (task.sent + self.speed(task), task) for task in tasks}
+        self._answers = {id: event for id, event in self._answers.items() if id in self._due}
         self._assign()
 
-    def receive(self, tasks: Collection[str]) -> Event:
+    def receive(self, tasks: Collection[str], until: float = math.inf) -> Event | None:
         """See `Fleet`. The answer that is due first, waited for if its worker is not done."""
         first = min((id for id in self._due if id in tasks), key=lambda id: self._due[id][0])
+        if self._due[first][0] > until:
+            self.clock = max(self.clock, until)
+            return None
         while first not in self._answers:
             self._collect()
             self._assign()
@@ -134,7 +139,9 @@ class Processes:
             worker = busy[pipe]  # type: ignore[index]
             assert worker.task is not None
             id = worker.task.id
-            self._answers[id] = worker.take()
+            event = worker.take()
+            if id in self._due:
+                self._answers[id] = event
 
 
 def processes(

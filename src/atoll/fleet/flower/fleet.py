@@ -8,17 +8,20 @@ know the task, which is then sent again. However often a task or a reply travels
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll import messages
-from atoll.cache import home
+from atoll.cache import Say, home
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
@@ -37,6 +40,12 @@ POLL = 0.02
 ASK = 20.0
 """Seconds after which a site that has not answered is asked about its task."""
 
+RETURN = 20.0
+"""Seconds in which a site that Flower takes for gone may come back and be sent its task again."""
+
+AWAY = 180.0
+"""Seconds for which a server may be away, and its sites after it, before a run gives up."""
+
 PREPARE = 900.0
 """Seconds that sites have to get ready for a plan: the first time they fetch and convert the model."""
 
@@ -49,6 +58,9 @@ class Federation:
     keys: Path
     prepared: dict[str, dict[str, ClientData | str]] = field(default_factory=dict)
     """Plan -> what the sites answered."""
+    times: int = 0
+    """How often a connection was made: messages of the ones before are lost."""
+    say: Say = lambda line: print(line, file=sys.stderr, flush=True)
 
     @cached_property
     def operator(self) -> Operator:
@@ -57,7 +69,40 @@ class Federation:
         from atoll.fleet.flower.link import LIMIT_BYTES
         from atoll.fleet.flower.operator import Operator
 
+        self.times += 1
         return Operator(self.server, self.keys, LIMIT_BYTES)
+
+    def sites(self) -> dict[str, int]:
+        """Who is there: name -> node."""
+        from atoll.fleet.flower.link import Gone
+
+        try:
+            return self.operator.sites()
+        except Gone as error:
+            self.reconnect(str(error))
+            return self.operator.sites()
+
+    def reconnect(self, why: str) -> None:
+        """A new run at a server that died or was away, with the sites that were there; AtollError if it stays away."""
+        from atoll.fleet.flower.link import Gone
+
+        self.say(f"the server {self.server} is away ({why}); waiting for it")
+        end = time.monotonic() + AWAY
+        expected = {name for sites in self.prepared.values() for name, one in sites.items() if not isinstance(one, str)}
+        self.close()
+        while True:
+            try:
+                if expected <= self.operator.sites().keys() or time.monotonic() > end:
+                    self.say(f"back at {self.server}")
+                    return
+            except (AtollError, Gone):
+                self.close()
+                if time.monotonic() > end:
+                    raise AtollError(
+                        "the server stays away", where=self.server, found=why,
+                        remedy="start it again; `atoll resume` goes on from the last whole round",
+                    ) from None  # fmt: skip
+            time.sleep(1.0)
 
     def hello(self, wait: float = 10.0) -> dict[str, dict[str, Any]]:
         """What everybody who is there says of itself."""
@@ -97,14 +142,14 @@ class Federation:
 
     def _everyone(self, message: Callable[[str], Any], wait: float) -> dict[str, dict[str, Any] | str]:
         """Asks every site that is there; its envelope, or why there is none."""
-        from atoll.fleet.flower.link import Gone, Received, part
+        from atoll.fleet.flower.link import NotTaken, Received, part
 
         asked: dict[str, str] = {}
         heard: dict[str, dict[str, Any] | str] = {}
         for name, node in self.operator.sites().items():
             try:
                 asked[self.operator.send(node, [part(message(name))])] = name
-            except Gone as error:
+            except NotTaken as error:
                 heard[name] = str(error)
         end = time.monotonic() + wait
         while asked and time.monotonic() < end:
@@ -139,6 +184,8 @@ class Flower:
     names: Sequence[str]
     run: str
     """Names the run to sites: they keep a client's state for each."""
+    tree: Mapping[str, Any]
+    """The plan, for sites that start anew."""
     ordered: bool = False
     """Whether answers are handed out in the order in which tasks were sent."""
     _out: dict[str, Task] = field(default_factory=dict)
@@ -146,16 +193,22 @@ class Flower:
     _ask_at: dict[str, float] = field(default_factory=dict)
     """When to ask about a task that is not answered, by its id."""
     _order: dict[str, None] = field(default_factory=dict)
-    """Ids of the tasks whose answer nobody has had yet, in the order in which they were sent."""
+    """Ids of the tasks below, in the order in which they were sent."""
+    _gone: dict[str, tuple[float, str]] = field(default_factory=dict)
+    """Tasks whose site Flower takes for gone, by id: until when it may come back, and what Flower said."""
     _tasks: dict[str, Task] = field(default_factory=dict)
-    """Tasks that are not settled, by id."""
+    """Tasks whose answer nobody has had yet, by id."""
     _answers: dict[str, Event] = field(default_factory=dict)
     """By the id of the task."""
+    _prepared_again: set[str] = field(default_factory=set)
+    """Ids of tasks for which a site was sent the plan once more."""
     _last: tuple[Broadcast, Part] | None = None
+    _times: int = 0
+    """Of the connection that `_out` was sent over."""
 
     def clients(self) -> list[str]:
         """Those who are there now."""
-        there = self.federation.operator.sites()
+        there = self.federation.sites()
         return [name for name in self.names if name in there]
 
     def lanes(self) -> int:
@@ -168,21 +221,42 @@ class Flower:
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """See `Fleet`. A site that has left in the meantime drops out."""
-        there = self.federation.operator.sites()
+        self._forget({(task.kind, task.client) for task in tasks})
         for task in tasks:
             self._tasks[task.id] = task
             self._order[task.id] = None
+        self._times = self._times or self.federation.times
+        self._send_all(tasks)
+
+    def _send_all(self, tasks: Sequence[Task]) -> None:
+        """Tasks with their broadcast. If the connection is lost meanwhile, `_hear` sends them over the next one."""
+        there = self.federation.sites()
+        for task in tasks:
+            if self._times != self.federation.times:
+                return
             self._send(task, there.get(task.client), full=True)
 
-    def receive(self, tasks: Collection[str]) -> Event:
+    def _forget(self, again: set[tuple[str, str]]) -> None:
+        """Tasks whose clients are given others of their kind; what still comes of them is not read."""
+        gone = {id for id, task in self._tasks.items() if (task.kind, task.client) in again}
+        self._out = {name: task for name, task in self._out.items() if task.id not in gone}
+        kept: dict[str, Any]
+        for kept in (self._tasks, self._order, self._ask_at, self._answers, self._gone):
+            for id in gone & kept.keys():
+                kept.pop(id)
+
+    def receive(self, tasks: Collection[str], until: float = math.inf) -> Event | None:
         """See `Fleet`."""
         while True:
             wanted = [id for id in self._order if id in tasks]
             for id in wanted[:1] if self.ordered else wanted:
                 if id in self._answers:
-                    del self._order[id]
+                    del self._order[id], self._tasks[id]
                     return self._answers.pop(id)
+            if time.time() >= until:
+                return None
             self._hear()
+            self._await_return()
             self._ask()
             time.sleep(POLL)
 
@@ -195,7 +269,7 @@ class Flower:
 
     def _send(self, task: Task, node: int | None, full: bool) -> None:
         """A task with its broadcast, or the question what became of it."""
-        from atoll.fleet.flower.link import Gone, part
+        from atoll.fleet.flower.link import Gone, NotTaken, part
 
         if node is None:
             return self._settle(task, Dropped(task.client, task.id, "the site is not there"))
@@ -207,14 +281,15 @@ class Flower:
         try:
             self._out[self.federation.operator.send(node, parts)] = task
             self._ask_at[task.id] = time.monotonic() + ASK
-        except Gone as error:
+        except NotTaken as error:
             self._settle(task, Dropped(task.client, task.id, str(error)))
+        except Gone as error:
+            self.federation.reconnect(str(error))  # `_hear` sends again whatever is not answered
 
     def _settle(self, task: Task, event: Event) -> None:
         """A task is answered; whatever else is out about it does not matter any more."""
         self._answers[task.id] = event
         self._ask_at.pop(task.id, None)
-        self._tasks.pop(task.id, None)
         self._out = {name: other for name, other in self._out.items() if other.id != task.id}
 
     def _broadcast(self, broadcast: Broadcast) -> Part:
@@ -226,16 +301,41 @@ class Flower:
         return self._last[1]
 
     def _hear(self) -> None:
-        """Takes in what has come."""
-        from atoll.fleet.flower.link import Received
+        """Takes in what has come. After a connection was lost, whatever is not answered is sent again."""
+        from atoll.fleet.flower.link import Gone, Received
 
-        for answer in list(self.federation.operator.answers(self._out)) if self._out else ():
+        if self._times != self.federation.times:
+            self._times = self.federation.times
+            self._out.clear()
+            self._gone.clear()
+            self._send_all([task for id, task in self._tasks.items() if id not in self._answers])
+        try:
+            heard = list(self.federation.operator.answers(self._out)) if self._out else []
+        except Gone as error:
+            self.federation.reconnect(str(error))
+            return
+        for answer in heard:
             if (task := self._out.pop(answer.answers, None)) is None:
                 continue  # a second answer to a task that is settled
             if not isinstance(answer, Received):
-                self._settle(task, Dropped(task.client, task.id, answer.reason))
+                self._gone[task.id] = (time.monotonic() + RETURN, answer.reason)
+                self._ask_at.pop(task.id, None)
             else:
                 self._read(task, answer.parts)
+
+    def _await_return(self) -> None:
+        """Sends their task again to sites that were gone and are back; drops those that stay away."""
+        if not self._gone:
+            return
+        there = self.federation.sites()
+        for id, (until, reason) in list(self._gone.items()):
+            task = self._tasks[id]
+            if task.client in there:
+                del self._gone[id]
+                self._send(task, there[task.client], full=True)
+            elif time.monotonic() > until:
+                del self._gone[id]
+                self._settle(task, Dropped(task.client, id, reason))
 
     def _read(self, task: Task, parts: Sequence[bytearray]) -> None:
         """What a site's message says of a task."""
@@ -246,17 +346,32 @@ class Flower:
                 self._settle(task, messages.unpack_event(parts[1]))
             elif head["kind"] == "refused":
                 self._settle(task, refuse(refusal=str(head.get("reason"))))
+            elif head["kind"] == "unready":
+                self._prepare_again(task)
             elif head["kind"] == "unknown":
-                self._send(task, self.federation.operator.sites().get(task.client), full=True)
+                self._send(task, self.federation.sites().get(task.client), full=True)
         except (ValueError, LookupError) as error:
             self._settle(task, refuse(refusal=f"an answer that cannot be read: {error}"))
+
+    def _prepare_again(self, task: Task) -> None:
+        """For a site that has started anew since it agreed to the plan: the plan, and after it the task."""
+        from atoll.fleet.flower.link import NotTaken, part
+
+        node = self.federation.sites().get(task.client)
+        if node is not None and task.id not in self._prepared_again:
+            self._prepared_again.add(task.id)
+            plan = envelope("plan", tree=self.tree, client=task.client, clients=list(self.names))
+            with suppress(NotTaken):
+                self.federation.operator.send(node, [part(plan)])
+                return self._send(task, node, full=True)
+        self._settle(task, Dropped(task.client, task.id, "the site started anew and did not get ready again"))
 
     def _ask(self) -> None:
         """Asks those who have been silent for long."""
         late = {id for id, at in self._ask_at.items() if time.monotonic() > at}
         if not late:
             return
-        there = self.federation.operator.sites()
+        there = self.federation.sites()
         for task in [self._tasks[id] for id in late]:
             self._send(task, there.get(task.client), full=False)
 
@@ -280,7 +395,7 @@ class OverNetwork:
 
     def __call__(self, names: Sequence[str], client: object, rebuild: Rebuild, clock: float) -> Flower:
         """The fleet of a stage: its clients are made by the sites, its clock is the time of day."""
-        return Flower(federation(self.server, self.keys), names, rebuild.run, self.ordered)
+        return Flower(federation(self.server, self.keys), names, rebuild.run, rebuild.tree, self.ordered)
 
 
 @cache

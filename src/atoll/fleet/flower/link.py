@@ -94,6 +94,10 @@ class Gone(Exception):
     """The other end cannot be reached, or no longer knows us. The text says why."""
 
 
+class NotTaken(Exception):
+    """The server does not take a message, because who it is for has left."""
+
+
 def retried(call: Callable[..., T], *arguments: Any, patience: float = PATIENCE) -> T:
     """Calls until it is answered: a network that is gone comes back. Raises Gone when patience ends, or access is denied."""
     end, pause = time.monotonic() + patience, 0.05

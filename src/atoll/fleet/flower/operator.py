@@ -38,7 +38,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from atoll.errors import AtollError
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.link import Gone, Headers, Link, Part, Received, retried, trust
+from atoll.fleet.flower.link import Gone, Headers, Link, NotTaken, Part, Received, retried, trust
 
 HEARTBEAT = 15.0
 """Seconds; Flower ends a run that it has not heard of for 60."""
@@ -125,7 +125,7 @@ class Operator:
         return {node.name: node.node_id for node in sorted(listed, key=lambda n: n.name) if node.status == "online"}
 
     def send(self, node: int, parts: Sequence[Part]) -> str:
-        """Sends a message; gives its name, by which it will be answered."""
+        """Sends a message; gives its name, by which it will be answered. Raises NotTaken, or Gone."""
         metadata = Metadata(
             run_id=self.link.run,
             message_id="",
@@ -142,7 +142,7 @@ class Operator:
         request = PushAppMessagesRequest(messages_list=[head], message_object_trees=[tree])
         taken = retried(self.link.client.PushMessages, request)
         if not taken.message_ids[0]:
-            raise Gone("the server did not take the message: the site has left")
+            raise NotTaken("the site has left")
         self.link.push(taken.objects_to_push, taken.session_id, objects)
         name: str = taken.message_ids[0]
         return name

@@ -2,7 +2,7 @@
 
     hello                                     -> hello: versions, hardware, records, policy
     plan: tree, client                        -> ready: train, test        or refused: reason
-    task: run; a broadcast, a task            -> event; the event          or refused: reason
+    task: run; a broadcast, a task            -> event; the event          or refused: reason, or unready
     ask: run, task                            -> event; the event          or working, or unknown
 
 An envelope is the first part of a message, a small JSON object; the parts after it are those of messages.py. Every envelope

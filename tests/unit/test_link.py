@@ -1,0 +1,133 @@
+"""Messages in chunks over a store like Flower's: what is sent twice, broken off, tampered with or too large."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from flwr.app.metadata import Metadata
+from flwr.proto.node_pb2 import Node
+
+from atoll.fleet.flower import link as linked
+from atoll.fleet.flower.link import Gone, Link, part, retried
+
+
+@dataclass
+class Store:
+    """Objects by their hash; `spoil` changes what is given out."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)
+    pushed: list[str] = field(default_factory=list)
+    spoil: dict[str, bytes] = field(default_factory=dict)
+
+    def PushObject(self, request):
+        assert hashlib.sha256(request.object_content).hexdigest() == request.object_id, "Flower would not take it"
+        self.pushed.append(request.object_id)
+        self.objects[request.object_id] = request.object_content
+        return SimpleNamespace(stored=True)
+
+    def PullObject(self, request):
+        content = self.spoil.get(request.object_id, self.objects.get(request.object_id))
+        there = content is not None
+        return SimpleNamespace(object_found=there, object_available=there, object_content=content)
+
+    def ConfirmMessageReceived(self, request):
+        return None
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setattr(linked, "CHUNK", 1000)
+    return Store()
+
+
+@pytest.fixture
+def ends(store):
+    return Link(store, Node(node_id=1), 7, limit_bytes=100_000)
+
+
+def send(ends, store, *parts):
+    """As an operator does; gives what the receiver hears of first."""
+    metadata = Metadata(
+        run_id=7, message_id="", src_node_id=1, dst_node_id=2, reply_to_message_id="", group_id="",
+        created_at=time.time(), ttl=60.0, message_type="query.atoll",
+    )  # fmt: skip
+    metadata.delivered_at = ""
+    head, _, objects = ends.wired(metadata, parts)
+    ends.push([name for name in objects if name not in store.objects], "session", objects)
+    return head
+
+
+@pytest.mark.parametrize("sizes", [(0,), (1,), (999, 1), (1000,), (1001, 0, 2500), (10_000,)])
+def test_parts_arrive_as_they_were(ends, store, sizes):
+    sent = [os.urandom(size) for size in sizes]
+    received = ends.receive(send(ends, store, *(part([one[:3], one[3:]]) for one in sent)))
+    assert [bytes(one) for one in received.parts] == sent
+
+
+def test_a_broadcast_is_uploaded_once_however_many_get_it(ends, store):
+    broadcast = part([os.urandom(5000)])
+    send(ends, store, broadcast)
+    before = len(store.pushed)
+    head = send(ends, store, broadcast, part([b"for you alone"]))
+    assert not set(broadcast.ids) & set(store.pushed[before:])
+    assert bytes(ends.receive(head).parts[1]) == b"for you alone"
+
+
+def test_two_messages_of_one_content_have_two_names(ends, store):
+    assert send(ends, store, part([b"x"])).metadata.message_id != send(ends, store, part([b"x"])).metadata.message_id
+
+
+def test_a_chunk_that_was_tampered_with_is_not_believed(ends, store):
+    one = part([os.urandom(2500)])
+    head = send(ends, store, one)
+    good = store.objects[one.ids[1]]
+    store.spoil[one.ids[1]] = good[:-1] + bytes([good[-1] ^ 1])
+    with pytest.raises(ValueError, match="does not match its hash"):
+        ends.receive(head)
+
+
+def test_an_upload_that_was_cut_off_is_not_waited_for_for_ever(ends, store, monkeypatch):
+    monkeypatch.setattr(linked, "WAIT_FOR_CHUNK", 0.2)
+    one = part([os.urandom(2500)])
+    head = send(ends, store, one)
+    del store.objects[one.ids[2]]
+    with pytest.raises(ValueError, match="did not come"):
+        ends.receive(head)
+
+
+def test_a_message_over_the_limit_is_not_pulled(ends, store):
+    head = send(ends, store, part([bytes(100_001)]))
+    with pytest.raises(ValueError, match="100000 allowed"):
+        ends.receive(head)
+
+
+def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_is_told():
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) < 4:
+            raise httpx.ConnectError("no route")
+        return "there"
+
+    assert retried(call, patience=5) == "there"
+    with pytest.raises(Gone, match="no route"):
+        retried(lambda: (_ for _ in ()).throw(httpx.ConnectError("no route")), patience=0.1)
+
+
+@pytest.mark.parametrize("status", [401, 403, 412])
+def test_a_door_that_is_closed_is_told_at_once(status):
+    def call():
+        request = httpx.Request("POST", "https://server")
+        raise httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, text="no", request=request))
+
+    started = time.monotonic()
+    with pytest.raises(Gone, match=str(status)):
+        retried(call)
+    assert time.monotonic() - started < 1

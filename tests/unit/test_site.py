@@ -1,0 +1,237 @@
+"""A site without a network: what it answers to plans and tasks, to other versions, and to the same task again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from atoll import messages, recipe
+from atoll.audit import AuditLog, verify
+from atoll.build import build
+from atoll.data.sources import ClientData
+from atoll.errors import AtollError
+from atoll.exchange import Reply
+from atoll.fleet.flower.talk import envelope, opened
+from atoll.params import equal
+from atoll.policy import Policy, own_code, read
+from atoll.round import broadcast, initial
+from atoll.site import Site
+
+RECIPE = """
+recipe: 1
+name: asked
+model: tiny:llama
+data: {use: folders, path: ./nowhere, held_out: 0.2}
+finetune: {rounds: 2, local_steps: 2, batch_size: 4, space: lora}
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    path = tmp_path / "asked.yaml"
+    path.write_text(RECIPE)
+    return recipe.resolve(str(path))
+
+
+@pytest.fixture
+def site(tmp_path, sites, shared_home, monkeypatch):
+    monkeypatch.setenv("ATOLL_HOME", str(shared_home))
+    return Site(sites / "north.jsonl", Policy(), tmp_path / "state", lambda line: None)
+
+
+def flat(message) -> list[bytearray]:
+    """As it arrives."""
+    return [bytearray(b"".join(part)) for part in message]
+
+
+def ask(site: Site, *parts) -> list[bytearray]:
+    """What the process does with a message."""
+    message = flat(parts)
+    said = site.urgent(message)
+    return flat(site.answer(message) if said is None else said)
+
+
+def prepare(site: Site, tree, name="clinic"):
+    return opened(ask(site, envelope("plan", tree=tree, client=name, clients=["clinic", "school"])))
+
+
+def task_of(site: Site, tree):
+    """A training task of the plan, as an operator makes it."""
+    plan = build(recipe.validate(tree), tree, sources={n: ClientData((), ()) for n in ("clinic", "school")})
+    state = initial(plan.rounds, site._ready[plan.hash].things.start)
+    (task,), _ = broadcast(plan.rounds, state, ["clinic"], 0.0)
+    return task
+
+
+def send(site: Site, task, run="r1"):
+    head = envelope("task", run=run, plan=task.plan)
+    return ask(site, head, messages.pack_broadcast(task.broadcast), messages.pack_task(task))
+
+
+def test_a_plan_is_built_with_the_sites_own_data_and_its_work_leaves_a_line_in_the_log(site, tree):
+    said = prepare(site, tree)
+    assert said["kind"] == "ready"
+    assert said["train"] + said["test"] == 40
+    assert said["test"] > 0
+    task = task_of(site, tree)
+    answer = send(site, task)
+    assert opened(answer)["kind"] == "event"
+    reply = messages.unpack_event(answer[1])
+    assert isinstance(reply, Reply)
+    assert (reply.client, reply.task, reply.weights) == ("clinic", task.id, {"all": float(said["train"])})
+    found = verify(site.folder / "audit.jsonl")
+    assert (found.lines, found.bytes) == (1, len(answer[1]))
+
+
+def test_the_same_task_again_is_answered_and_not_worked_on_again(site, tree, monkeypatch):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    first = send(site, task)
+    monkeypatch.setattr(site, "work", lambda head, task: pytest.fail("worked on twice"))
+    assert send(site, task)[1] == first[1]
+    assert ask(site, envelope("ask", run="r1", task=task.id))[1] == first[1]
+    assert opened(ask(site, envelope("ask", run="another", task=task.id)))["kind"] == "unknown"
+    assert verify(site.folder / "audit.jsonl").lines == 1
+
+
+def test_a_task_that_is_being_worked_on_is_not_begun_again(site, tree):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    message = flat([envelope("task", run="r1"), messages.pack_broadcast(task.broadcast), messages.pack_task(task)])
+    assert site.urgent(message) is None
+    assert opened(flat(site.urgent(message)))["kind"] == "working"
+    assert opened(flat(site.answer(message)))["kind"] == "event"
+
+
+def test_a_site_that_started_anew_says_that_it_is_not_ready(site, tree):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    site._ready.clear()
+    assert opened(send(site, task))["kind"] == "unready"
+
+
+def test_another_version_is_told_what_to_install(site):
+    other = [json.dumps({"protocol": 99, "kind": "hello", "version": "9.9"}).encode()]
+    said = opened(ask(site, other))
+    assert said["kind"] == "refused"
+    assert "protocol 99 (atoll 9.9)" in said["reason"]
+    assert "install the same version" in said["reason"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        [],
+        [[b"{"]],
+        [[b"[]"]],
+        [envelope("nonsense")],
+        [envelope("task", run="r1")],
+        [envelope("task", run="r1"), [b"x" * 20], [b"y" * 20]],
+        [envelope("plan", tree={}, client="c", clients=["c"])],
+        [envelope("plan")],
+    ],
+)
+def test_a_message_that_makes_no_sense_is_refused_and_the_site_goes_on(site, message):
+    assert opened(ask(site, *message))["kind"] == "refused"
+    assert opened(ask(site, envelope("hello")))["kind"] == "hello"
+
+
+def test_a_run_may_not_be_called_so_that_its_state_leaves_the_folder(site, tree):
+    prepare(site, tree)
+    said = opened(send(site, task_of(site, tree), run="../../evil"))
+    assert "a run named" in said["reason"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "reason"),
+    [
+        (Policy(models=["smollm2-*"]), [], "models tiny:llama; this site allows smollm2-*"),
+        (Policy(spaces=["full"]), [], "spaces lora; this site allows full"),
+        (Policy(objectives=["causal-lm"]), [], "objectives sft; this site allows causal-lm"),
+        (Policy(minimum_cohort=3), [], "2 clients a round; this site asks for at least 3"),
+        (Policy(require=["clip"]), [], "no clip in finetune.up"),
+        (Policy(), ["finetune.up=[boom:boom]"], "code boom:boom; this site runs no code"),
+        (Policy(), ["finetune.objective=boom:boom"], "code boom:boom"),
+        (Policy(), ["model=boom:boom"], "code boom:boom"),
+    ],
+)
+def test_what_the_policy_forbids_is_refused_before_anything_is_imported(
+    site, tree, policy, settings, reason, monkeypatch
+):
+    for setting in settings:
+        tree = recipe.apply(tree, setting)
+    monkeypatch.setattr("importlib.import_module", lambda name, package=None: pytest.fail(f"imported {name}"))
+    if policy.minimum_cohort > 1:
+        monkeypatch.undo()
+    said = prepare(replace(site, policy=policy), tree)
+    assert said["kind"] == "refused"
+    assert reason in said["reason"]
+
+
+def test_a_policy_lets_named_code_and_a_clipped_chain_through():
+    written = {"up": [{"use": "clip", "norm": 1.0}], "objective": "mine:part"}
+    assert list(own_code(written)) == ["mine:part"]
+    assert list(own_code({"model": "tiny:llama", "text": "a: b"})) == []
+
+
+def test_metrics_that_may_not_leave_stay():
+    heard = Policy(metrics=["steps"]).may_leave({"loss": 1.0, "steps": 2.0, "patients": 7.0})
+    assert heard == {"loss": 1.0, "steps": 2.0}
+
+
+def test_a_policy_with_a_word_that_is_none_is_named(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("modles: [x]\n")
+    with pytest.raises(AtollError, match="modles"):
+        read(path)
+    with pytest.raises(AtollError, match="no such policy"):
+        read(tmp_path / "none.yaml")
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for n in range(4):
+        log.wrote("r1", "plan", f"train:{n}:north", [b"payload", bytes([n])])
+    return log
+
+
+def test_an_audit_log_goes_on_where_it_was(log):
+    before = verify(log.path)
+    AuditLog(log.path).wrote("r2", "plan", "train:0:north", [b"more"])
+    after = verify(log.path)
+    assert (after.lines, after.bytes) == (5, before.bytes + 4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda lines: [lines[0], lines[1].replace('"bytes": 8', '"bytes": 9'), *lines[2:]], 2),
+        (lambda lines: [lines[0], *lines[2:]], 2),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], 1),
+        (lambda lines: [*lines[:3], lines[2], lines[3]], 4),
+        (lambda lines: [*lines, "{"], 5),
+        (lambda lines: [lines[0], "", *lines[1:]], 2),
+    ],
+    ids=["changed", "taken out", "swapped", "repeated", "cut off", "blank"],
+)
+def test_damage_to_an_audit_log_is_found_where_it_is(log, damage, line):
+    log.path.write_text("\n".join(damage(log.path.read_text().splitlines())) + "\n")
+    with pytest.raises(AtollError, match="damaged") as told:
+        verify(log.path)
+    assert told.value.details["where"] == f"{log.path}:{line}"
+    with pytest.raises(AtollError, match="damaged"):
+        AuditLog(log.path)
+    assert log.last not in ("", None)
+
+
+def test_a_reply_is_the_same_as_the_clients_own(site, tree, sites):
+    """The site adds nothing and takes nothing away but metrics."""
+    prepare(site, tree)
+    task = task_of(site, tree)
+    (ready,) = site._ready.values()
+    direct = site.client("r2", ready).handle(task)
+    over = messages.unpack_event(send(site, task)[1])
+    assert equal(over.payloads["update"].main, direct.payloads["update"].main)
