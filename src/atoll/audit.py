@@ -34,6 +34,7 @@ class AuditLog:
     def __post_init__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
+            drop_half_line(self.path)
             self.last = verify(self.path).last
 
     def wrote(self, run: str, plan: str, task: str, payload: Iterable[Any]) -> None:
@@ -45,11 +46,23 @@ class AuditLog:
         line: dict[str, Any] = {"at": round(time.time(), 3), "run": run, "plan": plan, "task": task, "bytes": size}
         line |= {"sha256": digest.hexdigest(), "before": self.last}
         line["hash"] = hash_of(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            drop_half_line(self.path)
+            raise
         self.last = line["hash"]
+
+
+def drop_half_line(path: Path) -> None:
+    """Takes off what a crash left of a last line: a payload leaves once its line is whole, so nothing left with this."""
+    written = path.read_bytes()
+    whole = written.rfind(b"\n") + 1
+    if whole < len(written):
+        os.truncate(path, whole)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,8 @@ class Client:
     works: Mapping[str, Work]
     data: Any
     store: Store = field(default_factory=MemoryStore)
+    outward: Callable[[str], str] = lambda reason: reason
+    """What the server hears of an error that nobody foresaw: its text may quote data."""
 
     def handle(self, task: Task) -> Reply:
         """Does the task. Whatever the client cannot do comes back as a reply with a refusal, never as an exception."""
@@ -156,7 +158,7 @@ class Client:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" + "".join(traceback.format_tb(error.__traceback__)[-1:])
-            return reply(refusal=reason, seconds=time.perf_counter() - started)
+            return reply(refusal=self.outward(reason), seconds=time.perf_counter() - started)
         return reply(
             payloads=payloads,
             weights=done.weights,

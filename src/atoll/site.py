@@ -105,9 +105,16 @@ class Site:
             if head["kind"] == "task":
                 return self.work(head, opened_task(message))
             raise Unwilling(f"this site does not know what '{head['kind']}' is")
-        except (Unwilling, AtollError, ValueError, LookupError) as error:
+        except (Unwilling, AtollError) as error:
             self.say(f"refused: {error}")
             return [refusal(str(error))]
+        except Exception as error:
+            return [refusal(self.kept_here(f"{type(error).__name__}: {error}"))]
+
+    def kept_here(self, reason: str) -> str:
+        """Says what went wrong to this site's owner; the operator hears of what kind it was, for its text may quote data."""
+        self.say(f"failed: {reason}")
+        return f"{reason.partition(':')[0]}; the site's own log says more"
 
     def hello(self) -> list[Buffer]:
         """What this site says of itself to whoever may start runs."""
@@ -163,7 +170,8 @@ class Site:
         """This site's client in a run, with the state that it keeps for it."""
         if not run.isalnum():
             raise Unwilling(f"a run named {run!r}")
-        return clients(ready.plan, ready.things, RunFolder(self.folder / "runs" / run))(ready.name)
+        made = clients(ready.plan, ready.things, RunFolder(self.folder / "runs" / run))(ready.name)
+        return replace(made, outward=self.kept_here)
 
 
 def refusal(reason: str) -> list[Buffer]:

@@ -235,3 +235,43 @@ def test_a_reply_is_the_same_as_the_clients_own(site, tree, sites):
     direct = site.client("r2", ready).handle(task)
     over = messages.unpack_event(send(site, task)[1])
     assert equal(over.payloads["update"].main, direct.payloads["update"].main)
+
+
+def test_a_crash_in_the_middle_of_a_line_does_not_lock_the_site_out(log):
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + b'{"at": 1, "run": "r')
+    AuditLog(log.path).wrote("r1", "plan", "train:9:north", [b"next"])
+    assert verify(log.path).lines == 5
+
+
+def test_what_cannot_be_noted_does_not_leave_and_the_site_goes_on(site, tree, monkeypatch):
+    prepare(site, tree)
+    task = task_of(site, tree)
+
+    def full(*args):
+        raise OSError(28, "No space left on device: patient Smith")
+
+    monkeypatch.setattr(AuditLog, "wrote", full)
+    answer = send(site, task)
+    assert len(answer) == 1
+    assert opened(answer)["kind"] == "refused"
+    assert "Smith" not in opened(answer)["reason"]
+    monkeypatch.undo()
+    assert opened(send(site, task))["kind"] == "event"
+
+
+def test_an_error_that_quotes_data_stays_at_the_site(site, tree):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    (ready,) = site._ready.values()
+    said = []
+    site.say = said.append
+
+    class Poisoned(list):
+        def __getitem__(self, index):
+            raise KeyError("patient Smith")
+
+    ready.things.data["clinic"] = ClientData(Poisoned(range(8)), ())
+    reply = messages.unpack_event(send(site, task)[1])
+    assert reply.refusal == "KeyError; the site's own log says more"
+    assert any("patient Smith" in line for line in said)
