@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import MARK, end_marked
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -76,6 +79,8 @@ class Bar:
     at_least: float | None = None
     at_most: float | None = None
     less_is_better: bool = False
+    plus: float = 0.0
+    """Added to the other's number before it is compared: what we may take beyond it."""
     unit: str = "x"
 
 
@@ -237,9 +242,10 @@ def worker(contestant: Contestant) -> Iterator[Worker]:
         raise Failed(f"there is no environment for {peer}: python -m benchmarks.peers.setup {peer}")
     log = inputs() / "logs" / f"{contestant.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(8)
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [str(contestant.python), "-m", contestant.module], cwd=ROOT, env=environment(contestant), text=True,
+            [str(contestant.python), "-m", contestant.module], cwd=ROOT, env=environment(contestant, mark), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
         )  # fmt: skip
     try:
@@ -247,11 +253,11 @@ def worker(contestant: Contestant) -> Iterator[Worker]:
         started.versions = started.ask(contestant.config)["versions"]
         yield started
     finally:
-        _end(process)
+        _end(process, mark)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Lets the process end by itself, then ends what is left of its group."""
+def _end(process: subprocess.Popen[str], mark: str) -> None:
+    """Lets the process end by itself, then ends what is left of its group, and of those that bear its mark."""
     assert process.stdin is not None
     with suppress(subprocess.TimeoutExpired, BrokenPipeError):
         process.stdin.close()
@@ -259,6 +265,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    end_marked(mark)
 
 
 def inputs() -> Path:
@@ -270,11 +277,12 @@ def inputs() -> Path:
     return folder
 
 
-def environment(contestant: Contestant) -> dict[str, str]:
+def environment(contestant: Contestant, mark: str) -> dict[str, str]:
     """Our contestants see this working tree's program, wherever an environment was installed from."""
     own = f"{ROOT / 'src'}{os.pathsep}{ROOT}" if contestant.environment == OURS else str(ROOT)
     settings = {
         "PYTHONPATH": own,
+        MARK: mark,
         "BENCHMARK_INPUTS": str(inputs()),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

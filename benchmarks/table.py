@@ -79,7 +79,8 @@ def row(bar: Bar, results: Results) -> str:
     shown = f"{Spread(values)} {bar.unit}" if values else "not measured"
     verdict = ("yes" if met(bar, values) else "**no**") if values and wanted else ""
     limit = f"{sense}{wanted} {bar.unit}" if wanted else ""
-    return f"| {bar.case} | {bar.contestant}: {bar.metric} | {bar.against or ''} | {shown} | {limit} | {verdict} |"
+    against = f"{bar.against} + {bar.plus:g}" if bar.plus else bar.against or ""
+    return f"| {bar.case} | {bar.contestant}: {bar.metric} | {against} | {shown} | {limit} | {verdict} |"
 
 
 def found(bar: Bar, contestants: dict[str, list[Measurement]]) -> list[float]:
@@ -88,7 +89,7 @@ def found(bar: Bar, contestants: dict[str, list[Measurement]]) -> list[float]:
     if bar.against is None:
         return list(ours.values())
     theirs = by_turn(contestants.get(bar.against, []), bar.metric)
-    ratios = [(ours[turn], theirs[turn]) for turn in ours if turn in theirs]
+    ratios = [(ours[turn], theirs[turn] + bar.plus) for turn in ours if turn in theirs]
     return [b / a if bar.less_is_better else a / b for a, b in ratios]
 
 

@@ -42,10 +42,19 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident so far.
+def peak_rss_bytes(process: int | str = "self") -> int:
+    """The most memory that a process has had resident so far.
 
     Not getrusage's ru_maxrss: a process that another one starts inherits that one's.
     """
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    return _status(process, "VmHWM:")
+
+
+def rss_bytes(process: int | str = "self") -> int:
+    """The memory that a process has resident now."""
+    return _status(process, "VmRSS:")
+
+
+def _status(process: int | str, field: str) -> int:
+    with open(f"/proc/{process}/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))

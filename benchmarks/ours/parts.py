@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -95,3 +96,23 @@ def summed_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor,
 def sample_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Each sample's own."""
     return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Pause:
+    """No local work but a pause of `seconds`. Its gradients are noise, drawn by the task's own key.
+
+    Updates of equal bytes would travel once for all: Flower's store takes an object once, whoever sends it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
+        """The objective, for whatever samples."""
+
+        def loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+            time.sleep(self.seconds)
+            drawn = [(x * torch.randn_like(x)).sum() for x in model.parameters() if x.requires_grad]
+            return torch.stack(drawn).sum(), 1
+
+        return Objective(list, loss, lambda batch: 1, lambda model, batch: torch.zeros(len(batch)))
