@@ -20,7 +20,7 @@ from atoll import parts, wire
 from atoll.aggregate.base import Aggregator
 from atoll.aggregate.mean import share
 from atoll.errors import AtollError, closest, placed
-from atoll.fleet.inprocess import Elsewhere, MakeFleet
+from atoll.fleet.inprocess import Elsewhere, MakeFleet, inprocess
 from atoll.local.corrections import Correction
 from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.local.work import BindObjective
@@ -125,7 +125,8 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     aggregate: Aggregator = make("aggregate", stage.aggregate)
     outer: Outer = make("outer", stage.outer)
     digest = plan_hash(tree)
-    fleet: MakeFleet = parts.make("fleet", recipe.fleet, "fleet")
+    at_a_site = sources is not None  # which makes no fleet and no sinks, whatever the plan names there
+    fleet: MakeFleet = inprocess() if at_a_site else parts.make("fleet", recipe.fleet, "fleet")
     if sources is None:
         sources = clients_elsewhere(recipe, tree, fleet) if isinstance(fleet, Elsewhere) else sources_of(recipe)
     unwilling = {name: why for name, why in sources.items() if isinstance(why, str)}
@@ -133,7 +134,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     sampled = population(recipe, list(sources))
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
-    for i, one in enumerate(recipe.sinks):
+    for i, one in enumerate([] if at_a_site else recipe.sinks):
         parts.make("sink", one, f"sinks[{i}]")  # what cannot be made is found before hours of training
     refuse_correction(recipe, correction)
     refuse_down(down)

@@ -54,7 +54,9 @@ class Policy(BaseModel):
         ]
         broken += [
             f"code {name}; this site runs {', '.join(self.code) or 'no code but what ships with Atoll'}"
-            for name in own_code([recipe.model, stage.model_dump()])  # a site makes nothing else of a recipe
+            for name in own_code(
+                [model_code(recipe.model), stage.model_dump()]
+            )  # a site makes nothing else of a recipe
             if not allows(self.code, name)
         ]
         chain = {parts.spec(one, "finetune.up").use.replace("_", "-") for one in stage.up}
@@ -78,10 +80,16 @@ def allows(patterns: Sequence[str], name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def model_code(written: Any) -> Any:
+    """A model as written, without the name of a tiny one, which is no code."""
+    name = parts.spec(written, "model").use
+    return [] if name.startswith("tiny:") else written
+
+
 def own_code(tree: Any) -> Iterator[str]:
-    """Every `module:factory` that a recipe names, at whatever depth. `tiny:FAMILY` is a model and no module."""
+    """Every text with a colon, at whatever depth: what ships is named without one."""
     if isinstance(tree, str):
-        if ":" in tree and " " not in tree and not tree.startswith("tiny:"):
+        if ":" in tree:
             yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -38,8 +39,8 @@ Message = list[list[Buffer]]
 WARM = 2
 """Plans whose model stays in memory."""
 
-KEPT = 8
-"""Replies that are kept for an operator who asks again."""
+KEPT = 2
+"""Replies that are kept in memory for an operator who asks again."""
 
 
 class Unwilling(Exception):
@@ -95,6 +96,8 @@ class Site:
             return None
         except (ValueError, LookupError) as error:
             return [refusal(str(error))]
+        except Exception as error:
+            return [refusal(self.kept_here(f"{type(error).__name__}: {error}"))]
 
     def answer(self, message: Sequence[Buffer]) -> Message:
         """Does what takes time: gets ready for a plan, works on a task. Whatever is wrong comes back as a refusal."""
@@ -105,11 +108,21 @@ class Site:
             if head["kind"] == "task":
                 return self.work(head, opened_task(message))
             raise Unwilling(f"this site does not know what '{head['kind']}' is")
-        except (Unwilling, AtollError) as error:
+        except Unwilling as error:
             self.say(f"refused: {error}")
             return [refusal(str(error))]
+        except AtollError as error:  # what was found, and where, may be the owner's data and files
+            self.say(f"failed: {error}")
+            return [refusal(error.what)]
         except Exception as error:
             return [refusal(self.kept_here(f"{type(error).__name__}: {error}"))]
+        finally:
+            self._no_longer_working(message)
+
+    def _no_longer_working(self, message: Sequence[Buffer]) -> None:
+        """A task that was worked on or could not be read: whoever asks is told what became of it, or that it is unknown."""
+        with suppress(ValueError, LookupError):
+            self._working.discard((str(opened(message).get("run")), messages.task_id(message[2])))
 
     def kept_here(self, reason: str) -> str:
         """Says what went wrong to this site's owner; the operator hears of what kind it was, for its text may quote data."""
@@ -151,20 +164,19 @@ class Site:
     def work(self, head: Mapping[str, Any], task: Any) -> Message:
         """A task of a plan that this site has agreed to."""
         run = str(head["run"])
-        try:
-            ready = self._ready.get(task.plan)
-            if ready is None:
-                return [envelope("unready")]
-            self.say(f"round {task.broadcast.round}: {task.kind}")
-            reply = self.client(run, ready).handle(task)
-            event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))
-            self.audit.wrote(run, task.plan, task.id, event)
-            self._done[run, task.id] = event
-            while len(self._done) > KEPT:
-                self._done.popitem(last=False)
-            return [envelope("event"), event]
-        finally:
-            self._working.discard((run, task.id))
+        ready = self._ready.get(task.plan)
+        if ready is None:
+            return [envelope("unready")]
+        if task.client != ready.name:
+            raise Unwilling(f"a task of {task.client}; this site is {ready.name}")
+        self.say(f"round {task.broadcast.round}: {task.kind}")
+        reply = self.client(run, ready).handle(task)
+        event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))
+        self.audit.wrote(run, task.plan, task.id, event)
+        self._done[run, task.id] = event
+        while len(self._done) > KEPT:
+            self._done.popitem(last=False)
+        return [envelope("event"), event]
 
     def client(self, run: str, ready: Ready) -> Client:
         """This site's client in a run, with the state that it keeps for it."""

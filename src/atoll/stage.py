@@ -23,6 +23,7 @@ from atoll.errors import AtollError, Interrupted
 from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Dropped, Refused, Verdict
 from atoll.fleet.base import Fleet
+from atoll.fleet.inprocess import Elsewhere
 from atoll.params import Params, numel
 from atoll.record.checkpoint import load_with_extra, save_state
 from atoll.record.events import (
@@ -125,7 +126,10 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
                 "the recipe has changed since the run began", where=str(folder.recipe), found=f"plan {ready.hash}",
                 allowed=f"plan {progress.plan}", remedy="start a new run; `from:` lets it go on from this one's result",
             )  # fmt: skip
-        refuse_changed_data(progress.data, things.digests, folder)
+        now = things.digests
+        if isinstance(ready.fleet, Elsewhere):  # sites come and go: those that are here shall hold what they held
+            now = {**progress.data, **{name: held for name, held in now.items() if name in progress.data}}
+        refuse_changed_data(progress.data, now, folder)
         refuse_short_record(progress.record_bytes, folder)
         return state, progress
     return initial(ready.rounds, start_of(ready, things)), Progress(ready.hash, things.digests)

@@ -12,10 +12,11 @@ from atoll.audit import AuditLog, verify
 from atoll.build import build
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
-from atoll.exchange import Reply
+from atoll.exchange import Dropped, Reply
+from atoll.fleet.flower.fleet import answer_to, counted
 from atoll.fleet.flower.talk import envelope, opened
 from atoll.params import equal
-from atoll.policy import Policy, own_code, read
+from atoll.policy import Policy, model_code, own_code, read
 from atoll.round import broadcast, initial
 from atoll.site import Site
 
@@ -155,6 +156,9 @@ def test_a_run_may_not_be_called_so_that_its_state_leaves_the_folder(site, tree)
         (Policy(), ["finetune.up=[boom:boom]"], "code boom:boom; this site runs no code"),
         (Policy(), ["finetune.objective=boom:boom"], "code boom:boom"),
         (Policy(), ["model=boom:boom"], "code boom:boom"),
+        (Policy(), ["finetune.optimizer=tiny:f"], "code tiny:f"),
+        (Policy(), ["finetune.objective='ev il:f'"], "code ev il:f"),
+        (Policy(), ["finetune.up=[{use: error-feedback, chain: [{use: 'tiny:f'}]}]"], "code tiny:f"),
     ],
 )
 def test_what_the_policy_forbids_is_refused_before_anything_is_imported(
@@ -170,10 +174,66 @@ def test_what_the_policy_forbids_is_refused_before_anything_is_imported(
     assert reason in said["reason"]
 
 
+@pytest.mark.parametrize(
+    "setting", ["sinks=[{use: 'os:system', command: 'touch %s'}]", "fleet={use: 'os:system', command: 'touch %s'}"]
+)
+def test_what_a_plan_names_for_the_operator_is_not_made_at_a_site(site, tree, tmp_path, setting):
+    made = tmp_path / "made"
+    said = prepare(site, recipe.apply(tree, setting % made))
+    assert said["kind"] == "ready"
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"task": "train:0:school"}, {"client": "school"}, {"task": "train:7:clinic"}], ids=str
+)
+def test_an_answer_that_speaks_of_another_task_or_in_anothers_name_is_not_taken(site, tree, changes):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    reply = messages.unpack_event(send(site, task)[1])
+    assert answer_to(task, reply) is reply
+    with pytest.raises(ValueError, match="in the name of"):
+        answer_to(task, replace(reply, **changes))
+    with pytest.raises(ValueError, match="in the name of"):
+        answer_to(task, replace(Dropped("clinic", task.id), **changes))
+
+
+@pytest.mark.parametrize("said", [{"kind": "ready", "train": 10**400, "test": 1}, {"kind": "ready"}, {"kind": "event"}])
+def test_a_site_whose_answer_to_a_plan_makes_no_sense_does_not_take_part(said):
+    assert "cannot be read" in counted(said)
+
+
+def test_what_is_wrong_with_the_owners_data_stays_with_the_owner(site, tree, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": "Patient Jane Doe"}\n')
+    said, site.data = [], bad
+    site.say = said.append
+    answer = prepare(site, tree)
+    assert answer["kind"] == "refused"
+    assert "Jane" not in answer["reason"]
+    assert str(tmp_path) not in answer["reason"]
+    assert any("Jane" in line for line in said)
+
+
+@pytest.mark.parametrize("odd", [{"tree": 5}, {"clients": 5}, {"tree": {"recipe": 1, "data": {"held_out": [1]}}}])
+def test_a_plan_of_odd_types_is_refused_and_the_site_goes_on(site, tree, odd):
+    about = {"tree": tree, "client": "clinic", "clients": ["clinic"]} | odd
+    assert opened(ask(site, envelope("plan", **about)))["kind"] == "refused"
+    assert prepare(site, tree)["kind"] == "ready"
+
+
+def test_a_task_that_cannot_be_read_is_not_worked_on_for_ever(site, tree):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    assert opened(ask(site, envelope("task", run="r1"), [b"x" * 16], messages.pack_task(task)))["kind"] == "refused"
+    assert opened(ask(site, envelope("ask", run="r1", task=task.id)))["kind"] == "unknown"
+
+
 def test_a_policy_lets_named_code_and_a_clipped_chain_through():
     written = {"up": [{"use": "clip", "norm": 1.0}], "objective": "mine:part"}
     assert list(own_code(written)) == ["mine:part"]
-    assert list(own_code({"model": "tiny:llama", "text": "a: b"})) == []
+    assert list(own_code(model_code("tiny:llama"))) == []
+    assert list(own_code(model_code({"use": "mine:model"}))) == ["mine:model"]
 
 
 def test_metrics_that_may_not_leave_stay():

@@ -114,17 +114,16 @@ def join(
     quiet(home() / "flower")
     from atoll.fleet.flower.node import SuperNode, alone
     from atoll.policy import read
+    from atoll.site import Site
 
-    allowed = read(policy)
     with alone(state):
+        site = Site(data, read(policy), state, say)
+        say(f"{site.records} records; {site.audit.path} ends with {site.audit.last[:16]}")  # or what is wrong with them
         node = SuperNode(server, folder / "site.key", folder / "ca.pem", state, say)
         node.join(patience=60.0)
         say(f"joined {server}; what leaves is noted in {state / 'audit.jsonl'}")
         signal.signal(signal.SIGINT, lambda *_: node.over.set())
         signal.signal(signal.SIGTERM, lambda *_: node.over.set())
-        from atoll.site import Site
-
-        site = Site(data, allowed, state, say)
         node.serve(site.urgent, site.answer)
     say(f"left {server}")
 

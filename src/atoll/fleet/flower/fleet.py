@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,9 @@ POLL = 0.02
 
 ASK = 20.0
 """Seconds after which a site that has not answered is asked about its task."""
+
+LARGEST_REPLY = 16
+"""How many times the broadcast's bytes a message may have: a broadcast may be in four bits, and replies in 32."""
 
 RETURN = 20.0
 """Seconds in which a site that Flower takes for gone may come back and be sent its task again."""
@@ -171,9 +174,27 @@ class Federation:
 
 def counted(said: dict[str, Any] | str) -> ClientData | str:
     """A site's answer to a plan: how many samples it has, or why it will not take part."""
-    if isinstance(said, dict) and said["kind"] == "ready":
-        return ClientData(range(int(said["train"])), range(int(said["test"])))
-    return said if isinstance(said, str) else str(said.get("reason"))
+    if isinstance(said, str):
+        return said
+    try:
+        if said["kind"] != "ready":
+            return str(said["reason"])
+        train, test = range(int(said["train"])), range(int(said["test"]))
+        return ClientData(train[: len(train)], test[: len(test)])  # a length that Python has none for raises
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        return f"an answer that cannot be read: {error!r}"
+
+
+def refusal_of(task: Task, reason: str) -> Reply:
+    """A task that comes to nothing, and why."""
+    return Reply(task.id, task.client, task.plan, task.broadcast.round, refusal=reason)
+
+
+def answer_to(task: Task, event: Event) -> Event:
+    """An event that a site sent about a task. Raises ValueError for one that speaks of another, or in another's name."""
+    if (event.task, event.client) != (task.id, task.client):
+        raise ValueError(f"it speaks of {event.task} in the name of {event.client}")
+    return event
 
 
 @dataclass
@@ -272,7 +293,8 @@ class Flower:
         from atoll.fleet.flower.link import Gone, NotTaken, part
 
         if node is None:
-            return self._settle(task, Dropped(task.client, task.id, "the site is not there"))
+            self._gone[task.id] = (time.monotonic() + RETURN, "the site is not there")
+            return
         if full:
             head = envelope("task", run=self.run, plan=task.plan)
             parts = [part(head), self._broadcast(task.broadcast), part(messages.pack_task(task))]
@@ -298,11 +320,13 @@ class Flower:
 
         if self._last is None or self._last[0] is not broadcast:
             self._last = (broadcast, part(messages.pack_broadcast(broadcast)))
+            self.federation.operator.link.limit_bytes = LARGEST_REPLY * self._last[1].size + (64 << 20)
         return self._last[1]
 
     def _hear(self) -> None:
         """Takes in what has come. After a connection was lost, whatever is not answered is sent again."""
-        from atoll.fleet.flower.link import Gone, Received
+        from atoll.fleet.flower.link import Gone
+        from atoll.fleet.flower.operator import Failed
 
         if self._times != self.federation.times:
             self._times = self.federation.times
@@ -317,7 +341,9 @@ class Flower:
         for answer in heard:
             if (task := self._out.pop(answer.answers, None)) is None:
                 continue  # a second answer to a task that is settled
-            if not isinstance(answer, Received):
+            if isinstance(answer, Failed) and answer.unreadable:
+                self._settle(task, refusal_of(task, answer.reason))
+            elif isinstance(answer, Failed):
                 self._gone[task.id] = (time.monotonic() + RETURN, answer.reason)
                 self._ask_at.pop(task.id, None)
             else:
@@ -339,19 +365,18 @@ class Flower:
 
     def _read(self, task: Task, parts: Sequence[bytearray]) -> None:
         """What a site's message says of a task."""
-        refuse = partial(Reply, task.id, task.client, task.plan, task.broadcast.round)
         try:
             head = opened(parts)
             if head["kind"] == "event":
-                self._settle(task, messages.unpack_event(parts[1]))
+                self._settle(task, answer_to(task, messages.unpack_event(parts[1])))
             elif head["kind"] == "refused":
-                self._settle(task, refuse(refusal=str(head.get("reason"))))
+                self._settle(task, refusal_of(task, str(head.get("reason"))))
             elif head["kind"] == "unready":
                 self._prepare_again(task)
             elif head["kind"] == "unknown":
                 self._send(task, self.federation.sites().get(task.client), full=True)
         except (ValueError, LookupError) as error:
-            self._settle(task, refuse(refusal=f"an answer that cannot be read: {error}"))
+            self._settle(task, refusal_of(task, f"an answer that cannot be read: {error}"))
 
     def _prepare_again(self, task: Task) -> None:
         """For a site that has started anew since it agreed to the plan: the plan, and after it the task."""

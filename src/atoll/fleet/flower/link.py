@@ -37,6 +37,9 @@ CHUNK = 4 << 20
 LIMIT_BYTES = 1 << 36
 """What a message may take unless its reader knows better: 64 GiB."""
 
+MOST_OBJECTS = 8
+"""Objects of a message beside its chunks: ours have three."""
+
 PATIENCE = 60.0
 """Seconds for which a call is tried again while the network is gone."""
 
@@ -195,18 +198,30 @@ class Link:
         Raises ValueError for what is no message of ours, is larger than the limit, or does not match its hash.
         """
         name = wired.metadata.message_id
+        try:
+            message = self._inflated(name)
+            parts = self._parts(message)
+        except (ValueError, Gone):
+            raise
+        except Exception as error:  # whatever Flower makes of objects that no sender of ours writes
+            raise ValueError(f"not a message of Atoll: {error!r}") from error
+        confirm = ConfirmMessageReceivedRequest(node=self.node, run_id=self.run, message_object_id=name)
+        retried(self.client.ConfirmMessageReceived, confirm)
+        return Received(message, wired.metadata.reply_to_message_id, wired.metadata.src_node_id, parts)
+
+    def _inflated(self, name: str) -> Any:
+        """The message without its chunks: one record in a list of them."""
         contents = {name: self._pull(name)}
         wanted = _children(contents[name])
-        while wanted:  # the message has one record, and its record a list
+        while wanted:
             child = wanted.pop()
+            if child in contents or len(contents) > MOST_OBJECTS:
+                raise ValueError("a message of too many objects")
             contents[child] = self._pull(child)
             wanted += _children(contents[child])
         message: Any = inflate_object_from_contents(name, contents)
         message.metadata.__dict__["_message_id"] = name
-        parts = self._parts(message)
-        confirm = ConfirmMessageReceivedRequest(node=self.node, run_id=self.run, message_object_id=name)
-        retried(self.client.ConfirmMessageReceived, confirm)
-        return Received(message, wired.metadata.reply_to_message_id, wired.metadata.src_node_id, parts)
+        return message
 
     def _parts(self, message: Any) -> list[bytearray]:
         try:

@@ -164,8 +164,8 @@ class SuperNode:
         """A message that cannot be read, or an answer that cannot be delivered, is no reason to leave."""
         try:
             yield
-        except (Gone, ValueError) as error:
-            self.say(f"a message was lost: {error}")
+        except Exception as error:
+            self.say(f"a message was lost: {type(error).__name__}: {error}")
 
     def _reply(self, link: Link, received: Received, parts: Parts) -> None:
         metadata = Message(RecordDict(), reply_to=received.message).metadata

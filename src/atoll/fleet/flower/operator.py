@@ -58,6 +58,8 @@ class Failed:
 
     answers: str
     reason: str
+    unreadable: bool = False
+    """Whether an answer came and cannot be read; else the site is gone."""
 
 
 @dataclass
@@ -120,7 +122,8 @@ class Operator:
         ]
 
     def sites(self) -> dict[str, int]:
-        """Who is there now: name -> node."""
+        """Who is there now: name -> node. Raises Gone if the server has died since this run began, and knows nobody yet."""
+        retried(self.link.client.SendTaskHeartbeat, SendTaskHeartbeatRequest())
         listed = retried(self.control.ListNodes, ListNodesRequest()).nodes_info
         return {node.name: node.node_id for node in sorted(listed, key=lambda n: n.name) if node.status == "online"}
 
@@ -158,7 +161,7 @@ class Operator:
             try:
                 yield self.link.receive(head)
             except ValueError as error:
-                yield Failed(answered, str(error))
+                yield Failed(answered, str(error), unreadable=True)
 
     def close(self) -> None:
         """Ends the run."""

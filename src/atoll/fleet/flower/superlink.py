@@ -101,13 +101,18 @@ def serve(folder: Path, host: str, port: int, say: Say) -> None:
         timeout_keep_alive=75,
     )
     server = uvicorn.Server(config)
-    enrolment = Enrolment(folder / "clients", token.decode(), folder / "ca.pem", port, server, say)
+    enrolment = Enrolment(folder / "clients", token.decode(), folder / "ca.pem", ourselves(host), port, server, say)
     threading.Thread(target=enrolment.watch, daemon=True).start()
     try:
         with suppress(KeyboardInterrupt):  # uvicorn has stopped, and passes the signal on
             server.run()
     except SystemExit as error:
         raise AtollError("the server cannot start", where=f"{host}:{port}", remedy="is the port taken?") from error
+
+
+def ourselves(host: str) -> str:
+    """Where a server that listens on `host` is reached from its own machine."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
 def settings(token: bytes, host: str, port: int) -> SuperLinkLifespanConfig:
@@ -138,17 +143,20 @@ class Enrolment:
     folder: Path
     token: str
     authority: Path
+    host: str
     port: int
     server: uvicorn.Server
     say: Say
-    _known: dict[str, int] = field(default_factory=dict)
+    _known: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    """Sites that may join: the file's content, and Flower's node."""
+    _told: set[str] = field(default_factory=set)
 
     def watch(self) -> None:
         """Looks every second while the server lives."""
         bearer = Headers(lambda: {"authorization": f"Bearer {self.token}"})
         context = trust(self.authority)
         context.check_hostname = False  # it is ourselves that we call, by whatever name the certificate has
-        control = ControlHttpClient(f"https://127.0.0.1:{self.port}", interceptors=[bearer], verify=context)
+        control = ControlHttpClient(f"https://{self.host}:{self.port}", interceptors=[bearer], verify=context)
         pause = threading.Event()
         while not self.server.should_exit:
             if self.server.started:
@@ -156,22 +164,32 @@ class Enrolment:
             pause.wait(0.2 if not self.server.started else 1.0)
 
     def update(self, control: ControlHttpClient) -> None:
-        """Enrols files that are new, turns away sites whose file is gone."""
+        """Enrolls files that are new or changed, turns away sites whose file is gone; what fails is tried again."""
         listed = {path.stem: path for path in sorted(self.folder.glob("*.pub"))}
+        for name in [*self._known]:
+            if name not in listed or _content(listed[name]) != self._known[name][0]:
+                with suppress(Gone):
+                    retried(control.UnregisterNode, UnregisterNodeRequest(node_id=self._known[name][1]), patience=1)
+                    del self._known[name]
+                    self.say(f"{name} is no longer let in")
         for name in listed.keys() - self._known.keys():
             try:
-                self._known[name] = self._enrol(control, name, listed[name])
-            except (Gone, ValueError) as error:
-                self._known[name] = 0
-                self.say(f"{name} is not enrolled: {error}")
-        for name in self._known.keys() - listed.keys():
-            if node := self._known.pop(name):
-                with suppress(Gone):
-                    retried(control.UnregisterNode, UnregisterNodeRequest(node_id=node))
-                self.say(f"{name} is no longer let in")
+                self._known[name] = (_content(listed[name]), self._enrol(control, name, listed[name]))
+            except Exception as error:  # a file of any kind may lie there, and the others' shall count
+                if name not in self._told:
+                    self.say(f"{name} is not enrolled: {error}")
+                self._told.add(name)
 
     def _enrol(self, control: ControlHttpClient, name: str, path: Path) -> int:
         public = public_key_to_bytes(load_ssh_public_key(path.read_bytes()))  # type: ignore[arg-type]
         node: int = retried(control.RegisterNode, RegisterNodeRequest(public_key=public, name=name)).node_id
         self.say(f"{name} may join")
         return node
+
+
+def _content(path: Path) -> bytes:
+    """What is in a file, or nothing if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
