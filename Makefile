@@ -29,8 +29,8 @@ test: $(READY) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2  # models so small that a second thread only waits
 
 check: $(READY)
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs examples experiments
+	$(BIN)/ruff format --check src tests benchmarks docs examples experiments
 	$(BIN)/mypy
 
 docs: $(READY)

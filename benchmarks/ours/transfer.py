@@ -64,7 +64,8 @@ def site(address: str, keys: Path, state: Path, update: Params) -> None:
 
 def operator(address: str, keys: Path, update: Params) -> dict[str, float]:
     """Asks for the update and adds it to a total: MB/s from the question to the sum, and memory beyond both."""
-    from atoll.fleet.flower.fleet import Federation, Flower
+    from atoll.fleet.flower.federation import Federation
+    from atoll.fleet.flower.fleet import Flower
 
     federation, aggregate = Federation(address, keys), mean()
     fleet = Flower(federation, [SITE], RUN, {})

@@ -8,6 +8,8 @@ Model, tokens and client state stay warm between rounds and runs. Nothing here k
 
 from __future__ import annotations
 
+import os
+import platform
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +29,6 @@ from atoll.data.files import rows
 from atoll.data.read import open_source
 from atoll.data.sources import ClientData, ClientSource
 from atoll.errors import AtollError
-from atoll.fleet.flower.fleet import hardware
 from atoll.fleet.flower.talk import envelope, opened
 from atoll.policy import Policy
 from atoll.recipe import validate
@@ -155,7 +156,7 @@ class Site:
                 self._ready.popitem(last=False)
         self._ready.move_to_end(plan.hash)
         data = self._ready[plan.hash].things.data[name]
-        return envelope("ready", train=len(data.train), test=len(data.test))
+        return envelope("ready", train=len(data.train), test=len(data.test), least=self.policy.minimum_cohort)
 
     def _allow(self, broken: Sequence[str]) -> None:
         if broken:
@@ -202,3 +203,8 @@ def opened_task(message: Sequence[Buffer]) -> Any:
     if len(message) != 3:
         raise ValueError(f"a task of {len(message)} parts, 3 are needed")
     return messages.unpack_task(message[2], messages.unpack_broadcast(message[1]))
+
+
+def hardware() -> dict[str, Any]:
+    """What this machine has."""
+    return {"cores": os.cpu_count(), "machine": platform.machine(), "system": platform.system()}

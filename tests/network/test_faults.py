@@ -12,6 +12,8 @@ from machines import Federation, wait_until
 from atoll.record.card import read_story
 from atoll.record.folder import RunFolder
 
+pytestmark = pytest.mark.network
+
 SLOW = ("--set", "finetune.local_steps=150", "--set", "finetune.rounds=3", "--set", "evaluate.final_samples=4")
 DEADLINE = ("--set", "finetune.schedule={use: synchronous, deadline: 25, quorum: 0.5, grace: 6}")
 

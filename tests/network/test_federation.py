@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 
+import pytest
 from machines import Federation, free_port, wait_until
 
 from atoll.fleet.flower import certs
@@ -15,6 +16,8 @@ from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
 from atoll.stream import UPDATE
+
+pytestmark = pytest.mark.network
 
 
 def result(federation, name):

@@ -13,7 +13,8 @@ from atoll.build import build
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.exchange import Dropped, Reply
-from atoll.fleet.flower.fleet import answer_to, counted
+from atoll.fleet.flower.federation import counted, without_too_few
+from atoll.fleet.flower.fleet import answer_to
 from atoll.fleet.flower.talk import envelope, opened
 from atoll.params import equal
 from atoll.policy import Policy, model_code, own_code, read
@@ -201,6 +202,21 @@ def test_an_answer_that_speaks_of_another_task_or_in_anothers_name_is_not_taken(
 @pytest.mark.parametrize("said", [{"kind": "ready", "train": 10**400, "test": 1}, {"kind": "ready"}, {"kind": "event"}])
 def test_a_site_whose_answer_to_a_plan_makes_no_sense_does_not_take_part(said):
     assert "cannot be read" in counted(said)
+
+
+def test_a_site_that_asks_for_more_clients_than_are_ready_is_left_out_and_so_is_who_then_lacks_it():
+    said = {
+        name: {"kind": "ready", "train": 5, "test": 1, "least": least}
+        for name, least in zip("abcd", (1, 2, 4, 3), strict=True)
+    }
+    heard = {**said, "e": "refused"}
+    left = without_too_few({name: counted(one) for name, one in heard.items()}, heard)
+    assert [name for name, one in left.items() if not isinstance(one, str)] == ["a", "b", "c", "d"]
+    heard = {**said, "a": "refused"}
+    left = without_too_few({name: counted(one) for name, one in heard.items()}, heard)
+    assert left["c"] == "asks for 4 clients; 3 are ready"
+    assert left["d"] == "asks for 3 clients; 2 are ready"
+    assert left["b"] == "asks for 2 clients; 1 are ready"
 
 
 def test_what_is_wrong_with_the_owners_data_stays_with_the_owner(site, tree, tmp_path):

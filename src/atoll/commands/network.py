@@ -130,7 +130,7 @@ def join(
 
 def clients(server: Address, folder: Folder = CERTS / "operator", as_json: AsJson = False) -> None:
     """List who is there: hardware, data, policy, and when each was last heard of."""
-    from atoll.fleet.flower.fleet import Federation
+    from atoll.fleet.flower.federation import Federation
     from atoll.record.tables import plain_table
 
     address(server)

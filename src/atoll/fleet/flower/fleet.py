@@ -7,35 +7,23 @@ know the task, which is then sent again. However often a task or a reply travels
 
 from __future__ import annotations
 
-import atexit
 import math
-import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll import messages
-from atoll.cache import Say, home
 from atoll.data.sources import ClientData
-from atoll.errors import AtollError
 from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
-from atoll.fleet.flower import quiet
+from atoll.fleet.flower.federation import POLL, Federation, federation
 from atoll.fleet.flower.talk import envelope, opened
 from atoll.fleet.inprocess import Rebuild
 from atoll.params import Params
 
 if TYPE_CHECKING:
     from atoll.fleet.flower.link import Part
-    from atoll.fleet.flower.operator import Operator
-
-POLL = 0.02
-"""Seconds between two looks for answers."""
 
 ASK = 20.0
 """Seconds after which a site that has not answered is asked about its task."""
@@ -45,144 +33,6 @@ LARGEST_REPLY = 16
 
 RETURN = 20.0
 """Seconds in which a site that Flower takes for gone may come back and be sent its task again."""
-
-AWAY = 180.0
-"""Seconds for which a server may be away, and its sites after it, before a run gives up."""
-
-PREPARE = 900.0
-"""Seconds that sites have to get ready for a plan: the first time they fetch and convert the model."""
-
-
-@dataclass
-class Federation:
-    """A connection to a server, made when it is first needed and shared by all stages of a run."""
-
-    server: str
-    keys: Path
-    prepared: dict[str, dict[str, ClientData | str]] = field(default_factory=dict)
-    """Plan -> what the sites answered."""
-    times: int = 0
-    """How often a connection was made: messages of the ones before are lost."""
-    say: Say = lambda line: print(line, file=sys.stderr, flush=True)
-
-    @cached_property
-    def operator(self) -> Operator:
-        """Raises AtollError where no server answers, or does not let us in."""
-        quiet(home() / "flower")
-        from atoll.fleet.flower.link import LIMIT_BYTES
-        from atoll.fleet.flower.operator import Operator
-
-        self.times += 1
-        return Operator(self.server, self.keys, LIMIT_BYTES)
-
-    def sites(self) -> dict[str, int]:
-        """Who is there: name -> node."""
-        from atoll.fleet.flower.link import Gone
-
-        try:
-            return self.operator.sites()
-        except Gone as error:
-            self.reconnect(str(error))
-            return self.operator.sites()
-
-    def reconnect(self, why: str) -> None:
-        """A new run at a server that died or was away, with the sites that were there; AtollError if it stays away."""
-        from atoll.fleet.flower.link import Gone
-
-        self.say(f"the server {self.server} is away ({why}); waiting for it")
-        end = time.monotonic() + AWAY
-        expected = {name for sites in self.prepared.values() for name, one in sites.items() if not isinstance(one, str)}
-        self.close()
-        while True:
-            try:
-                if expected <= self.operator.sites().keys() or time.monotonic() > end:
-                    self.say(f"back at {self.server}")
-                    return
-            except (AtollError, Gone):
-                self.close()
-                if time.monotonic() > end:
-                    raise AtollError(
-                        "the server stays away", where=self.server, found=why,
-                        remedy="start it again; `atoll resume` goes on from the last whole round",
-                    ) from None  # fmt: skip
-            time.sleep(1.0)
-
-    def hello(self, wait: float = 10.0) -> dict[str, dict[str, Any]]:
-        """What everybody who is there says of itself."""
-        heard = self._everyone(lambda name: envelope("hello"), wait)
-        return {name: said if isinstance(said, dict) else {"silent": said} for name, said in heard.items()}
-
-    def members(self) -> list[dict[str, Any]]:
-        """Everybody who is enrolled, by name: whether they are there, when they were last heard of, what they say."""
-        said = self.hello()
-        return [one | {"said": said.get(one["name"], {})} for one in self.operator.members()]
-
-    def prepare(self, plan: str, tree: Mapping[str, Any]) -> dict[str, ClientData | str]:
-        """Has all sites get ready for a plan.
-
-        Those that are come with the numbers of their samples in the place of them, the others with the reason.
-
-        Raises:
-            AtollError: nobody is there, or nobody is willing.
-        """
-        if plan in self.prepared:
-            return self.prepared[plan]
-        names = list(self.operator.sites())
-        if not names:
-            raise AtollError(
-                "no site is there", where=self.server, remedy="sites come by `atoll join`; see `atoll clients`"
-            )
-        heard = self._everyone(lambda name: envelope("plan", tree=tree, client=name, clients=names), PREPARE)
-        answers = {name: counted(said) for name, said in sorted(heard.items())}
-        if all(isinstance(answer, str) for answer in answers.values()):
-            raise AtollError(
-                "no site is willing to do this plan", where=self.server,
-                found="; ".join(f"{name}: {why}" for name, why in answers.items()),
-                remedy="change the plan, or ask the site's owner to change the policy",
-            )  # fmt: skip
-        self.prepared[plan] = answers
-        return answers
-
-    def _everyone(self, message: Callable[[str], Any], wait: float) -> dict[str, dict[str, Any] | str]:
-        """Asks every site that is there; its envelope, or why there is none."""
-        from atoll.fleet.flower.link import NotTaken, Received, part
-
-        asked: dict[str, str] = {}
-        heard: dict[str, dict[str, Any] | str] = {}
-        for name, node in self.operator.sites().items():
-            try:
-                asked[self.operator.send(node, [part(message(name))])] = name
-            except NotTaken as error:
-                heard[name] = str(error)
-        end = time.monotonic() + wait
-        while asked and time.monotonic() < end:
-            for answer in self.operator.answers(asked):
-                name = asked.pop(answer.answers)
-                try:
-                    heard[name] = opened(answer.parts) if isinstance(answer, Received) else answer.reason
-                except ValueError as error:
-                    heard[name] = str(error)
-            time.sleep(POLL)
-        return heard | dict.fromkeys(asked.values(), f"no answer in {wait:g} s")
-
-    def close(self) -> None:
-        """Ends the run at the server, if there is one."""
-        if "operator" in self.__dict__:
-            self.operator.close()
-            del self.__dict__["operator"]
-
-
-def counted(said: dict[str, Any] | str) -> ClientData | str:
-    """A site's answer to a plan: how many samples it has, or why it will not take part."""
-    if isinstance(said, str):
-        return said
-    try:
-        if said["kind"] != "ready":
-            return str(said["reason"])
-        train, test = range(int(said["train"])), range(int(said["test"]))
-        return ClientData(train[: len(train)], test[: len(test)])  # a length that Python has none for raises
-    except (LookupError, TypeError, ValueError, OverflowError) as error:
-        return f"an answer that cannot be read: {error!r}"
 
 
 def refusal_of(task: Task, reason: str) -> Reply:
@@ -320,7 +170,7 @@ class Flower:
 
         if self._last is None or self._last[0] is not broadcast:
             self._last = (broadcast, part(messages.pack_broadcast(broadcast)))
-            self.federation.operator.link.limit_bytes = LARGEST_REPLY * self._last[1].size + (64 << 20)
+            self.federation.limit(LARGEST_REPLY * self._last[1].size + (64 << 20))
         return self._last[1]
 
     def _hear(self) -> None:
@@ -401,11 +251,6 @@ class Flower:
             self._send(task, there.get(task.client), full=False)
 
 
-def hardware() -> dict[str, Any]:
-    """What a machine has."""
-    return {"cores": os.cpu_count(), "machine": platform.machine(), "system": platform.system()}
-
-
 @dataclass(frozen=True)
 class OverNetwork:
     """See `flower`."""
@@ -421,14 +266,6 @@ class OverNetwork:
     def __call__(self, names: Sequence[str], client: object, rebuild: Rebuild, clock: float) -> Flower:
         """The fleet of a stage: its clients are made by the sites, its clock is the time of day."""
         return Flower(federation(self.server, self.keys), names, rebuild.run, rebuild.tree, self.ordered)
-
-
-@cache
-def federation(server: str, keys: str) -> Federation:
-    """One connection a server for this process; the run at the server ends with it."""
-    made = Federation(server, Path(keys).expanduser())
-    atexit.register(made.close)
-    return made
 
 
 def flower(server: str, keys: str = "certs/operator", ordered: bool = False) -> OverNetwork:

@@ -29,6 +29,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+from atoll.errors import AtollError
 from atoll.wire import Buffer
 
 CHUNK = 4 << 20
@@ -95,6 +96,21 @@ def _name(chunk: Sequence[memoryview]) -> str:
 
 class Gone(Exception):
     """The other end cannot be reached, or no longer knows us. The text says why."""
+
+
+def unreachable(server: str, error: Gone, denied: tuple[str, str]) -> AtollError:
+    """What a server comes to that does not answer, is not trusted, or does not let us in: `denied` is what, and remedy."""
+    said = str(error)
+    if any(status in said for status in ("HTTP 401", "HTTP 403", "HTTP 412")):
+        return AtollError(denied[0], where=server, found=said, remedy=denied[1])
+    if "certificate" in said.lower():
+        return AtollError(
+            "the server's certificate does not fit", where=server, found=said,
+            remedy="ask for the server's own ca.pem, or for a certificate that names this host and has not expired",
+        )  # fmt: skip
+    return AtollError(
+        "no server answers", where=server, found=said, remedy="check the address; HTTPS_PROXY names a proxy"
+    )
 
 
 class NotTaken(Exception):

@@ -36,7 +36,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from atoll.errors import AtollError
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.link import LIMIT_BYTES, Gone, Link, Received, part, retried, trust
+from atoll.fleet.flower.link import LIMIT_BYTES, Gone, Link, Received, part, retried, trust, unreachable
 from atoll.wire import Buffer
 
 HEARTBEAT = 30.0
@@ -44,6 +44,11 @@ HEARTBEAT = 30.0
 
 POLL = (0.02, 1.0)
 """Seconds between two looks for messages: while there is traffic, and after a while without."""
+
+DENIED = (
+    "the server does not let this site in",
+    "its key must be enrolled there (`atoll certs site`), and only one process may use it at a time",
+)
 
 Say = Callable[[str], None]
 Parts = Sequence[Sequence[Buffer]]
@@ -95,7 +100,7 @@ class SuperNode:
             request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT)
             self.id = retried(self.client.ActivateNode, request, patience=patience).node_id
         except Gone as error:
-            raise not_let_in(self.server, error) from error
+            raise unreachable(self.server, error, DENIED) from error
         self._links.clear()
         last.write_text(json.dumps({"node": self.id}))
 
@@ -179,24 +184,6 @@ class SuperNode:
             with suppress(Gone):
                 request = SendNodeHeartbeatRequest(node=Node(node_id=self.id), heartbeat_interval=HEARTBEAT)
                 retried(self.client.SendNodeHeartbeat, request)
-
-
-def not_let_in(server: str, error: Gone) -> AtollError:
-    """What a server comes to that does not know the site, or that the site does not trust."""
-    said = str(error)
-    if "412" in said or "401" in said:
-        return AtollError(
-            "the server does not let this site in", where=server, found=said,
-            remedy="its key must be enrolled there (`atoll certs site`), and only one process may use it at a time",
-        )  # fmt: skip
-    if "certificate" in said.lower():
-        return AtollError(
-            "the server's certificate does not fit", where=server, found=said,
-            remedy="ask for the server's ca.pem, or for a certificate that names this host and has not expired",
-        )  # fmt: skip
-    return AtollError(
-        "no server answers", where=server, found=said, remedy="check the address; HTTPS_PROXY names a proxy"
-    )
 
 
 @contextmanager

@@ -36,12 +36,16 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from atoll.errors import AtollError
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.link import Gone, Headers, Link, NotTaken, Part, Received, retried, trust
+from atoll.fleet.flower.link import Gone, Headers, Link, NotTaken, Part, Received, retried, trust, unreachable
 
 HEARTBEAT = 15.0
 """Seconds; Flower ends a run that it has not heard of for 60."""
+
+DENIED = (
+    "the server does not accept this operator's token",
+    "use the operator/ folder that `atoll certs init` made for this server",
+)
 
 LIFE = 24 * 3600.0
 """Seconds for which Flower keeps a message that nobody has answered."""
@@ -100,7 +104,7 @@ class Operator:
             task = retried(taker.AcquireTask, AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
             taker.close()
         except Gone as error:
-            raise unreachable(self.server, error) from error
+            raise unreachable(self.server, error, DENIED) from error
         token = {TASK_TOKEN_HEADER: task.token}
         client = RuntimeHttpClient(address, verify=context, interceptors=[Headers(lambda: token)])
         self.link = Link(client, Node(node_id=SUPERLINK_NODE_ID), task.task.run_id, self.limit_bytes)
@@ -171,24 +175,6 @@ class Operator:
                 self.link.client.PushTaskOutput, PushTaskOutputRequest(sub_status="completed", details=""), patience=2
             )
         self.link.pool.shutdown(wait=False)
-
-
-def unreachable(server: str, error: Gone) -> AtollError:
-    """What a server that does not answer, or does not let us in, comes to."""
-    said = str(error)
-    if "401" in said or "403" in said:
-        return AtollError(
-            "the server does not accept this operator's token", where=server, found=said,
-            remedy="use the operator/ folder that `atoll certs init` made for this server",
-        )  # fmt: skip
-    if "certificate" in said.lower():
-        return AtollError(
-            "the server's certificate does not fit", where=server, found=said,
-            remedy="`atoll certs server` makes a new one; for a host that it does not name, add --host",
-        )  # fmt: skip
-    return AtollError(
-        "no server answers", where=server, found=said, remedy=f"start it: `atoll server --listen {server}`"
-    )
 
 
 def empty_app() -> bytes:

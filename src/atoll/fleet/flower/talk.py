@@ -1,7 +1,7 @@
 """What the operator and a site say to each other: the envelopes around plans, tasks and replies.
 
     hello                                     -> hello: versions, hardware, records, policy
-    plan: tree, client                        -> ready: train, test        or refused: reason
+    plan: tree, client                        -> ready: train, test, least or refused: reason
     task: run; a broadcast, a task            -> event; the event          or refused: reason, or unready
     ask: run, task                            -> event; the event          or working, or unknown
 
