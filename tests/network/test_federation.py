@@ -77,6 +77,15 @@ def test_a_second_process_with_the_same_key_is_not_let_in_and_the_first_goes_on(
     assert listed[0]["status"] == "online"
 
 
+def test_a_site_without_data_does_not_join_and_leaves_nothing_behind(federation):
+    told = federation.run(
+        "join", federation.address, "--data", "nope", "--certs", "certs/sites/north", "--state", "never"
+    )
+    assert told.returncode == 1
+    assert "no such file or folder" in told.stderr
+    assert not (federation.folder / "never").exists()
+
+
 def test_an_operator_with_another_token_starts_nothing(federation, tmp_path):
     certs.write_private(tmp_path / "operator.token", b"guessed")
     certs.write(tmp_path / "ca.pem", (federation.folder / "certs/ca/ca.pem").read_bytes())

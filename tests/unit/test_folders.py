@@ -71,3 +71,15 @@ def test_a_conversation_whose_answer_is_not_found_is_counted(tmp_path: Path) -> 
     assert result.report.left_out == {HIDDEN_ANSWER: (1, "a.jsonl:1")}
     whole = prepare(source, tokenizer, 256, "causal_lm", cache_root=tmp_path)
     assert len(whole.train) == 1
+
+
+def test_a_path_that_is_not_there_is_told_of_data_beside_it_and_of_nothing_else(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README.md").write_text("no data")
+    with pytest.raises(AtollError) as told:
+        open_source(tmp_path / "north.jsonl", 0.1)
+    assert told.value.details["remedy"] == f"check the path: {tmp_path / 'north.jsonl'}"
+    (tmp_path / "nort.jsonl").write_text("{}")
+    with pytest.raises(AtollError) as told:
+        open_source(tmp_path / "north.jsonl", 0.1)
+    assert told.value.details["remedy"] == "did you mean 'nort.jsonl'?"

@@ -116,9 +116,10 @@ def join(
     from atoll.policy import read
     from atoll.site import Site
 
+    site = Site(data, read(policy), state, say)
+    say(f"{site.records} records in {data}")  # or what is wrong with them, before anything is written
     with alone(state):
-        site = Site(data, read(policy), state, say)
-        say(f"{site.records} records; {site.audit.path} ends with {site.audit.last[:16]}")  # or what is wrong with them
+        say(f"{site.audit.path} ends with {site.audit.last[:16]}")
         node = SuperNode(server, folder / "site.key", folder / "ca.pem", state, say)
         node.join(patience=60.0)
         say(f"joined {server}; what leaves is noted in {state / 'audit.jsonl'}")

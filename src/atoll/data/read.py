@@ -123,10 +123,17 @@ def open_source(path: str | Path, held_out: float = 0.1) -> Source:
     if not 0 <= held_out < 1:
         raise AtollError("the held-out share is out of range", found=held_out, allowed="at least 0, less than 1")
     if not path.exists():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        remedy = closest(path.name, near) if near else "check the path"
+        beside = [p.name for p in path.parent.iterdir() if _could_be(p)] if path.parent.is_dir() else []
+        remedy = closest(path.name, beside) if beside else f"check the path: {path.absolute()}"
         raise AtollError("there is no such file or folder", where=str(path), remedy=remedy)
     return Source(path, _splits(_files(path)), held_out)
+
+
+def _could_be(path: Path) -> bool:
+    """Whether a path may be a client's: a data file, or a folder with one."""
+    return path.suffix.lower() in READERS or (
+        path.is_dir() and any(p.suffix.lower() in READERS for p in path.iterdir())
+    )
 
 
 def _files(path: Path) -> list[Path]:
