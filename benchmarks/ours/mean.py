@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -99,13 +100,16 @@ class Updates:
     def clients(self) -> list[str]:
         return self.names
 
+    def lanes(self) -> int:
+        return 1
+
     def now(self) -> float:
         return 0.0
 
     def submit(self, tasks: Sequence[Task]) -> None:
         self.tasks = list(tasks)
 
-    def receive(self, tasks: Collection[str]) -> Reply:
+    def receive(self, tasks: Collection[str], until: float = math.inf) -> Reply:
         task = self.tasks.pop(0)
         with self.making:
             update = next(self.source)
