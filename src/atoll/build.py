@@ -132,6 +132,8 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     unwilling = {name: why for name, why in sources.items() if isinstance(why, str)}
     sources = {name: source for name, source in sources.items() if name not in {*left_out, *unwilling}}
     sampled = population(recipe, list(sources))
+    if sampled is None and correction.streams and isinstance(fleet, Elsewhere):
+        sampled = frozenset(sources)  # its streams are means over the population: sites that come later are not of it
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
     for i, one in enumerate([] if at_a_site else recipe.sinks):

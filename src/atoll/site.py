@@ -24,12 +24,13 @@ from atoll.assemble import Assembly, assemble, clients
 from atoll.audit import AuditLog
 from atoll.build import Plan, build
 from atoll.cache import Say
-from atoll.client import Client
+from atoll.client import Client, WorkFailed
 from atoll.data.files import rows
 from atoll.data.read import open_source
-from atoll.data.sources import ClientData, ClientSource
+from atoll.data.sources import ClientData, ClientSource, digest
 from atoll.errors import AtollError
 from atoll.fleet.flower.talk import envelope, opened
+from atoll.local.work import Tick
 from atoll.policy import Policy
 from atoll.recipe import validate
 from atoll.record.folder import RunFolder
@@ -44,8 +45,15 @@ KEPT = 2
 """Replies that are kept in memory for an operator who asks again."""
 
 
+GIVEN_UP = "nobody waits for this any more"
+
+
 class Unwilling(Exception):
     """What is asked is not done here; the text says why, to both ends."""
+
+
+class NotWanted(WorkFailed):
+    """Nobody waits for this work any more."""
 
 
 @dataclass
@@ -69,6 +77,10 @@ class Site:
     _ready: OrderedDict[str, Ready] = field(default_factory=OrderedDict)
     _working: set[tuple[str, str]] = field(default_factory=set)
     """(run, task) that are being worked on, or wait for it."""
+    _not_wanted: set[tuple[str, str]] = field(default_factory=set)
+    """Those of them that nobody waits for any more."""
+    _now: tuple[str, str] = ("", "")
+    """The one that is being worked on."""
     _done: OrderedDict[tuple[str, str], list[Buffer]] = field(default_factory=OrderedDict)
 
     @cached_property
@@ -89,10 +101,15 @@ class Site:
                 return [self.hello()]
             if head["kind"] == "ask":
                 return self.became(str(head.get("run")), str(head.get("task")))
+            if head["kind"] == "cancel":
+                self._not_wanted |= {task for task in self._working if task[0] == head.get("run")}
+                return [envelope("cancelled")]
             if head["kind"] == "task":
                 task = (str(head.get("run")), messages.task_id(message[2]))
+                self._not_wanted.discard(task)
                 if task in self._done or task in self._working:
                     return self.became(*task)
+                self._not_wanted |= {other for other in self._working if replaced(other, by=task)}
                 self._working.add(task)
             return None
         except (ValueError, LookupError) as error:
@@ -109,7 +126,7 @@ class Site:
             if head["kind"] == "task":
                 return self.work(head, opened_task(message))
             raise Unwilling(f"this site does not know what '{head['kind']}' is")
-        except Unwilling as error:
+        except (Unwilling, NotWanted) as error:
             self.say(f"refused: {error}")
             return [refusal(str(error))]
         except AtollError as error:  # what was found, and where, may be the owner's data and files
@@ -123,7 +140,9 @@ class Site:
     def _no_longer_working(self, message: Sequence[Buffer]) -> None:
         """A task that was worked on or could not be read: whoever asks is told what became of it, or that it is unknown."""
         with suppress(ValueError, LookupError):
-            self._working.discard((str(opened(message).get("run")), messages.task_id(message[2])))
+            task = (str(opened(message).get("run")), messages.task_id(message[2]))
+            self._working.discard(task)
+            self._not_wanted.discard(task)
 
     def kept_here(self, reason: str) -> str:
         """Says what went wrong to this site's owner; the operator hears of what kind it was, for its text may quote data."""
@@ -148,10 +167,12 @@ class Site:
         self._allow(self.policy.broken_by(recipe))  # before anything that the plan names is imported
         plan = build(recipe, tree, sources={one: ClientData((), ()) for one in names})
         self._allow(self.policy.too_few(plan.cohort))
-        if plan.hash not in self._ready:
+        source = ClientSource(open_source(self.data, held_out(tree)))
+        warm = self._ready.get(plan.hash)
+        if warm is None or warm.name != name or warm.things.digests[name] != digest(source):
             self.say(f"getting ready for plan {plan.hash} ({recipe.name}), as {name}")
-            own = replace(plan, sources={name: ClientSource(open_source(self.data, held_out(tree)))})
-            self._ready[plan.hash] = Ready(name, plan, assemble(own, self.say))
+            things = assemble(replace(plan, sources={name: source}), self.say, self._still_wanted)
+            self._ready[plan.hash] = Ready(name, plan, things)
             while len(self._ready) > WARM:
                 self._ready.popitem(last=False)
         self._ready.move_to_end(plan.hash)
@@ -170,8 +191,12 @@ class Site:
             return [envelope("unready")]
         if task.client != ready.name:
             raise Unwilling(f"a task of {task.client}; this site is {ready.name}")
+        self._now = (run, task.id)
+        self._still_wanted()
         self.say(f"round {task.broadcast.round}: {task.kind}")
         reply = self.client(run, ready).handle(task)
+        if reply.refusal == GIVEN_UP:
+            raise NotWanted(GIVEN_UP)  # not kept: a run that is resumed asks for the same task again
         event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))
         self.audit.wrote(run, task.plan, task.id, event)
         self._done[run, task.id] = event
@@ -179,12 +204,22 @@ class Site:
             self._done.popitem(last=False)
         return [envelope("event"), event]
 
+    def _still_wanted(self, tick: Tick | None = None) -> None:
+        """Asked before work and at each of its steps: what nobody waits for is not gone on with."""
+        if self._now in self._not_wanted:
+            raise NotWanted(GIVEN_UP)
+
     def client(self, run: str, ready: Ready) -> Client:
         """This site's client in a run, with the state that it keeps for it."""
         if not run.isalnum():
             raise Unwilling(f"a run named {run!r}")
         made = clients(ready.plan, ready.things, RunFolder(self.folder / "runs" / run))(ready.name)
         return replace(made, outward=self.kept_here)
+
+
+def replaced(task: tuple[str, str], by: tuple[str, str]) -> bool:
+    """Whether a newer task of the same kind in the same run takes this one's place: a server forgets a task so."""
+    return task[0] == by[0] and task[1].partition(":")[0] == by[1].partition(":")[0]
 
 
 def refusal(reason: str) -> list[Buffer]:

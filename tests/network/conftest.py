@@ -14,7 +14,7 @@ from atoll.fleet.flower import certs
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """Keys, data and a recipe; nothing runs yet."""
     folder = tmp_path_factory.mktemp("federation")
-    certs.init(folder / "certs", ["localhost", "127.0.0.1"])
+    certs.init(folder / "certs", ["localhost", "127.0.0.1", "127.0.0.2"])
     for name in NAMES:
         certs.site(folder / "certs", name)
     write_sites(folder / "data")

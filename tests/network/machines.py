@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -37,25 +38,29 @@ class Federation:
         return f"127.0.0.1:{self.port}"
 
     def start(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        """`atoll ARGUMENTS` with what it says in NAME.log."""
-        log = (self.folder / f"{name}.log").open("ab")
+        """`atoll ARGUMENTS` with what it says in NAME.log, which another process writes: see `fill_disk`."""
+        sink = subprocess.Popen(
+            ["tee", "-a", f"{name}.log"], cwd=self.folder, stdin=-1, stdout=subprocess.DEVNULL
+        ).stdin
+        assert sink is not None
         command = [sys.executable, "-m", "atoll", *arguments]
         surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "ATOLL_RUNS": str(self.folder / "runs"), **environment}
-        self.running[name] = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, env=surroundings)
+        self.running[name] = subprocess.Popen(command, cwd=self.folder, stdout=sink, stderr=sink, env=surroundings)
+        sink.close()
         return self.running[name]
 
-    def serve(self) -> None:
+    def serve(self, *more: str) -> None:
         """The server, listening."""
         before = self.said("server").count("may join")
-        self.start("server", "server", "--listen", self.address, "--certs", "certs/server")
+        self.start("server", "server", "--listen", self.address, "--certs", "certs/server", *more)
         enrolled = len(list((self.folder / "certs" / "server" / "clients").iterdir()))
         wait_until(lambda: self.said("server").count("may join") >= before + enrolled, "sites that may join")
 
-    def join(self, name: str, *more: str) -> None:
+    def join(self, name: str, *more: str, address: str = "", **environment: str) -> None:
         """A site, joined."""
         before = self.said(name).count("joined")
         own = ("--data", f"data/{name}.jsonl", "--certs", f"certs/sites/{name}", "--state", f"state/{name}")
-        self.start(name, "join", self.address, *own, *more)
+        self.start(name, "join", address or self.address, *own, *more, **environment)
         wait_until(lambda: self.said(name).count("joined") > before, f"{name} to join")
 
     def run(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
@@ -76,6 +81,10 @@ class Federation:
         process = self.running.pop(name)
         process.kill()
         process.wait()
+
+    def fill_disk(self, name: str) -> None:
+        """From now on this process can write nothing to a file."""
+        resource.prlimit(self.running[name].pid, resource.RLIMIT_FSIZE, (0, 0))
 
     def stop(self, name: str) -> int:
         """As Ctrl-C would; its exit status."""

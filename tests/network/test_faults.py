@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 from machines import Federation, wait_until
+from relay import Relay
 
 from atoll.record.card import read_story
 from atoll.record.folder import RunFolder
@@ -124,3 +125,58 @@ def test_a_slow_client_is_late_and_its_update_is_dropped_or_taken(federation, la
     assert bool(stale) == (late == "take")
     assert all("before the round closed" in m.reason for m in found.missing if m.round == 0)
     assert counted_once(found)
+
+
+def test_a_site_that_comes_after_the_run_began_takes_part_from_then_on(federation):
+    federation.stop("west")
+    run = begin(federation, "newcomer", "--set", "finetune.rounds=8")
+    wait_until(lambda: "round 1 done" in federation.said("newcomer"), "the first round to end")
+    federation.join("west")
+    assert run.wait(timeout=180) == 0, federation.said("newcomer")
+    assert "west takes part from now on" in federation.said("newcomer")
+    found = story(federation, "newcomer")
+    assert {r.client for r in found.replies if r.round == 0} == {"north", "south"}
+    assert {r.client for r in found.replies if r.round == 7} == {"north", "south", "west"}
+    assert [r.refused + r.dropped for r in found.rounds] == [0] * 8
+
+
+def test_a_line_that_is_dark_for_half_a_minute_loses_no_round(federation):
+    relay = Relay(federation.port)
+    federation.stop("west")
+    federation.join("west", address=f"127.0.0.2:{federation.port}", HTTPS_PROXY=relay.address)
+    assert relay.asked[0] == f"127.0.0.2:{federation.port}", "it goes through the proxy"
+    run = begin(federation, "dark")
+    wait_until(lambda: "round 1 done" in federation.said("dark"), "the first round to end")
+    relay.lit.clear()
+    time.sleep(30)
+    relay.lit.set()
+    assert run.wait(timeout=180) == 0, federation.said("dark")
+    found = story(federation, "dark")
+    assert [r.accepted for r in found.rounds] == [3, 3, 3]
+    assert counted_once(found)
+    federation.stop("west")
+    relay.close()
+    federation.join("west")
+
+
+def test_work_is_given_up_when_the_operator_leaves(federation):
+    run = begin(federation, "given-up", "--set", "finetune.local_steps=100000")
+    wait_until(lambda: federation.said("north").count("round 0: train") > 0, "a site to work")
+    time.sleep(2)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=30) == 130, federation.said("given-up")
+    begin(federation, "after").wait(timeout=120)
+    assert [r.accepted for r in story(federation, "after").rounds] == [3, 3, 3], "the sites are free"
+
+
+def test_a_server_whose_disk_is_full_serves_and_an_operator_whose_disk_is_full_goes_on_later(federation):
+    federation.fill_disk("server")
+    run = begin(federation, "full")
+    wait_until(lambda: "round 1 done" in federation.said("full"), "the first round to end")
+    federation.fill_disk("full")
+    assert run.wait(timeout=120) == 1, federation.said("full")
+    assert "no space on disk; the run is whole up to its last checkpoint" in federation.said("full")
+    assert "`atoll resume full-1`" in federation.said("full")
+    done = federation.run("resume", "full-1", timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert [r.accepted for r in story(federation, "full").rounds] == [3, 3, 3]

@@ -131,6 +131,27 @@ def test_nothing_of_the_keys_is_in_logs_records_or_what_left(federation):
     assert not [p for p in files if b"PRIVATE KEY" in p.read_bytes() and p.name != "site.key"]
 
 
+def test_without_tls_it_stays_on_this_machine(bare, tmp_path):
+    shutil.copytree(bare.folder / "certs", tmp_path / "certs")
+    shutil.copytree(bare.folder / "data", tmp_path / "data")
+    (tmp_path / "mine.yaml").write_text((bare.folder / "mine.yaml").read_text())
+    open_one = Federation(tmp_path, free_port())
+    try:
+        told = open_one.run("server", "--listen", "0.0.0.0:8000", "--insecure", "--certs", "certs/server")
+        assert told.returncode == 1
+        assert "without TLS others could read" in told.stderr
+        told = open_one.run("run", "mine.yaml", "--fleet", "server.example:8000", "--insecure")
+        assert "without TLS others could read" in told.stderr
+        open_one.serve("--insecure")
+        open_one.join("north", "--insecure")
+        stranger = open_one.run("clients", open_one.address, "--insecure", "--certs", "nowhere")
+        assert "operator's token" in stranger.stderr, "keys and tokens are asked for all the same"
+        done = open_one.run("run", "mine.yaml", "--fleet", open_one.address, "--insecure")
+        assert done.returncode == 0, done.stderr
+    finally:
+        open_one.close()
+
+
 def test_leaving_is_clean(federation):
     assert federation.stop("north") == 0
     assert federation.stop("server") == 0

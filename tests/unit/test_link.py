@@ -6,38 +6,42 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
-import httpx
 import pytest
 from flwr.app.metadata import Metadata
+from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
 
 from atoll.fleet.flower import link as linked
-from atoll.fleet.flower.link import Gone, Link, part, retried
+from atoll.fleet.flower.link import Link, part
 
 
 @dataclass
 class Store:
-    """Objects by their hash; `spoil` changes what is given out."""
+    """Objects by their hash, behind calls as they travel; `spoil` changes what is given out."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     pushed: list[str] = field(default_factory=list)
     spoil: dict[str, bytes] = field(default_factory=dict)
 
-    def PushObject(self, request):
-        assert hashlib.sha256(request.object_content).hexdigest() == request.object_id, "Flower would not take it"
-        self.pushed.append(request.object_id)
-        self.objects[request.object_id] = request.object_content
-        return SimpleNamespace(stored=True)
+    def raw(self, path, request, *, more=()):
+        body = b"".join([request.SerializeToString(), *more])
+        if path == "fleet/push-object":
+            pushed = PushObjectRequest.FromString(body)
+            assert hashlib.sha256(pushed.object_content).hexdigest() == pushed.object_id, "Flower would not take it"
+            self.pushed.append(pushed.object_id)
+            self.objects[pushed.object_id] = pushed.object_content
+            return PushObjectResponse(stored=True).SerializeToString()
+        if path == "fleet/pull-object":
+            content = self.spoil.get(request.object_id, self.objects.get(request.object_id))
+            there = content is not None
+            found = PullObjectResponse(object_found=there, object_available=there, object_content=content)
+            return found.SerializeToString()
+        assert path == "fleet/confirm-message-received"
+        return b""
 
-    def PullObject(self, request):
-        content = self.spoil.get(request.object_id, self.objects.get(request.object_id))
-        there = content is not None
-        return SimpleNamespace(object_found=there, object_available=there, object_content=content)
-
-    def ConfirmMessageReceived(self, request):
-        return None
+    def __call__(self, path, request, answer, *, more=()):
+        return answer.FromString(self.raw(path, request, more=more))
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def store(monkeypatch):
 
 @pytest.fixture
 def ends(store):
-    return Link(store, Node(node_id=1), 7, limit_bytes=100_000)
+    return Link(store, "fleet", Node(node_id=1), 7, limit_bytes=100_000)
 
 
 def send(ends, store, *parts):
@@ -105,29 +109,3 @@ def test_a_message_over_the_limit_is_not_pulled(ends, store):
     head = send(ends, store, part([bytes(100_001)]))
     with pytest.raises(ValueError, match="100000 allowed"):
         ends.receive(head)
-
-
-def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_is_told():
-    calls = []
-
-    def call():
-        calls.append(1)
-        if len(calls) < 4:
-            raise httpx.ConnectError("no route")
-        return "there"
-
-    assert retried(call, patience=5) == "there"
-    with pytest.raises(Gone, match="no route"):
-        retried(lambda: (_ for _ in ()).throw(httpx.ConnectError("no route")), patience=0.1)
-
-
-@pytest.mark.parametrize("status", [401, 403, 412])
-def test_a_door_that_is_closed_is_told_at_once(status):
-    def call():
-        request = httpx.Request("POST", "https://server")
-        raise httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, text="no", request=request))
-
-    started = time.monotonic()
-    with pytest.raises(Gone, match=str(status)):
-        retried(call)
-    assert time.monotonic() - started < 1

@@ -107,6 +107,66 @@ def test_a_task_that_is_being_worked_on_is_not_begun_again(site, tree):
     assert opened(flat(site.answer(message)))["kind"] == "event"
 
 
+def later(task, sent_in_round):
+    """The same client's task of a later round."""
+    return replace(task, broadcast=replace(task.broadcast, round=sent_in_round))
+
+
+def begun(site: Site, task, run="r1"):
+    """A task that waits for the worker."""
+    message = flat([envelope("task", run=run), messages.pack_broadcast(task.broadcast), messages.pack_task(task)])
+    assert site.urgent(message) is None
+    return message
+
+
+def test_work_that_a_newer_task_replaces_is_not_done(site, tree):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    first, second = begun(site, task), begun(site, later(task, 1))
+    said = opened(flat(site.answer(first)))
+    assert (said["kind"], said["reason"]) == ("refused", "nobody waits for this any more")
+    assert opened(flat(site.answer(second)))["kind"] == "event"
+
+
+def test_another_run_replaces_nothing(site, tree):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    first, second = begun(site, task), begun(site, later(task, 1), run="r2")
+    assert [opened(flat(site.answer(one)))["kind"] for one in (first, second)] == ["event", "event"]
+
+
+def test_work_is_given_up_in_the_middle_when_its_run_is_cancelled(site, tree, monkeypatch):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    message, steps = begun(site, task), []
+
+    def cancelling(tick):
+        steps.append(tick.done)
+        if tick.done == 1:
+            assert opened(ask(site, envelope("cancel", run="r1")))["kind"] == "cancelled"
+        still_wanted(tick)
+
+    local, still_wanted = site._ready[task.plan].things.local, site._still_wanted
+    monkeypatch.setitem(local.__dict__, "report", cancelling)
+    answer = opened(flat(site.answer(message)))
+    assert steps == [0, 1]  # of two local steps
+    assert (answer["kind"], answer["reason"]) == ("refused", "nobody waits for this any more")
+    assert opened(ask(site, envelope("ask", run="r1", task=task.id)))["kind"] == "unknown"
+    monkeypatch.setitem(local.__dict__, "report", still_wanted)
+    assert messages.unpack_event(send(site, task)[1]).refusal == "", "a run that is resumed gets its work"
+
+
+def test_data_that_changed_are_read_anew_for_the_next_run(site, tree, tmp_path):
+    own = tmp_path / "own.jsonl"
+    lines = site.data.read_text().splitlines(keepends=True)
+    own.write_text("".join(lines))
+    site.data = own
+    assert prepare(site, tree)["train"] + prepare(site, tree)["test"] == 40
+    own.write_text("".join(lines[:30]))
+    said = prepare(site, tree)
+    assert said["train"] + said["test"] == 30
+
+
 def test_a_site_that_started_anew_says_that_it_is_not_ready(site, tree):
     prepare(site, tree)
     task = task_of(site, tree)

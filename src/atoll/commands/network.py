@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atoll.commands.output import AsJson, say, show, show_json
+from atoll.commands.output import AsJson, Insecure, say, show, show_json
 from atoll.errors import AtollError
 
 Address = Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the server is.")]
@@ -86,6 +86,7 @@ def certs_server(
 def server(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:8000",
     folder: Folder = CERTS / "server",
+    insecure: Insecure = False,
 ) -> None:
     """Run the server that sites join: Flower's SuperLink over TLS. Ctrl-C stops it."""
     from atoll.cache import home
@@ -95,8 +96,8 @@ def server(
     quiet(home() / "flower")
     from atoll.fleet.flower import superlink
 
-    say(f"listening on https://{host}:{port}; sites in {folder / 'clients'} may join")
-    superlink.serve(folder, host, port, say)
+    say(f"listening on {'http' if insecure else 'https'}://{host}:{port}; sites in {folder / 'clients'} may join")
+    superlink.serve(folder, host, port, say, insecure)
 
 
 def join(
@@ -105,6 +106,7 @@ def join(
     folder: Folder = Path(),
     policy: Annotated[Path | None, typer.Option(help="What the owner of the data allows, as YAML.")] = None,
     state: Annotated[Path, typer.Option(help="Where client state and the audit log are kept.")] = Path("atoll-site"),
+    insecure: Insecure = False,
 ) -> None:
     """Join a server as a site: work on runs with this site's data, as far as the policy goes. Ctrl-C leaves."""
     from atoll.cache import home
@@ -120,7 +122,7 @@ def join(
     say(f"{site.records} records in {data}")  # or what is wrong with them, before anything is written
     with alone(state):
         say(f"{site.audit.path} ends with {site.audit.last[:16]}")
-        node = SuperNode(server, folder / "site.key", folder / "ca.pem", state, say)
+        node = SuperNode(server, folder / "site.key", folder / "ca.pem", state, say, insecure)
         node.join(patience=60.0)
         say(f"joined {server}; what leaves is noted in {state / 'audit.jsonl'}")
         signal.signal(signal.SIGINT, lambda *_: node.over.set())
@@ -129,13 +131,15 @@ def join(
     say(f"left {server}")
 
 
-def clients(server: Address, folder: Folder = CERTS / "operator", as_json: AsJson = False) -> None:
+def clients(
+    server: Address, folder: Folder = CERTS / "operator", insecure: Insecure = False, as_json: AsJson = False
+) -> None:
     """List who is there: hardware, data, policy, and when each was last heard of."""
     from atoll.fleet.flower.federation import Federation
     from atoll.record.tables import plain_table
 
     address(server)
-    federation = Federation(server, folder)
+    federation = Federation(server, folder, insecure)
     try:
         listed = federation.members()
     finally:

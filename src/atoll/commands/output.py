@@ -32,6 +32,7 @@ Fleet = Annotated[
     str | None, typer.Option("--fleet", metavar="HOST:PORT", help="Run at the sites that have joined this server.")
 ]
 Certs = Annotated[str, typer.Option("--certs", help="The operator's keys, for --fleet.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS: on this machine alone, to try things out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable, and nothing else on stdout.")]
 
 
@@ -110,6 +111,10 @@ def mendable(error: Exception, note: Path | None, again: str) -> AtollError | No
         traceback_in = f"; the traceback is in {note}" if note else ""
         told.details["remedy"] = f"mend it, then {again}{traceback_in}"
         return told
+    if "No usable temporary directory" in str(error):
+        return AtollError(
+            "nothing can be written: the disk is full, or read-only", found=error, remedy="free some space"
+        )
     refused = isinstance(error, OSError) and error.errno in {getattr(errno, name) for name in REFUSALS}
     if not (refused and isinstance(error, OSError) and error.filename):
         return None

@@ -12,6 +12,7 @@ from atoll.commands.output import (
     AsJson,
     Certs,
     Fleet,
+    Insecure,
     RecipeName,
     RunName,
     Settings,
@@ -32,13 +33,14 @@ def run(
     settings: Settings = None,
     fleet: Fleet = None,
     certs: Certs = "certs/operator",
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: rounds, evaluation, baselines, adapter and card."""
     say(f"planning {recipe}")
     from atoll.run import begun, plan
 
-    ready = plan(recipe, [*at_sites(fleet, certs), *(settings or ())])
+    ready = plan(recipe, [*at_sites(fleet, certs, insecure), *(settings or ())])
     with begun(ready) as folder:
         work_on(ready, folder, new=True)
     from atoll.commands.ending import conclude
@@ -74,14 +76,15 @@ def work_on(ready: Plan, folder: RunFolder, new: bool) -> None:
         execute(ready, folder, [shown.event], shown.say, shown.report)
 
 
-def at_sites(server: str | None, certs: str) -> list[str]:
+def at_sites(server: str | None, certs: str, insecure: bool) -> list[str]:
     """The settings that `--fleet` stands for. Baselines need everybody's data in one place."""
     if server is None:
         return []
     from atoll.commands.network import address
 
     address(server)
-    where = {"use": "flower", "server": server, "keys": str(Path(certs).absolute())}
+    where: dict[str, Any] = {"use": "flower", "server": server, "keys": str(Path(certs).absolute())}
+    where |= {"insecure": True} if insecure else {}
     return [f"fleet={json.dumps(where)}", "baselines=[]"]
 
 
@@ -90,6 +93,7 @@ def plan(
     settings: Settings = None,
     fleet: Fleet = None,
     certs: Certs = "certs/operator",
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe would do: what trains, what travels, bytes, memory, time. Runs nothing."""
@@ -97,7 +101,7 @@ def plan(
     from atoll.estimate import as_data
     from atoll.run import plan
 
-    ready = plan(recipe, [*at_sites(fleet, certs), *(settings or ())])
+    ready = plan(recipe, [*at_sites(fleet, certs, insecure), *(settings or ())])
     data = as_data(ready)
     data["warnings"] += beyond_memory(ready)
     if as_json:

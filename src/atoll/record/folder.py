@@ -109,7 +109,7 @@ class RunFolder:
         try:
             yield
         except Exception as error:
-            full = (errno.ENOSPC, errno.EDQUOT)
+            full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             if getattr(error, "errno", None) not in full and not any(f"os error {n})" in str(error) for n in full):
                 raise
             raise AtollError(

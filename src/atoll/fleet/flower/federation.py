@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,12 +16,10 @@ from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.fleet.flower import quiet
 from atoll.fleet.flower.talk import envelope, opened
+from atoll.wire import Buffer
 
 if TYPE_CHECKING:
     from atoll.fleet.flower.operator import Operator
-
-POLL = 0.02
-"""Seconds between two looks for answers."""
 
 AWAY = 180.0
 """Seconds for which a server may be away, and its sites after it, before a run gives up."""
@@ -36,6 +34,8 @@ class Federation:
 
     server: str
     keys: Path
+    insecure: bool = False
+    """Without TLS: on this machine alone."""
     prepared: dict[str, dict[str, ClientData | str]] = field(default_factory=dict)
     """Plan -> what the sites answered."""
     times: int = 0
@@ -51,7 +51,7 @@ class Federation:
         from atoll.fleet.flower.operator import Operator
 
         self.times += 1
-        return Operator(self.server, self.keys, self.limit_bytes)
+        return Operator(self.server, self.keys, self.limit_bytes, self.insecure)
 
     def limit(self, size: int) -> None:
         """What a message may take from now on, over this connection and later ones."""
@@ -59,7 +59,7 @@ class Federation:
 
     def sites(self) -> dict[str, int]:
         """Who is there: name -> node."""
-        from atoll.fleet.flower.link import Gone
+        from atoll.fleet.flower.calls import Gone
 
         try:
             return self.operator.sites()
@@ -69,7 +69,7 @@ class Federation:
 
     def reconnect(self, why: str) -> None:
         """A new run at a server that died or was away, with the sites that were there; AtollError if it stays away."""
-        from atoll.fleet.flower.link import Gone
+        from atoll.fleet.flower.calls import Gone
 
         self.say(f"the server {self.server} is away ({why}); waiting for it")
         end = time.monotonic() + AWAY
@@ -89,9 +89,14 @@ class Federation:
                     ) from None  # fmt: skip
             time.sleep(1.0)
 
+    @property
+    def unwilling(self) -> set[str]:
+        """Sites that have said why they do not take part."""
+        return {name for sites in self.prepared.values() for name, one in sites.items() if isinstance(one, str)}
+
     def hello(self, wait: float = 10.0) -> dict[str, dict[str, Any]]:
         """What everybody who is there says of itself."""
-        heard = self._everyone(lambda name: envelope("hello"), wait)
+        heard = self.ask({name: envelope("hello") for name in self.operator.sites()}, wait)
         return {name: said if isinstance(said, dict) else {"silent": said} for name, said in heard.items()}
 
     def members(self) -> list[dict[str, Any]]:
@@ -115,7 +120,7 @@ class Federation:
             raise AtollError(
                 "no site is there", where=self.server, remedy="sites come by `atoll join`; see `atoll clients`"
             )
-        heard = self._everyone(lambda name: envelope("plan", tree=tree, client=name, clients=names), PREPARE)
+        heard = self.ask({name: invitation(tree, name, names) for name in names}, PREPARE)
         answers = without_too_few({name: counted(said) for name, said in sorted(heard.items())}, heard)
         if all(isinstance(answer, str) for answer in answers.values()):
             raise AtollError(
@@ -126,26 +131,26 @@ class Federation:
         self.prepared[plan] = answers
         return answers
 
-    def _everyone(self, message: Callable[[str], Any], wait: float) -> dict[str, dict[str, Any] | str]:
-        """Asks every site that is there; its envelope, or why there is none."""
+    def ask(self, messages: Mapping[str, list[Buffer]], wait: float) -> dict[str, dict[str, Any] | str]:
+        """Sends an envelope to sites by name; theirs, or why there is none, from all who answer in `wait` seconds."""
         from atoll.fleet.flower.link import NotTaken, Received, part
 
+        there = self.operator.sites()
         asked: dict[str, str] = {}
-        heard: dict[str, dict[str, Any] | str] = {}
-        for name, node in self.operator.sites().items():
+        heard: dict[str, dict[str, Any] | str] = dict.fromkeys(messages.keys() - there.keys(), "it is not there")
+        for name in messages.keys() & there.keys():
             try:
-                asked[self.operator.send(node, [part(message(name))])] = name
+                asked[self.operator.send(there[name], [part(messages[name])])] = name
             except NotTaken as error:
                 heard[name] = str(error)
         end = time.monotonic() + wait
-        while asked and time.monotonic() < end:
-            for answer in self.operator.answers(asked):
+        while asked and (left := end - time.monotonic()) > 0:
+            for answer in self.operator.answers(asked, min(left, 1.0)):
                 name = asked.pop(answer.answers)
                 try:
                     heard[name] = opened(answer.parts) if isinstance(answer, Received) else answer.reason
                 except ValueError as error:
                     heard[name] = str(error)
-            time.sleep(POLL)
         return heard | dict.fromkeys(asked.values(), f"no answer in {wait:g} s")
 
     def close(self) -> None:
@@ -153,6 +158,11 @@ class Federation:
         if "operator" in self.__dict__:
             self.operator.close()
             del self.__dict__["operator"]
+
+
+def invitation(tree: Mapping[str, Any], name: str, names: Sequence[str]) -> list[Buffer]:
+    """A plan for a site, which learns what it is called in it and who else is asked."""
+    return envelope("plan", tree=tree, client=name, clients=list(names))
 
 
 def counted(said: dict[str, Any] | str) -> ClientData | str:
@@ -183,8 +193,8 @@ def without_too_few(
 
 
 @cache
-def federation(server: str, keys: str) -> Federation:
+def federation(server: str, keys: str, insecure: bool) -> Federation:
     """One connection a server for this process; the run at the server ends with it."""
-    made = Federation(server, Path(keys).expanduser())
+    made = Federation(server, Path(keys).expanduser(), insecure)
     atexit.register(made.close)
     return made

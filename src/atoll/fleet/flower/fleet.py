@@ -16,14 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from atoll import messages
 from atoll.data.sources import ClientData
+from atoll.errors import AtollError
 from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
-from atoll.fleet.flower.federation import POLL, Federation, federation
+from atoll.fleet.flower.federation import Federation, counted, federation, invitation, without_too_few
 from atoll.fleet.flower.talk import envelope, opened
 from atoll.fleet.inprocess import Rebuild
 from atoll.params import Params
 
 if TYPE_CHECKING:
-    from atoll.fleet.flower.link import Part
+    from atoll.fleet.flower.link import Part, Received
+    from atoll.fleet.flower.operator import Failed
+
+LISTEN = 1.0
+"""Seconds of waiting for an answer, after which other things are looked at."""
+
+POLL = 0.2
+"""Seconds between two looks for sites that are gone."""
 
 ASK = 20.0
 """Seconds after which a site that has not answered is asked about its task."""
@@ -31,8 +39,23 @@ ASK = 20.0
 LARGEST_REPLY = 16
 """How many times the broadcast's bytes a message may have: a broadcast may be in four bits, and replies in 32."""
 
+FAREWELL = 2.0
+"""Seconds for sites to hear that nobody waits for their work any more."""
+
+NOTHING = ClientData((), ())
+
 RETURN = 20.0
 """Seconds in which a site that Flower takes for gone may come back and be sent its task again."""
+
+
+def said_by(answer: Received | Failed) -> dict[str, Any] | str:
+    """The envelope of an answer, or why there is none."""
+    from atoll.fleet.flower.link import Received
+
+    try:
+        return opened(answer.parts) if isinstance(answer, Received) else answer.reason
+    except ValueError as error:
+        return str(error)
 
 
 def refusal_of(task: Task, reason: str) -> Reply:
@@ -52,7 +75,8 @@ class Flower:
     """See the module's text."""
 
     federation: Federation
-    names: Sequence[str]
+    names: list[str]
+    """Sites that are ready for the plan."""
     run: str
     """Names the run to sites: they keep a client's state for each."""
     tree: Mapping[str, Any]
@@ -73,14 +97,36 @@ class Flower:
     """By the id of the task."""
     _prepared_again: set[str] = field(default_factory=set)
     """Ids of tasks for which a site was sent the plan once more."""
+    _invited: dict[str, str] = field(default_factory=dict)
+    """Sites that came after the plan was made, and the message that asked them to get ready for it."""
     _last: tuple[Broadcast, Part] | None = None
     _times: int = 0
     """Of the connection that `_out` was sent over."""
 
     def clients(self) -> list[str]:
-        """Those who are there now."""
+        """Those who are there now. Sites that have come since are asked to get ready, and are among them once they are."""
         there = self.federation.sites()
+        known = {*self.names, *self._invited, *self.federation.unwilling}
+        self._invite({name: node for name, node in there.items() if name not in known})
+        self._hear(0.0)
         return [name for name in self.names if name in there]
+
+    def _invite(self, newcomers: Mapping[str, int]) -> None:
+        from atoll.fleet.flower.link import NotTaken, part
+
+        for name, node in newcomers.items():
+            with suppress(NotTaken):
+                plan = invitation(self.tree, name, [*self.names, name])
+                self._invited[name] = self.federation.operator.send(node, [part(plan)])
+
+    def _welcome(self, name: str, said: dict[str, Any] | str) -> None:
+        """What a newcomer answered: it takes part from the next round on, or not at all."""
+        answer = without_too_few({**dict.fromkeys(self.names, NOTHING), name: counted(said)}, {name: said})[name]
+        if isinstance(answer, str):
+            self.federation.say(f"{name} does not take part: {answer}")
+        else:
+            self.names.append(name)
+            self.federation.say(f"{name} takes part from now on")
 
     def lanes(self) -> int:
         """Every site has its own."""
@@ -126,21 +172,26 @@ class Flower:
                     return self._answers.pop(id)
             if time.time() >= until:
                 return None
-            self._hear()
+            self._hear(max(0.0, min(LISTEN, until - time.time())))
             self._await_return()
             self._ask()
-            time.sleep(POLL)
 
     def reduce(self, total: Params) -> Params:
         """One server hears everybody."""
         return total
 
     def close(self) -> None:
-        """Nothing: other stages of the run may go on with the connection."""
+        """Tells sites that are still at work that nobody waits for it. Other stages may go on with the connection."""
+        from atoll.fleet.flower.calls import Gone
+
+        at_work = {self._tasks[id].client for id in self._tasks.keys() - self._answers.keys()}
+        with suppress(Gone, AtollError):
+            self.federation.ask({name: envelope("cancel", run=self.run) for name in at_work}, wait=FAREWELL)
 
     def _send(self, task: Task, node: int | None, full: bool) -> None:
         """A task with its broadcast, or the question what became of it."""
-        from atoll.fleet.flower.link import Gone, NotTaken, part
+        from atoll.fleet.flower.calls import Gone
+        from atoll.fleet.flower.link import NotTaken, part
 
         if node is None:
             self._gone[task.id] = (time.monotonic() + RETURN, "the site is not there")
@@ -173,25 +224,33 @@ class Flower:
             self.federation.limit(LARGEST_REPLY * self._last[1].size + (64 << 20))
         return self._last[1]
 
-    def _hear(self) -> None:
-        """Takes in what has come. After a connection was lost, whatever is not answered is sent again."""
-        from atoll.fleet.flower.link import Gone
+    def _hear(self, wait: float) -> None:
+        """Takes in what comes in so many seconds. After a connection was lost, whatever is not answered is sent again."""
+        from atoll.fleet.flower.calls import Gone
         from atoll.fleet.flower.operator import Failed
 
         if self._times != self.federation.times:
             self._times = self.federation.times
             self._out.clear()
             self._gone.clear()
+            self._invited = {name: "" for name in self._invited if name in self.names}
             self._send_all([task for id, task in self._tasks.items() if id not in self._answers])
+        invited = {message: name for name, message in self._invited.items() if message}
+        if not (self._out or invited):
+            time.sleep(min(wait, POLL))
+            return
         try:
-            heard = list(self.federation.operator.answers(self._out)) if self._out else []
+            heard = list(self.federation.operator.answers([*self._out, *invited], wait))
         except Gone as error:
             self.federation.reconnect(str(error))
             return
         for answer in heard:
-            if (task := self._out.pop(answer.answers, None)) is None:
-                continue  # a second answer to a task that is settled
-            if isinstance(answer, Failed) and answer.unreadable:
+            if answer.answers in invited:
+                self._welcome(invited[answer.answers], said_by(answer))
+                self._invited[invited[answer.answers]] = ""
+            elif (task := self._out.pop(answer.answers, None)) is None:
+                pass  # a second answer to a task that is settled
+            elif isinstance(answer, Failed) and answer.unreadable:
                 self._settle(task, refusal_of(task, answer.reason))
             elif isinstance(answer, Failed):
                 self._gone[task.id] = (time.monotonic() + RETURN, answer.reason)
@@ -235,7 +294,7 @@ class Flower:
         node = self.federation.sites().get(task.client)
         if node is not None and task.id not in self._prepared_again:
             self._prepared_again.add(task.id)
-            plan = envelope("plan", tree=self.tree, client=task.client, clients=list(self.names))
+            plan = invitation(self.tree, task.client, self.names)
             with suppress(NotTaken):
                 self.federation.operator.send(node, [part(plan)])
                 return self._send(task, node, full=True)
@@ -258,17 +317,19 @@ class OverNetwork:
     server: str
     keys: str
     ordered: bool
+    insecure: bool
 
     def prepare(self, plan: str, tree: Mapping[str, Any]) -> Mapping[str, ClientData | str]:
         """Has the sites get ready; see `Federation.prepare`."""
-        return federation(self.server, self.keys).prepare(plan, tree)
+        return federation(self.server, self.keys, self.insecure).prepare(plan, tree)
 
     def __call__(self, names: Sequence[str], client: object, rebuild: Rebuild, clock: float) -> Flower:
         """The fleet of a stage: its clients are made by the sites, its clock is the time of day."""
-        return Flower(federation(self.server, self.keys), names, rebuild.run, rebuild.tree, self.ordered)
+        there = federation(self.server, self.keys, self.insecure)
+        return Flower(there, list(names), rebuild.run, rebuild.tree, self.ordered)
 
 
-def flower(server: str, keys: str = "certs/operator", ordered: bool = False) -> OverNetwork:
+def flower(server: str, keys: str = "certs/operator", ordered: bool = False, insecure: bool = False) -> OverNetwork:
     """Sites on machines of their own, which join a server by `atoll join`.
 
     Args:
@@ -276,5 +337,6 @@ def flower(server: str, keys: str = "certs/operator", ordered: bool = False) -> 
         keys: the operator's folder that `atoll certs init` made.
         ordered: add replies in the order in which clients were asked, as a simulation does: the same bits in every run, at
             the cost of keeping early replies in memory.
+        insecure: without TLS, to a server on this machine alone.
     """
-    return OverNetwork(server, keys, ordered)
+    return OverNetwork(server, keys, ordered, insecure)

@@ -10,44 +10,44 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-import httpx
 from flwr.app import ConfigRecord, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.proto.message_pb2 import Message as Wired
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from atoll.errors import AtollError
+from atoll.fleet.flower.calls import Calls, Gone
 from atoll.wire import Buffer
 
 CHUNK = 4 << 20
 """Bytes of a chunk: larger bodies cost Flower's server more than they save."""
 
-LIMIT_BYTES = 1 << 36
-"""What a message may take unless its reader knows better: 64 GiB."""
+LANES = 2
+"""Chunks of a message that travel at once: while one is hashed, the other is on its way."""
 
 MOST_OBJECTS = 8
 """Objects of a message beside its chunks: ours have three."""
 
-PATIENCE = 60.0
-"""Seconds for which a call is tried again while the network is gone."""
-
 WAIT_FOR_CHUNK = 60.0
 """Seconds for which a chunk that its sender has announced may be on its way."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,62 +94,17 @@ def _name(chunk: Sequence[memoryview]) -> str:
     return digest.hexdigest()
 
 
-class Gone(Exception):
-    """The other end cannot be reached, or no longer knows us. The text says why."""
-
-
-def unreachable(server: str, error: Gone, denied: tuple[str, str]) -> AtollError:
-    """What a server comes to that does not answer, is not trusted, or does not let us in: `denied` is what, and remedy."""
-    said = str(error)
-    if any(status in said for status in ("HTTP 401", "HTTP 403", "HTTP 412")):
-        return AtollError(denied[0], where=server, found=said, remedy=denied[1])
-    if "certificate" in said.lower():
-        return AtollError(
-            "the server's certificate does not fit", where=server, found=said,
-            remedy="ask for the server's own ca.pem, or for a certificate that names this host and has not expired",
-        )  # fmt: skip
-    return AtollError(
-        "no server answers", where=server, found=said, remedy="check the address; HTTPS_PROXY names a proxy"
-    )
+def at_once(do: Callable[..., None], *arguments: Sequence[Any]) -> None:
+    """Does something for each chunk of a message, LANES at a time. What one raises is raised, after the others."""
+    if len(arguments[0]) < 2:
+        list(map(do, *arguments))
+        return
+    with ThreadPoolExecutor(LANES) as threads:  # of this message alone: one that does not come holds up no other
+        list(threads.map(do, *arguments))
 
 
 class NotTaken(Exception):
     """The server does not take a message, because who it is for has left."""
-
-
-def retried(call: Callable[..., T], *arguments: Any, patience: float = PATIENCE) -> T:
-    """Calls until it is answered: a network that is gone comes back. Raises Gone when patience ends, or access is denied."""
-    end, pause = time.monotonic() + patience, 0.05
-    while True:
-        try:
-            return call(*arguments)
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code not in (502, 503, 504) or time.monotonic() > end:
-                raise Gone(f"HTTP {error.response.status_code} {error.response.text[:200]}".strip()) from error
-        except httpx.TransportError as error:
-            if "certificate" in str(error).lower() or time.monotonic() > end:
-                raise Gone(str(error) or type(error).__name__) from error
-        time.sleep(pause)
-        pause = min(2.0, 2 * pause)
-
-
-def trust(authority: Path) -> ssl.SSLContext:
-    """TLS 1.3, to servers whose certificate the federation's authority has signed and no others."""
-    context = ssl.create_default_context(cafile=str(authority))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return context
-
-
-@dataclass
-class Headers:
-    """Adds headers to each request of a Flower client; `make` is asked anew each time."""
-
-    make: Callable[[], dict[str, str]]
-
-    def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
-        """Flower's interceptor protocol."""
-        context.request.headers.update(self.make())
-        return call_next(context)
 
 
 @dataclass
@@ -164,14 +119,14 @@ class Received:
 
 @dataclass
 class Link:
-    """Messages with chunks over one of Flower's clients: the runtime's at the operator, the fleet's at a site."""
+    """Messages of a run with chunks, over one of Flower's APIs: `runtime` at the operator, `fleet` at a site."""
 
-    client: Any
+    calls: Calls
+    api: str
     node: Node
     run: int
     limit_bytes: int
     """What a message may take: more is not pulled."""
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
 
     def wired(self, metadata: Metadata, parts: Sequence[Part]) -> tuple[Wired, ObjectTree, dict[str, Any]]:
         """A message as Flower sends it: its head, the tree of its objects, and the objects by name."""
@@ -198,15 +153,12 @@ class Link:
 
         def one(name: str) -> None:
             content = objects[name]
-            if not isinstance(content, bytes):
-                content = b"".join([_head(sum(map(len, content))), *content])
-            request = PushObjectRequest(
-                node=self.node, run_id=self.run, object_id=name, object_content=content, session_id=session
-            )
-            retried(self.client.PushObject, request)
+            pieces = [content] if isinstance(content, bytes) else [_head(sum(map(len, content))), *content]
+            request = PushObjectRequest(node=self.node, run_id=self.run, object_id=name, session_id=session)
+            more = [_field(PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER, sum(map(len, pieces))), *pieces]
+            self.calls(f"{self.api}/push-object", request, PushObjectResponse, more=more)
 
-        for _ in self.pool.map(one, wanted):
-            pass
+        at_once(one, wanted)
 
     def receive(self, wired: Wired) -> Received:
         """Pulls a message's objects, and lets the store forget them.
@@ -222,18 +174,18 @@ class Link:
         except Exception as error:  # whatever Flower makes of objects that no sender of ours writes
             raise ValueError(f"not a message of Atoll: {error!r}") from error
         confirm = ConfirmMessageReceivedRequest(node=self.node, run_id=self.run, message_object_id=name)
-        retried(self.client.ConfirmMessageReceived, confirm)
+        self.calls(f"{self.api}/confirm-message-received", confirm, ConfirmMessageReceivedResponse)
         return Received(message, wired.metadata.reply_to_message_id, wired.metadata.src_node_id, parts)
 
     def _inflated(self, name: str) -> Any:
         """The message without its chunks: one record in a list of them."""
-        contents = {name: self._pull(name)}
+        contents = {name: bytes(self._pull(name))}
         wanted = _children(contents[name])
         while wanted:
             child = wanted.pop()
             if child in contents or len(contents) > MOST_OBJECTS:
                 raise ValueError("a message of too many objects")
-            contents[child] = self._pull(child)
+            contents[child] = bytes(self._pull(child))
             wanted += _children(contents[child])
         message: Any = inflate_object_from_contents(name, contents)
         message.metadata.__dict__["_message_id"] = name
@@ -253,31 +205,44 @@ class Link:
         places = [memoryview(one)[at : at + CHUNK] for one in parts for at in range(0, len(one), CHUNK)]
 
         def fill(name: str, place: memoryview) -> None:
-            content = self._pull(name)
             head = _head(len(place))
-            if len(content) != len(head) + len(place) or not content.startswith(head):
+            content = self._pull(name, len(head) + len(place))
+            if len(content) != len(head) + len(place) or content[: len(head)] != head:
                 raise ValueError(f"the chunk {name[:12]} is not {len(place)} bytes")
-            place[:] = memoryview(content)[len(head) :]
+            place[:] = content[len(head) :]
 
-        for _ in self.pool.map(fill, chunks, places):
-            pass
+        at_once(fill, chunks, places)
         return parts
 
-    def _pull(self, name: str) -> bytes:
-        """An object, once it is there. Raises ValueError if it does not match its hash, or does not come."""
+    def _pull(self, name: str, size: int | None = None) -> memoryview:
+        """An object, once it is there; of so many bytes, if that is known.
+
+        Raises ValueError if it does not match its hash, or does not come.
+        """
         end, pause = time.monotonic() + WAIT_FOR_CHUNK, 0.01
+        request = PullObjectRequest(node=self.node, run_id=self.run, object_id=name)
         while True:
-            request = PullObjectRequest(node=self.node, run_id=self.run, object_id=name)
-            answer = retried(self.client.PullObject, request)
-            if answer.object_available:
-                content: bytes = answer.object_content
-                if hashlib.sha256(content).hexdigest() != name:
+            answer = self.calls.raw(f"{self.api}/pull-object", request)
+            if size and hashlib.sha256(end_of := memoryview(answer)[-size:]).hexdigest() == name:
+                return end_of  # the content is the end of the answer: here it is without a copy
+            about = PullObjectResponse.FromString(answer)
+            if about.object_available:
+                if hashlib.sha256(about.object_content).hexdigest() != name:
                     raise ValueError(f"the object {name[:12]} does not match its hash")
-                return content
-            if not answer.object_found or time.monotonic() > end:
+                return memoryview(about.object_content)
+            if not about.object_found or time.monotonic() > end:
                 raise ValueError(f"the object {name[:12]} did not come")
             time.sleep(pause)
             pause = min(0.5, 2 * pause)
+
+
+def _field(number: int, length: int) -> bytes:
+    """What protobuf puts before `length` bytes in a field of a message; fields come in any order."""
+    written, rest = bytearray(), length
+    while rest > 127:
+        written.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([number << 3 | 2, *written, rest])
 
 
 def _children(content: bytes) -> list[str]:

@@ -11,39 +11,45 @@ import json
 import os
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
-import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message, RecordDict
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
+    ActivateNodeResponse,
     DeactivateNodeRequest,
+    DeactivateNodeResponse,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import Message as Wired
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from atoll.errors import AtollError
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.link import LIMIT_BYTES, Gone, Link, Received, part, retried, trust, unreachable
+from atoll.fleet.flower.calls import Calls, Gone, secured, unreachable
+from atoll.fleet.flower.link import Link, Received, part
 from atoll.wire import Buffer
 
 HEARTBEAT = 30.0
 """Seconds, of which Flower lets two pass before it takes a site for gone: a network may be away for half a minute."""
 
-POLL = (0.02, 1.0)
-"""Seconds between two looks for messages: while there is traffic, and after a while without."""
+WAIT = 2.0
+"""Seconds for which the server keeps the question for messages: so soon a site can leave."""
 
 DENIED = (
     "the server does not let this site in",
@@ -66,11 +72,12 @@ class SuperNode:
     authority: Path
     folder: Path
     say: Say
-    limit_bytes: int = LIMIT_BYTES
+    insecure: bool = False
+    limit_bytes: int = field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """What a message may take: no more than this machine has."""
     id: int = 0
-    client: FleetHttpClient = field(init=False)
+    calls: Calls = field(init=False)
     _public: bytes = field(init=False)
-    _links: dict[int, Link] = field(default_factory=dict)
     _work: SimpleQueue[tuple[Link, Received] | None] = field(default_factory=SimpleQueue)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -83,11 +90,9 @@ class SuperNode:
             raise AtollError(
                 "not a site's key", where=str(self.key_file), found=str(error), remedy="`atoll certs site NAME`"
             ) from error
-        certs.read(self.authority, "certificate of the authority")
         self._public = public_key_to_bytes(key.public_key())
-        signing = NodeAuthHttpInterceptor(key, key.public_key())
-        context = trust(self.authority)
-        self.client = FleetHttpClient(f"https://{self.server}", interceptors=[signing], verify=context, timeout=60.0)
+        context = secured(self.server, self.authority, self.insecure)
+        self.calls = Calls(self.server, context, lambda: signed(key, self._public))
 
     def join(self, patience: float) -> None:
         """Makes itself known to the server. Raises AtollError where it is not let in."""
@@ -95,13 +100,12 @@ class SuperNode:
         if last.exists():  # our last life may have ended without a word; the server would take us for a second one
             with suppress(Gone, ValueError):
                 before = json.loads(last.read_text())["node"]
-                retried(self.client.DeactivateNode, DeactivateNodeRequest(node_id=before), patience=0)
+                self._deactivate(before, patience=0)
         try:
             request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT)
-            self.id = retried(self.client.ActivateNode, request, patience=patience).node_id
+            self.id = self.calls("fleet/activate-node", request, ActivateNodeResponse, patience=patience).node_id
         except Gone as error:
             raise unreachable(self.server, error, DENIED) from error
-        self._links.clear()
         last.write_text(json.dumps({"node": self.id}))
 
     def serve(self, urgent: Urgent, answer: Answer) -> None:
@@ -111,7 +115,7 @@ class SuperNode:
             thread.start()
         try:
             for link, wired in self._messages():
-                with self._surviving(link, wired):
+                with self._surviving():
                     received = link.receive(wired)
                     said = urgent(received.parts)
                     if said is None:
@@ -125,28 +129,28 @@ class SuperNode:
     def leave(self) -> None:
         """Says good-bye."""
         self.over.set()
-        with suppress(Gone, httpx.HTTPError):
-            retried(self.client.DeactivateNode, DeactivateNodeRequest(node_id=self.id), patience=1)
+        with suppress(Gone):
+            self._deactivate(self.id, patience=1)
+        self.calls.close()
         (self.folder / "node.json").unlink(missing_ok=True)
+
+    def _deactivate(self, id: int, patience: float) -> None:
+        request = DeactivateNodeRequest(node_id=id)
+        self.calls("fleet/deactivate-node", request, DeactivateNodeResponse, patience=patience)
 
     def _messages(self) -> Iterator[tuple[Link, Wired]]:
         """Messages as they come. A server that was away, or has forgotten us, is joined again."""
-        idle = 0
         while not self.over.is_set():
+            node = Node(node_id=self.id)
             try:
-                pulled = retried(self.client.PullMessages, PullMessagesRequest(node=Node(node_id=self.id)))
+                heads = self.calls.messages(
+                    "fleet/pull-messages", PullMessagesRequest(node=node), PullMessagesResponse, WAIT
+                )
             except Gone as error:
                 self._return(error)
                 continue
-            idle = 0 if pulled.messages_list else idle + 1
-            for wired in pulled.messages_list:
-                run = wired.metadata.run_id
-                yield (
-                    self._links.setdefault(run, Link(self.client, Node(node_id=self.id), run, self.limit_bytes)),
-                    wired,
-                )
-            if idle:
-                self.over.wait(POLL[0] if idle < 500 else POLL[1])
+            for wired in heads:
+                yield Link(self.calls, "fleet", node, wired.metadata.run_id, self.limit_bytes), wired
 
     def _return(self, error: Gone) -> None:
         self.say(f"the server {self.server} is away: {error}")
@@ -161,11 +165,11 @@ class SuperNode:
     def _worker(self, answer: Answer) -> None:
         while (item := self._work.get()) is not None:
             link, received = item
-            with self._surviving(link, None):
+            with self._surviving():
                 self._reply(link, received, answer(received.parts))
 
     @contextmanager
-    def _surviving(self, link: Link, wired: Wired | None) -> Iterator[None]:
+    def _surviving(self) -> Iterator[None]:
         """A message that cannot be read, or an answer that cannot be delivered, is no reason to leave."""
         try:
             yield
@@ -176,14 +180,24 @@ class SuperNode:
         metadata = Message(RecordDict(), reply_to=received.message).metadata
         head, tree, objects = link.wired(metadata, [part(pieces) for pieces in parts])
         request = PushMessagesRequest(node=link.node, messages_list=[head], message_object_trees=[tree])
-        taken = retried(self.client.PushMessages, request)
+        taken = self.calls("fleet/push-messages", request, PushMessagesResponse)
         link.push(taken.objects_to_push, taken.session_id, objects)
 
     def _beat(self) -> None:
         while not self.over.wait(HEARTBEAT / 2):
             with suppress(Gone):
                 request = SendNodeHeartbeatRequest(node=Node(node_id=self.id), heartbeat_interval=HEARTBEAT)
-                retried(self.client.SendNodeHeartbeat, request)
+                self.calls("fleet/send-node-heartbeat", request, SendNodeHeartbeatResponse)
+
+
+def signed(key: ec.EllipticCurvePrivateKey, public: bytes) -> dict[str, str]:
+    """Headers by which Flower knows a site: the time of day, signed."""
+    at = now().isoformat()
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public).decode(),
+        TIMESTAMP_HEADER: at,
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, at.encode())).decode(),
+    }
 
 
 @contextmanager

@@ -12,35 +12,47 @@ import threading
 import time
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 from flwr.app.metadata import Metadata
 from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
+from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse, StartRunRequest, StartRunResponse
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    AcquireTaskResponse,
     PullAppMessagesRequest,
+    PullAppMessagesResponse,
     PullTaskInputRequest,
+    PullTaskInputResponse,
     PushAppMessagesRequest,
+    PushAppMessagesResponse,
     PushTaskOutputRequest,
+    PushTaskOutputResponse,
     SendTaskHeartbeatRequest,
+    SendTaskHeartbeatResponse,
 )
+from flwr.supercore.auth import create_superexec_auth_metadata, derive_auth_secret
 from flwr.supercore.constant import TASK_TOKEN_HEADER, TaskType
-from flwr.supercore.control.control_http_client import ControlHttpClient
-from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient
 
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.link import Gone, Headers, Link, NotTaken, Part, Received, retried, trust, unreachable
+from atoll.fleet.flower.calls import Calls, Gone, secured, unreachable
+from atoll.fleet.flower.link import Link, NotTaken, Part, Received
 
 HEARTBEAT = 15.0
 """Seconds; Flower ends a run that it has not heard of for 60."""
+
+RECEIVERS = 2
+"""Answers that arrive at once: what is in memory is theirs, and what of others is not yet added up."""
+
+LOOK = 0.05
+"""Seconds between two looks for further answers while some arrive."""
 
 DENIED = (
     "the server does not accept this operator's token",
@@ -49,11 +61,6 @@ DENIED = (
 
 LIFE = 24 * 3600.0
 """Seconds for which Flower keeps a message that nobody has answered."""
-
-
-def executor_secret(token: bytes) -> bytes:
-    """What lets a process take a run's work at the SuperLink: whoever has the operator's token."""
-    return hashlib.sha256(b"executor " + token).digest()
 
 
 @dataclass(frozen=True)
@@ -73,52 +80,54 @@ class Operator:
     server: str
     keys: Path
     limit_bytes: int
-    control: ControlHttpClient = field(init=False)
+    insecure: bool = False
+    control: Calls = field(init=False)
     link: Link = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event)
+    _arriving: dict[str, Future[Received]] = field(default_factory=dict)
+    """Answers whose chunks are on their way, by what they answer."""
+    _receivers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(RECEIVERS))
 
     def __post_init__(self) -> None:
         token = certs.read(self.keys / "operator.token", "operator's token").strip()
-        certs.read(self.keys / "ca.pem", "certificate of the authority")
-        address, context = f"https://{self.server}", trust(self.keys / "ca.pem")
-        bearer = Headers(lambda: {"authorization": f"Bearer {token.decode()}"})
-        self.control = ControlHttpClient(address, interceptors=[bearer], verify=context)
-        self._start(address, context, executor_secret(token))
+        bearer = {"authorization": f"Bearer {token.decode()}"}
+        self.control = Calls(self.server, secured(self.server, self.keys / "ca.pem", self.insecure), lambda: bearer)
+        try:
+            self.link = self._started(certs.executor_secret(token))
+        except Gone as error:
+            self.control.close()
+            raise unreachable(self.server, error, DENIED) from error
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def _start(self, address: str, context: Any, secret: bytes) -> None:
+    def _started(self, secret: bytes) -> Link:
         """A run, and the right to speak in it."""
         app = empty_app()
-        try:
-            retried(
-                self.control.StartRun,
-                StartRunRequest(fab=Fab(hash_str=hashlib.sha256(app).hexdigest(), content=app)),
-                patience=10,
-            )
-            protected = {"/flwr.proto.Runtime/AcquireTask"}
-            taker = RuntimeHttpClient(
-                address,
-                verify=context,
-                interceptors=[SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected)],
-            )
-            task = retried(taker.AcquireTask, AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-            taker.close()
-        except Gone as error:
-            raise unreachable(self.server, error, DENIED) from error
+        start = StartRunRequest(fab=Fab(hash_str=hashlib.sha256(app).hexdigest(), content=app))
+        self.control("control/start-run", start, StartRunResponse, patience=10)
+        taking = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+        signature = create_superexec_auth_metadata(
+            auth_secret=derive_auth_secret(secret), method="/flwr.proto.Runtime/AcquireTask", request=taking
+        )
+        task = self.control("runtime/acquire-task", taking, AcquireTaskResponse, headers=dict(signature))
         token = {TASK_TOKEN_HEADER: task.token}
-        client = RuntimeHttpClient(address, verify=context, interceptors=[Headers(lambda: token)])
-        self.link = Link(client, Node(node_id=SUPERLINK_NODE_ID), task.task.run_id, self.limit_bytes)
-        retried(client.PullTaskInput, PullTaskInputRequest())
+        calls = Calls(self.server, self.control.context, lambda: token)
+        calls("runtime/pull-task-input", PullTaskInputRequest(), PullTaskInputResponse)
+        return Link(calls, "runtime", Node(node_id=SUPERLINK_NODE_ID), task.task.run_id, self.limit_bytes)
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT):
             with suppress(Gone):
-                retried(self.link.client.SendTaskHeartbeat, SendTaskHeartbeatRequest())
+                self._alive()
+
+    def _alive(self) -> None:
+        self.link.calls("runtime/send-task-heartbeat", SendTaskHeartbeatRequest(), SendTaskHeartbeatResponse)
+
+    def _listed(self) -> Any:
+        return self.control("control/list-nodes", ListNodesRequest(), ListNodesResponse).nodes_info
 
     def members(self) -> list[dict[str, Any]]:
         """Everybody who is enrolled: name, status, and when Flower last heard of them."""
-        listed = retried(self.control.ListNodes, ListNodesRequest()).nodes_info
-        known = [node for node in listed if node.status != "unregistered"]
+        known = [node for node in self._listed() if node.status != "unregistered"]
         seen = {node.name: node.last_deactivated_at or node.last_activated_at for node in known}
         return [
             {"name": node.name, "status": node.status, "last_seen": seen[node.name]}
@@ -127,9 +136,10 @@ class Operator:
 
     def sites(self) -> dict[str, int]:
         """Who is there now: name -> node. Raises Gone if the server has died since this run began, and knows nobody yet."""
-        retried(self.link.client.SendTaskHeartbeat, SendTaskHeartbeatRequest())
-        listed = retried(self.control.ListNodes, ListNodesRequest()).nodes_info
-        return {node.name: node.node_id for node in sorted(listed, key=lambda n: n.name) if node.status == "online"}
+        self._alive()
+        return {
+            node.name: node.node_id for node in sorted(self._listed(), key=lambda n: n.name) if node.status == "online"
+        }
 
     def send(self, node: int, parts: Sequence[Part]) -> str:
         """Sends a message; gives its name, by which it will be answered. Raises NotTaken, or Gone."""
@@ -147,34 +157,56 @@ class Operator:
         metadata.delivered_at = ""
         head, tree, objects = self.link.wired(metadata, parts)
         request = PushAppMessagesRequest(messages_list=[head], message_object_trees=[tree])
-        taken = retried(self.link.client.PushMessages, request)
+        taken = self.link.calls("runtime/push-messages", request, PushAppMessagesResponse)
         if not taken.message_ids[0]:
             raise NotTaken("the site has left")
         self.link.push(taken.objects_to_push, taken.session_id, objects)
         name: str = taken.message_ids[0]
         return name
 
-    def answers(self, names: Collection[str]) -> Iterator[Received | Failed]:
-        """What has come in answer to these messages; does not wait for more."""
-        pulled = retried(self.link.client.PullMessages, PullAppMessagesRequest(message_ids=list(names)))
-        for head in pulled.messages_list:
+    def answers(self, names: Collection[str], wait: float) -> Iterator[Received | Failed]:
+        """What has come in answer to these messages, or comes in `wait` seconds.
+
+        Large answers arrive beside each other, so that one on a slow line holds up nobody.
+        """
+        for head in self._heads([name for name in names if name not in self._arriving], wait):
             answered = head.metadata.reply_to_message_id
             if head.HasField("error"):
                 yield Failed(answered, head.error.reason)
-                continue
-            try:
-                yield self.link.receive(head)
-            except ValueError as error:
-                yield Failed(answered, str(error), unreadable=True)
+            else:
+                self._arriving[answered] = self._receivers.submit(self.link.receive, head)
+        if self._arriving:
+            futures.wait(self._arriving.values(), min(wait, LOOK), futures.FIRST_COMPLETED)
+        for answered in [name for name, arriving in self._arriving.items() if arriving.done()]:
+            arrived = self._arriving.pop(answered)
+            if answered in names:  # else whoever asked has forgotten it
+                yield outcome(answered, arrived)
+
+    def _heads(self, names: Sequence[str], wait: float) -> Sequence[Any]:
+        """Heads of messages that have come: waits for them only where nothing else is on its way."""
+        if not names:
+            return ()
+        asking = PullAppMessagesRequest(message_ids=names)
+        wait = 0.0 if self._arriving else wait
+        return self.link.calls.messages("runtime/pull-messages", asking, PullAppMessagesResponse, wait)
 
     def close(self) -> None:
         """Ends the run."""
         self._over.set()
-        with suppress(Gone, httpx.HTTPError):
-            retried(
-                self.link.client.PushTaskOutput, PushTaskOutputRequest(sub_status="completed", details=""), patience=2
-            )
-        self.link.pool.shutdown(wait=False)
+        self._receivers.shutdown(wait=False, cancel_futures=True)
+        ended = PushTaskOutputRequest(sub_status="completed", details="")
+        with suppress(Gone):
+            self.link.calls("runtime/push-task-output", ended, PushTaskOutputResponse, patience=2)
+        self.link.calls.close()
+        self.control.close()
+
+
+def outcome(answered: str, arrived: Future[Received]) -> Received | Failed:
+    """An answer whose chunks have come, or what is wrong with it. Raises Gone."""
+    try:
+        return arrived.result()
+    except ValueError as error:
+        return Failed(answered, str(error), unreadable=True)
 
 
 def empty_app() -> bytes:

@@ -1,16 +1,17 @@
 """The server: Flower's SuperLink, with everything closed that Flower leaves open.
 
 Flower's own command authenticates sites and nobody else: whoever reaches the port may enrol a key of his own, start runs and
-take their work. Here the control API asks for the operator's token, work is given to its holder alone, large bodies are
-refused before they are read, and there are no pages about the API. Who may join is who lies in the folder `clients`, which
+take their work. Here the control API asks for the operator's token, work is given to its holder alone, and front.py stands
+before the rest. Who may join is who lies in the folder `clients`, which
 is read every second: a file more enrols a site, a file less turns it away at once.
 """
 
 from __future__ import annotations
 
 import hmac
+import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,9 +20,13 @@ from typing import Any
 import uvicorn
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.common.constant import ACCESS_TOKEN_KEY, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
-from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.control_pb2 import (
+    RegisterNodeRequest,
+    RegisterNodeResponse,
+    UnregisterNodeRequest,
+    UnregisterNodeResponse,
+)
 from flwr.supercore.auth.typing import AccountInfo
-from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -30,11 +35,9 @@ from flwr.superlink.main import create_app
 
 from atoll.errors import AtollError
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.link import CHUNK, Gone, Headers, retried, trust
-from atoll.fleet.flower.operator import executor_secret
+from atoll.fleet.flower.calls import Calls, Gone, only_here, trust
+from atoll.fleet.flower.front import Front
 
-LARGEST_BODY = 2 * CHUNK
-OPEN_PATHS = ("/v1/fleet/", "/v1/control/", "/v1/runtime/", "/health")
 Say = Callable[[str], None]
 
 
@@ -51,40 +54,14 @@ class TokenOnly(NoOpControlAuthnPlugin):
         return fits, AccountInfo(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME) if fits else None
 
 
-@dataclass
-class Front:
-    """Stands before Flower's app: only its APIs, and no body that is larger than a chunk can be."""
-
-    app: Any
-
-    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-        elif not scope["path"].startswith(OPEN_PATHS):
-            await _refuse(send, 404)
-        elif scope["method"] == "POST" and not _fits(dict(scope["headers"]).get(b"content-length", b"")):
-            await _refuse(send, 413)
-        else:
-            await self.app(scope, receive, send)
-
-
-def _fits(length: bytes) -> bool:
-    return length.isdigit() and int(length) <= LARGEST_BODY
-
-
-async def _refuse(send: Any, status: int) -> None:
-    headers = [(b"content-length", b"0"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
-
-
-def serve(folder: Path, host: str, port: int, say: Say) -> None:
+def serve(folder: Path, host: str, port: int, say: Say, insecure: bool = False) -> None:
     """Runs the server until it is stopped. `folder` is the server's part of `atoll certs init`.
 
     Raises:
-        AtollError: keys that are not there; an address that is taken.
+        AtollError: keys that are not there; an address that is taken; no TLS at an address that others reach.
     """
+    if insecure:
+        only_here(host)
     token = certs.read(folder / "operator.token", "operator's token").strip()
     for name, what in (("server.key", "key of the server"), ("server.pem", "certificate of the server")):
         certs.read(folder / name, what)
@@ -93,15 +70,16 @@ def serve(folder: Path, host: str, port: int, say: Say) -> None:
         app,
         host=host,
         port=port,
-        ssl_certfile=folder / "server.pem",
-        ssl_keyfile=folder / "server.key",
+        ssl_certfile=None if insecure else folder / "server.pem",
+        ssl_keyfile=None if insecure else folder / "server.key",
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,  # sites keep their connections open: without this it would wait for ever
         timeout_keep_alive=75,
     )
     server = uvicorn.Server(config)
-    enrolment = Enrolment(folder / "clients", token.decode(), folder / "ca.pem", ourselves(host), port, server, say)
+    context = None if insecure else trust(folder / "ca.pem")
+    enrolment = Enrolment(folder / "clients", token.decode(), context, ourselves(host), port, server, say)
     threading.Thread(target=enrolment.watch, daemon=True).start()
     try:
         with suppress(KeyboardInterrupt):  # uvicorn has stopped, and passes the signal on
@@ -123,7 +101,7 @@ def settings(token: bytes, host: str, port: int) -> SuperLinkLifespanConfig:
         "host": host,
         "port": port,
         "insecure": False,
-        "superexec_auth_secret": executor_secret(token),
+        "superexec_auth_secret": certs.executor_secret(token),
         "authn_plugin": TokenOnly(token.decode()),
         "enable_event_log": False,
         "enable_supernode_auth": True,
@@ -142,7 +120,7 @@ class Enrolment:
 
     folder: Path
     token: str
-    authority: Path
+    context: ssl.SSLContext | None
     host: str
     port: int
     server: uvicorn.Server
@@ -153,23 +131,24 @@ class Enrolment:
 
     def watch(self) -> None:
         """Looks every second while the server lives."""
-        bearer = Headers(lambda: {"authorization": f"Bearer {self.token}"})
-        context = trust(self.authority)
-        context.check_hostname = False  # it is ourselves that we call, by whatever name the certificate has
-        control = ControlHttpClient(f"https://{self.host}:{self.port}", interceptors=[bearer], verify=context)
+        bearer = {"authorization": f"Bearer {self.token}"}
+        if self.context is not None:
+            self.context.check_hostname = False  # it is ourselves that we call, by whatever name the certificate has
+        control = Calls(f"{self.host}:{self.port}", self.context, lambda: bearer)
         pause = threading.Event()
         while not self.server.should_exit:
             if self.server.started:
                 self.update(control)
             pause.wait(0.2 if not self.server.started else 1.0)
 
-    def update(self, control: ControlHttpClient) -> None:
+    def update(self, control: Calls) -> None:
         """Enrolls files that are new or changed, turns away sites whose file is gone; what fails is tried again."""
         listed = {path.stem: path for path in sorted(self.folder.glob("*.pub"))}
         for name in [*self._known]:
             if name not in listed or _content(listed[name]) != self._known[name][0]:
                 with suppress(Gone):
-                    retried(control.UnregisterNode, UnregisterNodeRequest(node_id=self._known[name][1]), patience=1)
+                    request = UnregisterNodeRequest(node_id=self._known[name][1])
+                    control("control/unregister-node", request, UnregisterNodeResponse, patience=1)
                     del self._known[name]
                     self.say(f"{name} is no longer let in")
         for name in listed.keys() - self._known.keys():
@@ -180,9 +159,10 @@ class Enrolment:
                     self.say(f"{name} is not enrolled: {error}")
                 self._told.add(name)
 
-    def _enrol(self, control: ControlHttpClient, name: str, path: Path) -> int:
+    def _enrol(self, control: Calls, name: str, path: Path) -> int:
         public = public_key_to_bytes(load_ssh_public_key(path.read_bytes()))  # type: ignore[arg-type]
-        node: int = retried(control.RegisterNode, RegisterNodeRequest(public_key=public, name=name)).node_id
+        request = RegisterNodeRequest(public_key=public, name=name)
+        node: int = control("control/register-node", request, RegisterNodeResponse).node_id
         self.say(f"{name} may join")
         return node
 

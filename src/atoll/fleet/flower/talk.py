@@ -4,6 +4,7 @@
     plan: tree, client                        -> ready: train, test, least or refused: reason
     task: run; a broadcast, a task            -> event; the event          or refused: reason, or unready
     ask: run, task                            -> event; the event          or working, or unknown
+    cancel: run                               -> cancelled
 
 An envelope is the first part of a message, a small JSON object; the parts after it are those of messages.py. Every envelope
 says its protocol's version, and an end that does not speak it says what to install.
