@@ -62,7 +62,7 @@ def site(address: str, keys: Path, state: Path, update: Params) -> None:
     node.serve(urgent, answer)
 
 
-def operator(address: str, keys: Path, update: Params) -> dict[str, float]:
+def operator(address: str, keys: Path, update: Params, size: int) -> dict[str, float]:
     """Asks for the update and adds it to a total: MB/s from the question to the sum, and memory beyond both."""
     from atoll.fleet.flower.federation import Federation
     from atoll.fleet.flower.fleet import Flower
@@ -77,6 +77,7 @@ def operator(address: str, keys: Path, update: Params) -> dict[str, float]:
         assert SITE in fleet.clients()  # connects, for which Flower is imported
         before, started = rss_bytes(), time.perf_counter()
         fleet.submit([task])
+        federation.limit(2 * size)  # an answer is held to the size of the broadcast, of which there is none here
         reply = fleet.receive([task.id])
         assert isinstance(reply, Reply), reply
         assert not reply.refusal, reply.refusal
@@ -96,7 +97,7 @@ def main(end: str, address: str, keys: str, *more: str) -> None:
     if end == "site":
         site(address, Path(keys), Path(more[0]), update)
     else:
-        print(json.dumps(operator(address, Path(keys), update)))
+        print(json.dumps(operator(address, Path(keys), update, size)))
 
 
 if __name__ == "__main__":
