@@ -18,6 +18,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     for name in NAMES:
         certs.site(folder / "certs", name)
     write_sites(folder / "data")
+    (folder / "home").mkdir()
     (folder / "mine.yaml").write_text(RECIPE)
     made = Federation(folder, free_port())
     yield made

@@ -37,6 +37,12 @@ class Federation:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """Runs and cache in the folder, and a home in which nothing is to be written."""
+        own = {"ATOLL_RUNS": "runs", "ATOLL_HOME": "cache", "HOME": "home"}
+        return {**os.environ, "OMP_NUM_THREADS": "1", **{key: str(self.folder / name) for key, name in own.items()}}
+
     def start(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """`atoll ARGUMENTS` with what it says in NAME.log, which another process writes: see `fill_disk`."""
         sink = subprocess.Popen(
@@ -44,8 +50,9 @@ class Federation:
         ).stdin
         assert sink is not None
         command = [sys.executable, "-m", "atoll", *arguments]
-        surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "ATOLL_RUNS": str(self.folder / "runs"), **environment}
-        self.running[name] = subprocess.Popen(command, cwd=self.folder, stdout=sink, stderr=sink, env=surroundings)
+        self.running[name] = subprocess.Popen(
+            command, cwd=self.folder, stdout=sink, stderr=sink, env=self.surroundings | environment
+        )
         sink.close()
         return self.running[name]
 
@@ -65,10 +72,9 @@ class Federation:
 
     def run(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
         """A command of the operator, to its end."""
-        surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "ATOLL_RUNS": str(self.folder / "runs")}
         command = [sys.executable, "-m", "atoll", *arguments]
         return subprocess.run(
-            command, cwd=self.folder, env=surroundings, capture_output=True, text=True, timeout=timeout, check=False
+            command, cwd=self.folder, env=self.surroundings, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     def said(self, name: str) -> str:

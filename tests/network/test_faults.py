@@ -127,6 +127,24 @@ def test_a_slow_client_is_late_and_its_update_is_dropped_or_taken(federation, la
     assert counted_once(found)
 
 
+def test_buffered_rounds_do_not_wait_for_a_slow_client(federation):
+    schedule = "finetune.schedule={use: buffered, concurrency: 3, buffer: 2, exponent: 0.5}"
+    run = begin(federation, "buffered", "--set", schedule, "--set", "finetune.rounds=8")
+    wait_until(lambda: "round 1 done" in federation.said("buffered"), "the first round to end")
+    while run.poll() is None:  # a quarter of its time
+        federation.running["west"].send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        federation.running["west"].send_signal(signal.SIGCONT)
+        time.sleep(0.1)
+    assert run.returncode == 0, federation.said("buffered")
+    found = story(federation, "buffered")
+    replies = Counter(reply.client for reply in found.replies)
+    assert [r.accepted for r in found.rounds] == [2] * 8
+    assert replies["west"] < min(replies["north"], replies["south"])
+    assert any(reply.staleness > 0 for reply in found.replies)
+    assert counted_once(found)
+
+
 def test_a_site_that_comes_after_the_run_began_takes_part_from_then_on(federation):
     federation.stop("west")
     run = begin(federation, "newcomer", "--set", "finetune.rounds=8")

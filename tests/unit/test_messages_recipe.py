@@ -55,6 +55,12 @@ def test_a_starter_of_any_file_name_has_a_good_name(tmp_path: Path, stem: str) -
     assert recipe.read(file)[0].name
 
 
+def test_baselines_over_a_network_are_refused_before_anybody_is_asked(mine: str) -> None:
+    told = mistake(mine, "fleet={use: flower, server: 'nowhere.example:1'}", "baselines=[local]")
+    assert told.what == "no baselines over a network"
+    assert told.details["allowed"] == "[]"
+
+
 def test_steps_and_epochs_together_are_refused_and_either_can_be_cleared(mine: str) -> None:
     both = mistake(mine, "finetune.local_steps=3", "finetune.epochs=2")
     assert both.what == "local_steps and epochs both say how long local work is"

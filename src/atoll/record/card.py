@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from atoll.cache import home
 from atoll.record.events import (
     ClientLeftOut,
     Evaluated,
@@ -301,6 +303,7 @@ def plot_bytes(story: Story, path: Path) -> None:
 
 def _figure(xlabel: str, ylabel: str):  # type: ignore[no-untyped-def]  # matplotlib's own types are loose
     """Axes, and a function that saves them as SVG."""
+    os.environ.setdefault("MPLCONFIGDIR", str(home() / "matplotlib"))  # it keeps a list of fonts
     import matplotlib
 
     matplotlib.use("agg")
