@@ -74,7 +74,13 @@ class Federation:
         """A command of the operator, to its end."""
         command = [sys.executable, "-m", "atoll", *arguments]
         return subprocess.run(
-            command, cwd=self.folder, env=self.surroundings, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            cwd=self.folder,
+            env=self.surroundings,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     def said(self, name: str) -> str:

@@ -59,7 +59,7 @@ def test_a_site_that_is_not_enrolled_is_not_let_in(federation):
     certs.site_key(federation.folder / "stranger" / "site.key")
     certs.write(federation.folder / "stranger" / "ca.pem", (federation.folder / "certs/ca/ca.pem").read_bytes())
     told = federation.run(
-        "join", federation.address, "--data", "data/north.jsonl", "--certs", "stranger", "--state", "s1"
+        "join", federation.address, "--data", "data/north.jsonl", "--certs", "stranger", "--state", "state/stranger"
     )
     assert told.returncode == 1
     assert "does not let this site in" in told.stderr
@@ -68,7 +68,7 @@ def test_a_site_that_is_not_enrolled_is_not_let_in(federation):
 
 def test_a_second_process_with_the_same_key_is_not_let_in_and_the_first_goes_on(federation):
     own = ("--data", "data/north.jsonl", "--certs", "certs/sites/north")
-    told = federation.run("join", federation.address, *own, "--state", "elsewhere")
+    told = federation.run("join", federation.address, *own, "--state", "state/second")
     assert told.returncode == 1
     assert "only one process may use it" in told.stderr
     same = federation.run("join", federation.address, *own, "--state", "state/north")
