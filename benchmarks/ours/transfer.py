@@ -25,9 +25,9 @@ from atoll.audit import AuditLog
 from atoll.cache import home
 from atoll.exchange import Broadcast, Reply, Task
 from atoll.fleet.flower import quiet
-from atoll.fleet.flower.talk import envelope, opened
 from atoll.params import Params
 from atoll.stream import UPDATE
+from atoll.talk import envelope, opened
 from atoll.transforms.chain import Chain, Payload
 from atoll.wire import Buffer
 from benchmarks.worker import peak_rss_bytes, rss_bytes
@@ -65,10 +65,10 @@ def site(address: str, keys: Path, state: Path, update: Params) -> None:
 def operator(address: str, keys: Path, update: Params, size: int) -> dict[str, float]:
     """Asks for the update and adds it to a total: MB/s from the question to the sum, and memory beyond both."""
     from atoll.fleet.flower.federation import Federation
-    from atoll.fleet.flower.fleet import Flower
+    from atoll.fleet.flower.tasks import Flower
 
     federation, aggregate = Federation(address, keys), mean()
-    fleet = Flower(federation, [SITE], RUN, {})
+    fleet = Flower(federation, [SITE], RUN, PLAN)
     total = aggregate.init(update)
     for name in list(update):
         total[name].add_(update.pop(name))  # memory that was only promised does not count yet

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from atoll import parts
-from atoll.build import POOLED, Plan, build
+from atoll.build import POOLED, Plan, build, plan_hash
 from atoll.cache import Say, quiet
 from atoll.client import Client, FileStore
 from atoll.data import sources
@@ -167,6 +167,11 @@ class Rebuild:
 
     tree: Tree
     folder: RunFolder
+
+    @property
+    def plan(self) -> str:
+        """Its hash."""
+        return plan_hash(self.tree)
 
     @property
     def run(self) -> str:

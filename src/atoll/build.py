@@ -124,11 +124,24 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     schedule: Schedule = make("schedule", stage.schedule)
     aggregate: Aggregator = make("aggregate", stage.aggregate)
     outer: Outer = make("outer", stage.outer)
+    space: Space = make("space", stage.space)
+    objective, optimizer, rate = (make(slot, getattr(stage, slot)) for slot in ("objective", "optimizer", "rate"))
     digest = plan_hash(tree)
     at_a_site = sources is not None  # which makes no fleet and no sinks, whatever the plan names there
     fleet: MakeFleet = inprocess() if at_a_site else parts.make("fleet", recipe.fleet, "fleet")
-    if sources is None:
-        sources = clients_elsewhere(recipe, tree, fleet) if isinstance(fleet, Elsewhere) else sources_of(recipe)
+    for i, one in enumerate([] if at_a_site else recipe.sinks):
+        parts.make("sink", one, f"sinks[{i}]")  # what cannot be made is found before hours of training
+    refuse_correction(recipe, correction)
+    refuse_down(down)
+    model = choose_model(recipe.model)
+    with placed("model"):
+        shapes = None if model.own_factory else shapes_of_model(model.name)
+    refuse_context(stage.context, shapes)
+    least = 1
+    if sources is None and isinstance(fleet, Elsewhere):  # what can be refused here has been, before anybody is asked
+        sources, least = clients_elsewhere(recipe, tree, fleet, schedule, shapes)
+    elif sources is None:
+        sources = sources_of(recipe)
     unwilling = {name: why for name, why in sources.items() if isinstance(why, str)}
     sources = {name: source for name, source in sources.items() if name not in {*left_out, *unwilling}}
     sampled = population(recipe, list(sources))
@@ -136,16 +149,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
         sampled = frozenset(sources)  # its streams are means over the population: sites that come later are not of it
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
-    for i, one in enumerate([] if at_a_site else recipe.sinks):
-        parts.make("sink", one, f"sinks[{i}]")  # what cannot be made is found before hours of training
-    refuse_correction(recipe, correction)
-    refuse_down(down)
     refuse_schedule(schedule, size)
-    space: Space = make("space", stage.space)
-    model = choose_model(recipe.model)
-    with placed("model"):
-        shapes = None if model.own_factory else shapes_of_model(model.name)
-    refuse_context(stage.context, shapes)
     streams = (
         Stream(up=up, down=down, aggregate=aggregate, outer=outer),
         *extra_streams(correction, size),
@@ -154,12 +158,12 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
         recipe=recipe,
         tree=tree,
         hash=digest,
-        rounds=RoundPlan(digest, recipe.seed, streams, schedule, population=sampled),
+        rounds=RoundPlan(digest, recipe.seed, streams, schedule, population=sampled, least=least),
         model=model,
         space=space,
-        objective=make("objective", stage.objective),
-        optimizer=make("optimizer", stage.optimizer),
-        rate=make("rate", stage.rate),
+        objective=objective,
+        optimizer=optimizer,
+        rate=rate,
         correction=correction,
         fleet=fleet,
         sources=sources,
@@ -172,14 +176,20 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     )
 
 
-def clients_elsewhere(recipe: Recipe, tree: Tree, fleet: Elsewhere) -> Mapping[str, Any]:
-    """The clients on machines of their own that are ready for the plan, or why not. What they hold stays there."""
+def clients_elsewhere(
+    recipe: Recipe, tree: Tree, fleet: Elsewhere, schedule: Schedule, shapes: Shapes | None
+) -> tuple[Mapping[str, Any], int]:
+    """The clients on machines of their own that are ready for the plan, or why not; and the fewest updates they allow.
+
+    What they hold stays there. A model of the user's own factory has no identity by which they could tell it from another.
+    """
     if recipe.baselines:
         raise AtollError(
             "no baselines over a network", where="baselines", found=recipe.baselines, allowed="[]",
             remedy="data stay where they are: pool a sample of your own, or simulate, to measure them",
         )  # fmt: skip
-    return fleet.prepare(plan_hash(tree), tree)
+    prepared = fleet.prepare(plan_hash(tree), tree, shapes.identity if shapes else "", schedule.law.answers)
+    return prepared.clients, prepared.least
 
 
 def sources_of(recipe: Recipe) -> dict[str, Any]:

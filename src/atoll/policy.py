@@ -6,7 +6,7 @@ spaces: [lora]
 metrics: [loss, steps]                      # that may leave, beside what a round needs
 minimum_cohort: 3                           # fewest clients whose updates are put together
 code: []                                    # module:factory parts that may run here; none by default
-require: [clip]                             # transforms that must be in the up chain
+require: [{use: clip, norm: 1.0}]           # transforms that must be in the up chain; numbers are the most they may be
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atoll import parts
-from atoll.errors import AtollError
+from atoll.errors import AtollError, closest
 from atoll.recipe import Recipe, load
 
 NEEDED = frozenset({"seconds_in_steps", "samples", "standard_error", "loss"})
@@ -37,7 +37,7 @@ class Policy(BaseModel):
     metrics: list[str] = ["*"]
     minimum_cohort: int = Field(default=1, ge=1)
     code: list[str] = []
-    require: list[str] = []
+    require: list[str | dict[str, Any]] = []
 
     def broken_by(self, recipe: Recipe) -> list[str]:
         """Why a plan is refused; nothing if it is allowed. Reads names alone: nothing that they name is imported."""
@@ -59,9 +59,15 @@ class Policy(BaseModel):
             )  # a site makes nothing else of a recipe
             if not allows(self.code, name)
         ]
-        chain = {parts.spec(one, "finetune.up").use.replace("_", "-") for one in stage.up}
+        correction = parts.spec(stage.correction, "finetune.correction").use
+        if self.require and correction != "none":
+            broken.append(f"correction {correction}, whose own stream leaves without what this site requires")
+        chain = [parts.spec(one, "finetune.up") for one in stage.up]
+        wanted = [parts.spec(one, "require") for one in self.require]
         return broken + [
-            f"no {name} in finetune.up, which this site requires" for name in self.require if name not in chain
+            f"no {told(one)} in finetune.up, which this site requires"
+            for one in wanted
+            if not any(within(given, one) for given in chain)
         ]
 
     def too_few(self, cohort: float) -> list[str]:
@@ -73,6 +79,23 @@ class Policy(BaseModel):
     def may_leave(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics that the owner lets out; those that rounds are counted by are among them in any case."""
         return {name: value for name, value in metrics.items() if name in NEEDED or allows(self.metrics, name)}
+
+
+def within(given: parts.Spec, wanted: parts.Spec) -> bool:
+    """Whether a transform is the wanted one, with numbers no larger than wanted and anything else the same."""
+    if given.use.replace("_", "-") != wanted.use.replace("_", "-"):
+        return False
+    for name, most in wanted.arguments.items():
+        value = given.arguments.get(name)
+        number = isinstance(value, int | float) and isinstance(most, int | float)
+        if not (value <= most if number else value == most):
+            return False
+    return True
+
+
+def told(wanted: parts.Spec) -> str:
+    """A required transform in words."""
+    return " ".join([wanted.use, *(f"{name} of at most {most}" for name, most in wanted.arguments.items())])
 
 
 def allows(patterns: Sequence[str], name: str) -> bool:
@@ -109,6 +132,12 @@ def read(path: Path | None) -> Policy:
         raise AtollError("there is no such policy", where=str(path), found=error.strerror) from error
     except ValidationError as error:
         first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise AtollError(
+                "unknown key", where=str(path), found=key, allowed=", ".join(Policy.model_fields),
+                remedy=closest(key, list(Policy.model_fields)),
+            ) from error  # fmt: skip
         raise AtollError(
             "the policy cannot be read", where=f"{path}: {'.'.join(map(str, first['loc']))}", found=first.get("input"),
             allowed=", ".join(Policy.model_fields), remedy=first["msg"],

@@ -52,6 +52,8 @@ class RoundPlan:
     exchange: MakeExchange = plain
     population: frozenset[str] | None = None
     """Who may be sampled; everybody in the fleet if None."""
+    least: int = 1
+    """The fewest updates that may be put together."""
 
 
 @dataclass
@@ -93,10 +95,15 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     out = {task.id: task for task in (*state.in_flight, *tasks)}
 
     closes = partial(closing, plan.schedule, began, len(out))
+    taken = 0
     exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state, dict(out)), closes)
     for verdict in chain(converse(fleet, exchange, plan.streams, totals), too_late(plan.schedule, out)):
         settle(verdict, out, acknowledged)
         observe(verdict)
+        taken += isinstance(verdict, Accepted)
+    if 0 < taken < plan.least:
+        totals.clear()
+        observe(Abandoned(f"{taken} updates came; its clients ask for at least {plan.least}"))
     after = replace(state, round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()))
     if totals:
         params, outer = step(plan, state, fleet, totals)

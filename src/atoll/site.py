@@ -3,13 +3,14 @@
     message -> policy -> plan, built from its tree with the site's own data -> client -> audit log -> reply
 
 Model, tokens and client state stay warm between rounds and runs. Nothing here knows what network there is: `urgent` and
-`answer` take and give parts of bytes (see fleet/flower/talk.py).
+`answer` take and give parts of bytes (see talk.py).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,16 +25,16 @@ from atoll.assemble import Assembly, assemble, clients
 from atoll.audit import AuditLog
 from atoll.build import Plan, build
 from atoll.cache import Say
-from atoll.client import Client, WorkFailed
+from atoll.client import Client
 from atoll.data.files import rows
 from atoll.data.read import open_source
 from atoll.data.sources import ClientData, ClientSource, digest
 from atoll.errors import AtollError
-from atoll.fleet.flower.talk import envelope, opened
 from atoll.local.work import Tick
 from atoll.policy import Policy
 from atoll.recipe import validate
 from atoll.record.folder import RunFolder
+from atoll.talk import envelope, opened
 from atoll.wire import Buffer
 
 Message = list[list[Buffer]]
@@ -45,14 +46,11 @@ KEPT = 2
 """Replies that are kept in memory for an operator who asks again."""
 
 
-GIVEN_UP = "nobody waits for this any more"
-
-
 class Unwilling(Exception):
     """What is asked is not done here; the text says why, to both ends."""
 
 
-class NotWanted(WorkFailed):
+class NotWanted(AtollError):
     """Nobody waits for this work any more."""
 
 
@@ -81,6 +79,8 @@ class Site:
     """Those of them that nobody waits for any more."""
     _now: tuple[str, str] = ("", "")
     """The one that is being worked on."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Messages are looked at in one thread and worked on in another."""
     _done: OrderedDict[tuple[str, str], list[Buffer]] = field(default_factory=OrderedDict)
 
     @cached_property
@@ -102,20 +102,28 @@ class Site:
             if head["kind"] == "ask":
                 return self.became(str(head.get("run")), str(head.get("task")))
             if head["kind"] == "cancel":
-                self._not_wanted |= {task for task in self._working if task[0] == head.get("run")}
+                with self._lock:
+                    self._not_wanted |= {task for task in self._working if task[0] == head.get("run")}
                 return [envelope("cancelled")]
             if head["kind"] == "task":
-                task = (str(head.get("run")), messages.task_id(message[2]))
-                self._not_wanted.discard(task)
-                if task in self._done or task in self._working:
-                    return self.became(*task)
-                self._not_wanted |= {other for other in self._working if replaced(other, by=task)}
-                self._working.add(task)
+                return self.queued((str(head.get("run")), messages.task_id(message[2])))
             return None
         except (ValueError, LookupError) as error:
             return [refusal(str(error))]
         except Exception as error:
             return [refusal(self.kept_here(f"{type(error).__name__}: {error}"))]
+
+    def queued(self, task: tuple[str, str]) -> Message | None:
+        """A task that has come: None if it is to be worked on, which takes the place of older ones of its kind."""
+        with self._lock:
+            self._not_wanted.discard(task)
+            if task in self._done or task in self._working:
+                return self.became(*task)
+            self._not_wanted |= {other for other in self._working if replaced(other, by=task)}
+            for other in [other for other in self._done if replaced(other, by=task)]:
+                del self._done[other]
+            self._working.add(task)
+        return None
 
     def answer(self, message: Sequence[Buffer]) -> Message:
         """Does what takes time: gets ready for a plan, works on a task. Whatever is wrong comes back as a refusal."""
@@ -141,8 +149,9 @@ class Site:
         """A task that was worked on or could not be read: whoever asks is told what became of it, or that it is unknown."""
         with suppress(ValueError, LookupError):
             task = (str(opened(message).get("run")), messages.task_id(message[2]))
-            self._working.discard(task)
-            self._not_wanted.discard(task)
+            with self._lock:
+                self._working.discard(task)
+                self._not_wanted.discard(task)
 
     def kept_here(self, reason: str) -> str:
         """Says what went wrong to this site's owner; the operator hears of what kind it was, for its text may quote data."""
@@ -167,10 +176,13 @@ class Site:
         self._allow(self.policy.broken_by(recipe))  # before anything that the plan names is imported
         plan = build(recipe, tree, sources={one: ClientData((), ()) for one in names})
         self._allow(self.policy.too_few(plan.cohort))
+        if head.get("model") and plan.shapes and plan.shapes.identity != head["model"]:
+            raise Unwilling(f"another base model: {plan.model.name} is not the same here as at the operator's")
         source = ClientSource(open_source(self.data, held_out(tree)))
         warm = self._ready.get(plan.hash)
         if warm is None or warm.name != name or warm.things.digests[name] != digest(source):
             self.say(f"getting ready for plan {plan.hash} ({recipe.name}), as {name}")
+            self.__dict__.pop("records", None)  # counted again when somebody asks
             things = assemble(replace(plan, sources={name: source}), self.say, self._still_wanted)
             self._ready[plan.hash] = Ready(name, plan, things)
             while len(self._ready) > WARM:
@@ -191,23 +203,23 @@ class Site:
             return [envelope("unready")]
         if task.client != ready.name:
             raise Unwilling(f"a task of {task.client}; this site is {ready.name}")
+        self._ready.move_to_end(task.plan)
         self._now = (run, task.id)
         self._still_wanted()
         self.say(f"round {task.broadcast.round}: {task.kind}")
         reply = self.client(run, ready).handle(task)
-        if reply.refusal == GIVEN_UP:
-            raise NotWanted(GIVEN_UP)  # not kept: a run that is resumed asks for the same task again
         event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))
         self.audit.wrote(run, task.plan, task.id, event)
-        self._done[run, task.id] = event
-        while len(self._done) > KEPT:
-            self._done.popitem(last=False)
+        with self._lock:
+            self._done[run, task.id] = event
+            while len(self._done) > KEPT:
+                self._done.popitem(last=False)
         return [envelope("event"), event]
 
     def _still_wanted(self, tick: Tick | None = None) -> None:
         """Asked before work and at each of its steps: what nobody waits for is not gone on with."""
         if self._now in self._not_wanted:
-            raise NotWanted(GIVEN_UP)
+            raise NotWanted("nobody waits for this any more")
 
     def client(self, run: str, ready: Ready) -> Client:
         """This site's client in a run, with the state that it keeps for it."""

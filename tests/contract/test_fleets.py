@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_tasks import over
 from toys import SITES, START, fedavg_work, remade, rounds, toy_clients, toy_fleet, toy_plan
 
 from atoll.client import Done
@@ -31,7 +32,12 @@ def worked(plan):
     return processes(workers=2)(list(SITES), toy_clients(plan, fedavg_work()), remade, clock=0.0)
 
 
-EVERY = {"inprocess": simulated, "faults": lambda plan: FaultFleet(simulated(plan)), "processes": worked}
+EVERY = {
+    "inprocess": simulated,
+    "faults": lambda plan: FaultFleet(simulated(plan)),
+    "processes": worked,
+    "flower": lambda plan: over(plan, ordered=True),
+}
 """Each makes FedAvg's fleet over the toy's sites."""
 
 

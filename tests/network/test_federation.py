@@ -163,6 +163,19 @@ def test_leaving_is_clean(federation):
     assert federation.stop("server") == 0
 
 
+def test_a_server_of_another_name_than_its_machines_own_enrolls_its_sites(tmp_path):
+    certs.init(tmp_path / "certs", ["server.example"])
+    certs.site(tmp_path / "certs", "north")
+    named = Federation(tmp_path, free_port())
+    try:
+        named.serve()
+        told = named.run("clients", named.address)
+    finally:
+        named.close()
+    assert told.returncode == 1
+    assert "certificate does not fit" in told.stderr
+
+
 def test_an_expired_certificate_is_named(bare, tmp_path):
     shutil.copytree(bare.folder / "certs", tmp_path / "certs")
     certs.server(tmp_path / "certs", ["localhost", "127.0.0.1"], valid=-datetime.timedelta(days=1))

@@ -13,7 +13,7 @@ from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest, PushOb
 from flwr.proto.node_pb2 import Node
 
 from atoll.fleet.flower import link as linked
-from atoll.fleet.flower.link import Link, part
+from atoll.fleet.flower.link import Arrival, Link, part
 
 
 @dataclass
@@ -23,6 +23,9 @@ class Store:
     objects: dict[str, bytes] = field(default_factory=dict)
     pushed: list[str] = field(default_factory=list)
     spoil: dict[str, bytes] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
+    """Announced, and on their way."""
+    pulled: list[str] = field(default_factory=list)
 
     def raw(self, path, request, *, more=()):
         body = b"".join([request.SerializeToString(), *more])
@@ -33,9 +36,12 @@ class Store:
             self.objects[pushed.object_id] = pushed.object_content
             return PushObjectResponse(stored=True).SerializeToString()
         if path == "fleet/pull-object":
+            self.pulled.append(request.object_id)
             content = self.spoil.get(request.object_id, self.objects.get(request.object_id))
             there = content is not None
-            found = PullObjectResponse(object_found=there, object_available=there, object_content=content)
+            found = PullObjectResponse(
+                object_found=there or request.object_id in self.late, object_available=there, object_content=content
+            )
             return found.SerializeToString()
         assert path == "fleet/confirm-message-received"
         return b""
@@ -109,3 +115,17 @@ def test_a_message_over_the_limit_is_not_pulled(ends, store):
     head = send(ends, store, part([bytes(100_001)]))
     with pytest.raises(ValueError, match="100000 allowed"):
         ends.receive(head)
+
+
+def test_a_message_that_comes_bit_by_bit_keeps_what_has_come(ends, store):
+    one = part([os.urandom(2500)])
+    head = send(ends, store, one)
+    late = store.objects.pop(one.ids[1])
+    store.late.add(one.ids[1])
+    arrival = Arrival(ends, head)
+    assert arrival.advance(0.0) is None
+    taken = len(store.pulled)
+    assert arrival.advance(0.0) is None
+    assert store.pulled[taken:] == [one.ids[1]], "nothing is pulled twice"
+    store.objects[one.ids[1]] = late
+    assert bytes(arrival.advance(0.0).parts[0]) == b"".join(view for chunk in one.chunks for view in chunk)

@@ -13,13 +13,14 @@ from atoll.build import build
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.exchange import Dropped, Reply
+from atoll.fleet.flower import certs
 from atoll.fleet.flower.federation import counted, without_too_few
-from atoll.fleet.flower.fleet import answer_to
-from atoll.fleet.flower.talk import envelope, opened
+from atoll.fleet.flower.tasks import answer_to
 from atoll.params import equal
 from atoll.policy import Policy, model_code, own_code, read
 from atoll.round import broadcast, initial
 from atoll.site import Site
+from atoll.talk import envelope, opened
 
 RECIPE = """
 recipe: 1
@@ -214,6 +215,16 @@ def test_a_run_may_not_be_called_so_that_its_state_leaves_the_folder(site, tree)
         (Policy(objectives=["causal-lm"]), [], "objectives sft; this site allows causal-lm"),
         (Policy(minimum_cohort=3), [], "2 clients a round; this site asks for at least 3"),
         (Policy(require=["clip"]), [], "no clip in finetune.up"),
+        (
+            Policy(require=[{"use": "clip", "norm": 1.0}]),
+            ["finetune.up=[{use: clip, norm: 2.0}]"],
+            "norm of at most 1.0",
+        ),
+        (
+            Policy(require=["clip"]),
+            ["finetune.up=[{use: clip, norm: 1.0}]", "finetune.correction=scaffold"],
+            "correction scaffold, whose own stream leaves",
+        ),
         (Policy(), ["finetune.up=[boom:boom]"], "code boom:boom; this site runs no code"),
         (Policy(), ["finetune.objective=boom:boom"], "code boom:boom"),
         (Policy(), ["model=boom:boom"], "code boom:boom"),
@@ -270,13 +281,19 @@ def test_a_site_that_asks_for_more_clients_than_are_ready_is_left_out_and_so_is_
         for name, least in zip("abcd", (1, 2, 4, 3), strict=True)
     }
     heard = {**said, "e": "refused"}
-    left = without_too_few({name: counted(one) for name, one in heard.items()}, heard)
+    left = without_too_few({name: counted(one) for name, one in heard.items()}, heard, float)
     assert [name for name, one in left.items() if not isinstance(one, str)] == ["a", "b", "c", "d"]
     heard = {**said, "a": "refused"}
-    left = without_too_few({name: counted(one) for name, one in heard.items()}, heard)
-    assert left["c"] == "asks for 4 clients; 3 are ready"
-    assert left["d"] == "asks for 3 clients; 2 are ready"
-    assert left["b"] == "asks for 2 clients; 1 are ready"
+    left = without_too_few({name: counted(one) for name, one in heard.items()}, heard, float)
+    assert left["c"] == "asks for 4 clients a round; 3 answer, of 3 that are ready"
+    assert left["d"] == "asks for 3 clients a round; 2 answer, of 2 that are ready"
+    assert left["b"] == "asks for 2 clients a round; 1 answer, of 1 that are ready"
+
+
+def test_the_clients_that_answer_a_round_are_counted_and_not_those_that_are_ready():
+    heard = {name: {"kind": "ready", "train": 5, "test": 1, "least": 3} for name in "abcd"}
+    left = without_too_few({name: counted(one) for name, one in heard.items()}, heard, lambda ready: ready / 2)
+    assert all("asks for 3 clients a round" in one for one in left.values())
 
 
 def test_what_is_wrong_with_the_owners_data_stays_with_the_owner(site, tree, tmp_path):
@@ -411,3 +428,25 @@ def test_an_error_that_quotes_data_stays_at_the_site(site, tree):
     reply = messages.unpack_event(send(site, task)[1])
     assert reply.refusal == "KeyError; the site's own log says more"
     assert any("patient Smith" in line for line in said)
+
+
+def test_another_base_model_at_the_site_is_refused(site, tree):
+    said = opened(ask(site, envelope("plan", tree=tree, model="0" * 32, client="clinic", clients=["clinic"])))
+    assert said["kind"] == "refused"
+    assert "another base model" in said["reason"]
+
+
+@pytest.mark.parametrize("kind", ["junk", "private", "twice"])
+def test_a_file_that_is_no_sites_public_key_is_not_enrolled(tmp_path, kind):
+    certs.init(tmp_path, ["localhost"])
+    certs.site(tmp_path, "first")
+    given = {
+        "junk": b"junk",
+        "private": (tmp_path / "sites" / "first" / "site.key").read_bytes(),
+        "twice": (tmp_path / "server" / "clients" / "first.pub").read_bytes(),
+    }
+    reason = {"junk": "not a site's public key", "private": "a private key", "twice": "enrolled already"}
+    with pytest.raises(AtollError, match="key") as told:
+        certs.site(tmp_path, "second", given[kind])
+    assert reason[kind] in str(told.value)
+    assert not (tmp_path / "server" / "clients" / "second.pub").exists()

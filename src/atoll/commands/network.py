@@ -96,7 +96,6 @@ def server(
     quiet(home() / "flower")
     from atoll.fleet.flower import superlink
 
-    say(f"listening on {'http' if insecure else 'https'}://{host}:{port}; sites in {folder / 'clients'} may join")
     superlink.serve(folder, host, port, say, insecure)
 
 
@@ -119,6 +118,8 @@ def join(
     from atoll.site import Site
 
     site = Site(data, read(policy), state, say)
+    if not site.records:
+        raise AtollError("no records", where=str(data), remedy=f"`atoll data {data}` shows what is read there")
     say(f"{site.records} records in {data}")  # or what is wrong with them, before anything is written
     with alone(state):
         say(f"{site.audit.path} ends with {site.audit.last[:16]}")
@@ -135,6 +136,10 @@ def clients(
     server: Address, folder: Folder = CERTS / "operator", insecure: Insecure = False, as_json: AsJson = False
 ) -> None:
     """List who is there: hardware, data, policy, and when each was last heard of."""
+    from atoll.cache import home
+    from atoll.fleet.flower import quiet
+
+    quiet(home() / "flower")
     from atoll.fleet.flower.federation import Federation
     from atoll.record.tables import plain_table
 
@@ -206,6 +211,10 @@ def audit_show(path: Annotated[Path, typer.Argument(help="A site's audit log.")]
 
 def address(written: str) -> tuple[str, int]:
     """HOST:PORT. Raises AtollError."""
+    if "://" in written:
+        raise AtollError(
+            "not an address", found=written, allowed="HOST:PORT", remedy=f"without {written.partition('://')[0]}://"
+        )
     host, _, port = written.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise AtollError("not an address", found=written, allowed="HOST:PORT, such as server.example:8000")

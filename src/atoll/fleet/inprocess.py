@@ -86,6 +86,11 @@ class Rebuild(Protocol):
         ...
 
     @property
+    def plan(self) -> str:
+        """Its hash."""
+        ...
+
+    @property
     def run(self) -> str:
         """Names the run, or the baseline, among all there are."""
         ...
@@ -103,12 +108,22 @@ class MakeFleet(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Clients on machines of their own, and what they ask for."""
+
+    clients: Mapping[str, Any]
+    """What a plan may know of each one's data, or why it will not take part."""
+    least: int = 1
+    """The fewest updates that may be put together."""
+
+
 @runtime_checkable
 class Elsewhere(Protocol):
     """What a recipe's `fleet` is beside that, where clients have machines and data of their own."""
 
-    def prepare(self, plan: str, tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Has them get ready for a plan: each with what a plan may know of its data, or why it will not take part."""
+    def prepare(self, plan: str, tree: Mapping[str, Any], model: str, answers: Callable[[int], float]) -> Prepared:
+        """Has them get ready for a plan on the base model of this content, where of so many that many answer a round."""
         ...
 
 

@@ -1,8 +1,9 @@
 """The Flower fleet: sites on machines of their own, over Flower's SuperLink.
 
 Membership, node keys, transport and storage of messages are Flower's. Ours is a thin layer on its messages: payloads in
-chunks that resume (link.py), the SuperLink with its administration closed (superlink.py), the operator's end that runs plans
-(operator.py, fleet.py) and the site's end that answers (node.py). `quiet` must run before anything of Flower is imported.
+chunks that resume (calls.py, link.py), the SuperLink with its administration closed (superlink.py, front.py), the operator's
+end that runs plans (operator.py, federation.py, tasks.py) and the site's end that answers (node.py). `quiet` must run before
+anything of Flower is imported.
 """
 
 from __future__ import annotations
@@ -11,9 +12,6 @@ import os
 from pathlib import Path
 
 from atoll.errors import AtollError
-
-PROTOCOL = 1
-"""The version of our messages; both ends say it first."""
 
 
 def quiet(home: Path) -> None:

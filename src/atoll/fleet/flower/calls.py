@@ -33,6 +33,8 @@ TIMEOUT = urllib3.Timeout(connect=10.0, read=30.0)
 WAIT_HEADER = "atoll-wait"
 """Seconds for which the server may keep a question that has no answer yet; a server without our front answers at once."""
 
+AWAY = "no server answers"
+
 POLL = 0.02
 """Seconds between two looks for messages at a server that does not wait."""
 
@@ -59,9 +61,11 @@ def unreachable(server: str, error: Gone, denied: tuple[str, str]) -> AtollError
             "the server's certificate does not fit", where=server, found=said,
             remedy="ask for the server's own ca.pem, or for a certificate that names this host and has not expired",
         )  # fmt: skip
-    return AtollError(
-        "no server answers", where=server, found=said, remedy="check the address; HTTPS_PROXY names a proxy"
-    )
+    if "WRONG_VERSION_NUMBER" in said:
+        return AtollError(
+            "the server speaks no TLS", where=server, remedy="--insecure, if it is yours and on this machine"
+        )
+    return AtollError(AWAY, where=server, found=said, remedy="check the address; HTTPS_PROXY names a proxy")
 
 
 def secured(server: str, authority: Path, insecure: bool) -> ssl.SSLContext | None:
@@ -69,7 +73,7 @@ def secured(server: str, authority: Path, insecure: bool) -> ssl.SSLContext | No
     if insecure:
         only_here(server.rpartition(":")[0])
         return None
-    certs.read(authority, "certificate of the authority")
+    certs.read(authority, "certificate of the authority", "ask who hosts the server for their ca.pem")
     return trust(authority)
 
 
@@ -84,7 +88,12 @@ def only_here(host: str) -> None:
 
 def trust(authority: Path) -> ssl.SSLContext:
     """TLS 1.3, to servers whose certificate the federation's authority has signed and no others."""
-    context = ssl.create_default_context(cafile=str(authority))
+    try:
+        context = ssl.create_default_context(cafile=str(authority))
+    except ssl.SSLError as error:
+        raise AtollError(
+            "not a certificate", where=str(authority), found=error, remedy="ask who hosts the server for their ca.pem"
+        ) from error
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
 
@@ -178,6 +187,8 @@ class Calls:
 def connections(host: str, context: ssl.SSLContext | None) -> urllib3.PoolManager:
     """Connections to a host; through the proxy that HTTPS_PROXY names, unless NO_PROXY excepts the host or it is ours."""
     options: dict[str, Any] = {"ssl_context": context, "retries": False, "maxsize": 8}
+    if context is not None and not context.check_hostname:
+        options["assert_hostname"] = False  # urllib3 would check it by itself
     proxy = getproxies().get("https")
     if proxy is None or host in LOOPBACK or proxy_bypass(host):
         return urllib3.PoolManager(**options)

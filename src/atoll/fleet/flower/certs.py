@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -96,11 +97,31 @@ def site(folder: Path, name: str, public: bytes | None = None) -> Path:
             where=str(enrolled),
             remedy="another name; or remove the file, which revokes it",
         )
+    if public is not None:
+        refuse_key(public, enrolled.parent)
     own = folder / "sites" / name
     write(enrolled, public or site_key(own / "site.key"))
     if public is None:
         write(own / "ca.pem", (folder / "ca" / "ca.pem").read_bytes())
     return own
+
+
+def refuse_key(public: bytes, clients: Path) -> None:
+    """Raises AtollError for what is no public key of a site, or is enrolled already."""
+    try:
+        key = serialization.load_ssh_public_key(public)
+        fits = isinstance(key, ec.EllipticCurvePublicKey)
+    except (ValueError, UnsupportedAlgorithm):
+        fits = False
+    if not fits:
+        private = b"PRIVATE" in public
+        raise AtollError(
+            "not a site's public key", where="--public", found="a private key" if private else "",
+            remedy="the file site.pub that `atoll certs key` made; a private key stays at its site",
+        )  # fmt: skip
+    for path in sorted(clients.glob("*.pub")):
+        if path.read_bytes().split()[:2] == public.split()[:2]:
+            raise AtollError("this key is enrolled already", where=str(path), found=path.stem, remedy="use that name")
 
 
 def executor_secret(token: bytes) -> bytes:
@@ -130,14 +151,12 @@ def write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def read(path: Path, what: str) -> bytes:
+def read(path: Path, what: str, remedy: str = "`atoll certs init` makes a federation's keys") -> bytes:
     """A file of a federation's folder. Raises AtollError if it is not there."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise AtollError(
-            f"no {what}", where=str(path), found=error.strerror, remedy="`atoll certs init` makes a federation's keys"
-        ) from error
+        raise AtollError(f"no {what}", where=str(path), found=error.strerror, remedy=remedy) from error
 
 
 def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:

@@ -138,7 +138,8 @@ class Front:
             return
         try:
             request = Request({**scope, "app": self.flower, "state": {}})
-            request.state.protobuf_request = message = way.request.FromString(body)
+            message = await run_in_threadpool(way.request.FromString, body)
+            request.state.protobuf_request = message
             answer = await self._waited_for(way, request, message, receive)
         except Exception:  # Flower says what is wrong
             await self.flower(scope, _again(body, receive), send)
@@ -151,8 +152,9 @@ class Front:
     async def _waited_for(self, way: Way, request: Request, message: Any, receive: Receive) -> Any:
         """The handler's answer, when there is one that says something; None if nobody listens any more."""
         end = asyncio.get_running_loop().time() + _seconds(request.headers.get(WAIT_HEADER, "0"))
-        if way.waits is None or end <= asyncio.get_running_loop().time():
-            return await run_in_threadpool(_handle, way, request, message)
+        answer = await run_in_threadpool(_handle, way, request, message)  # nobody waits who is not known
+        if way.waits is None or answer.messages_list or end <= asyncio.get_running_loop().time():
+            return answer
         names, gone = list(way.waits(message)), asyncio.ensure_future(receive())
         try:
             while not gone.done():  # else the message stays where it is, for the next who asks

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
@@ -161,65 +161,40 @@ class Link:
         at_once(one, wanted)
 
     def receive(self, wired: Wired) -> Received:
-        """Pulls a message's objects, and lets the store forget them.
+        """Pulls a message's objects as they come, and lets the store forget them.
 
-        Raises ValueError for what is no message of ours, is larger than the limit, or does not match its hash.
+        Raises ValueError for what is no message of ours, is larger than the limit, does not match its hash, or stays away.
         """
-        name = wired.metadata.message_id
-        try:
-            message = self._inflated(name)
-            parts = self._parts(message)
-        except (ValueError, Gone):
-            raise
-        except Exception as error:  # whatever Flower makes of objects that no sender of ours writes
-            raise ValueError(f"not a message of Atoll: {error!r}") from error
+        arrival = Arrival(self, wired)
+        while (received := arrival.advance(WAIT_FOR_CHUNK)) is None:
+            pass
+        return received
+
+    def confirm(self, name: str) -> None:
+        """Lets the store forget a message."""
         confirm = ConfirmMessageReceivedRequest(node=self.node, run_id=self.run, message_object_id=name)
         self.calls(f"{self.api}/confirm-message-received", confirm, ConfirmMessageReceivedResponse)
-        return Received(message, wired.metadata.reply_to_message_id, wired.metadata.src_node_id, parts)
 
-    def _inflated(self, name: str) -> Any:
-        """The message without its chunks: one record in a list of them."""
-        contents = {name: bytes(self._pull(name))}
+    def inflated(self, name: str, patience: float) -> Any:
+        """The message without its chunks: one record in a list of them. Raises Absent, or ValueError."""
+        contents = {name: bytes(self.pull(name, patience))}
         wanted = _children(contents[name])
         while wanted:
             child = wanted.pop()
             if child in contents or len(contents) > MOST_OBJECTS:
                 raise ValueError("a message of too many objects")
-            contents[child] = bytes(self._pull(child))
+            contents[child] = bytes(self.pull(child, patience))
             wanted += _children(contents[child])
         message: Any = inflate_object_from_contents(name, contents)
         message.metadata.__dict__["_message_id"] = name
         return message
 
-    def _parts(self, message: Any) -> list[bytearray]:
-        try:
-            record = message.content["atoll"]
-            sizes, chunks = [int(size) for size in record["sizes"]], list(record["chunks"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a message of Atoll: {error!r}") from error
-        if min(sizes, default=0) < 0 or sum(sizes) > self.limit_bytes:
-            raise ValueError(f"a message of {sum(sizes)} bytes, {self.limit_bytes} allowed")
-        if sum(-(-size // CHUNK) for size in sizes) != len(chunks):
-            raise ValueError(f"a message of {sum(sizes)} bytes in {len(chunks)} chunks")
-        parts = [bytearray(size) for size in sizes]
-        places = [memoryview(one)[at : at + CHUNK] for one in parts for at in range(0, len(one), CHUNK)]
-
-        def fill(name: str, place: memoryview) -> None:
-            head = _head(len(place))
-            content = self._pull(name, len(head) + len(place))
-            if len(content) != len(head) + len(place) or content[: len(head)] != head:
-                raise ValueError(f"the chunk {name[:12]} is not {len(place)} bytes")
-            place[:] = content[len(head) :]
-
-        at_once(fill, chunks, places)
-        return parts
-
-    def _pull(self, name: str, size: int | None = None) -> memoryview:
+    def pull(self, name: str, patience: float, size: int | None = None) -> memoryview:
         """An object, once it is there; of so many bytes, if that is known.
 
-        Raises ValueError if it does not match its hash, or does not come.
+        Raises ValueError if it does not match its hash or is not to come, Absent if it is not there when patience ends.
         """
-        end, pause = time.monotonic() + WAIT_FOR_CHUNK, 0.01
+        end, pause = time.monotonic() + patience, 0.01
         request = PullObjectRequest(node=self.node, run_id=self.run, object_id=name)
         while True:
             answer = self.calls.raw(f"{self.api}/pull-object", request)
@@ -230,10 +205,95 @@ class Link:
                 if hashlib.sha256(about.object_content).hexdigest() != name:
                     raise ValueError(f"the object {name[:12]} does not match its hash")
                 return memoryview(about.object_content)
-            if not about.object_found or time.monotonic() > end:
+            if not about.object_found:
                 raise ValueError(f"the object {name[:12]} did not come")
+            if time.monotonic() > end:
+                raise Absent(name)
             time.sleep(pause)
             pause = min(0.5, 2 * pause)
+
+
+class Absent(Exception):
+    """A chunk that its sender has announced is not there yet."""
+
+
+Places = list[tuple[str, memoryview]]
+"""Chunks by name, and where each goes."""
+
+
+@dataclass
+class Arrival:
+    """A message on its way: what has come of it stays when the rest is late, and others come first."""
+
+    link: Link
+    wired: Wired
+    progress: float = field(default_factory=time.monotonic)
+    """When something last came."""
+    _message: Any = None
+    _parts: list[bytearray] = field(default_factory=list)
+    _left: Places = field(default_factory=list)
+
+    def advance(self, patience: float) -> Received | None:
+        """Takes what is there; None if nothing more came in `patience` seconds.
+
+        Raises ValueError for what is no message of ours, is larger than the limit, does not match its hash, or has not
+        moved for WAIT_FOR_CHUNK seconds.
+        """
+        name = self.wired.metadata.message_id
+        try:
+            if self._message is None:
+                self._message = self.link.inflated(name, patience)
+                self._parts, self._left = places(self._message, self.link.limit_bytes)
+            self._fill(patience)
+        except Absent as error:
+            if time.monotonic() - self.progress < WAIT_FOR_CHUNK:
+                return None
+            self.link.confirm(name)
+            raise ValueError(f"the object {str(error)[:12]} did not come") from error
+        except Gone:
+            raise
+        except Exception as error:  # whatever Flower makes of objects that no sender of ours writes
+            self.link.confirm(name)
+            raise (
+                error if isinstance(error, ValueError) else ValueError(f"not a message of Atoll: {error!r}")
+            ) from error
+        self.link.confirm(name)
+        about = self.wired.metadata
+        return Received(self._message, about.reply_to_message_id, about.src_node_id, self._parts)
+
+    def _fill(self, patience: float) -> None:
+        """The chunks that are there."""
+        come: set[int] = set()
+
+        def fill(number: int, name: str, place: memoryview) -> None:
+            head = _head(len(place))
+            content = self.link.pull(name, patience, len(head) + len(place))
+            if len(content) != len(head) + len(place) or content[: len(head)] != head:
+                raise ValueError(f"the chunk {name[:12]} is not {len(place)} bytes")
+            place[:] = content[len(head) :]
+            self.progress = time.monotonic()
+            come.add(number)
+
+        try:
+            at_once(fill, range(len(self._left)), *zip(*self._left, strict=True)) if self._left else None
+        finally:
+            self._left = [one for number, one in enumerate(self._left) if number not in come]
+
+
+def places(message: Any, limit_bytes: int) -> tuple[list[bytearray], Places]:
+    """Room for the parts of a message, and where in it each of their chunks goes. Raises ValueError."""
+    try:
+        record = message.content["atoll"]
+        sizes, chunks = [int(size) for size in record["sizes"]], list(record["chunks"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a message of Atoll: {error!r}") from error
+    if min(sizes, default=0) < 0 or sum(sizes) > limit_bytes:
+        raise ValueError(f"a message of {sum(sizes)} bytes, {limit_bytes} allowed")
+    if sum(-(-size // CHUNK) for size in sizes) != len(chunks):
+        raise ValueError(f"a message of {sum(sizes)} bytes in {len(chunks)} chunks")
+    parts = [bytearray(size) for size in sizes]
+    room = [memoryview(one)[at : at + CHUNK] for one in parts for at in range(0, len(one), CHUNK)]
+    return parts, list(zip(chunks, room, strict=True))
 
 
 def _field(number: int, length: int) -> bytes:

@@ -33,7 +33,6 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
-from flwr.proto.message_pb2 import Message as Wired
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
@@ -41,8 +40,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 
 from atoll.errors import AtollError
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.calls import Calls, Gone, secured, unreachable
-from atoll.fleet.flower.link import Link, Received, part
+from atoll.fleet.flower.calls import AWAY, Calls, Gone, secured, unreachable
+from atoll.fleet.flower.link import Arrival, Link, Received, part
 from atoll.wire import Buffer
 
 HEARTBEAT = 30.0
@@ -55,6 +54,9 @@ DENIED = (
     "the server does not let this site in",
     "its key must be enrolled there (`atoll certs site`), and only one process may use it at a time",
 )
+
+STALL = 0.2
+"""Seconds without a further chunk after which other messages come first."""
 
 Say = Callable[[str], None]
 Parts = Sequence[Sequence[Buffer]]
@@ -78,11 +80,15 @@ class SuperNode:
     id: int = 0
     calls: Calls = field(init=False)
     _public: bytes = field(init=False)
+    _arriving: list[Arrival] = field(default_factory=list)
+    """Messages that have not come whole."""
     _work: SimpleQueue[tuple[Link, Received] | None] = field(default_factory=SimpleQueue)
     over: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        text = certs.read(self.key_file, "key of the site")
+        text = certs.read(
+            self.key_file, "key of the site", "`atoll certs key`, or the folder that the host handed over"
+        )
         try:
             key = load_ssh_private_key(text, None)
             assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -114,17 +120,22 @@ class SuperNode:
         for thread in threads:
             thread.start()
         try:
-            for link, wired in self._messages():
+            for arrival in self._messages():
                 with self._surviving():
-                    received = link.receive(wired)
-                    said = urgent(received.parts)
-                    if said is None:
-                        self._work.put((link, received))
-                    else:
-                        self._reply(link, received, said)
+                    self._hand_over(arrival, urgent)
         finally:
             self._work.put(None)
             self.leave()
+
+    def _hand_over(self, arrival: Arrival, urgent: Urgent) -> None:
+        """A message, if it has come whole, to who answers it; else it is looked at again after others."""
+        received = arrival.advance(STALL)
+        if received is None:
+            self._arriving.append(arrival)
+        elif (said := urgent(received.parts)) is None:
+            self._work.put((arrival.link, received))
+        else:
+            self._reply(arrival.link, received, said)
 
     def leave(self) -> None:
         """Says good-bye."""
@@ -138,28 +149,33 @@ class SuperNode:
         request = DeactivateNodeRequest(node_id=id)
         self.calls("fleet/deactivate-node", request, DeactivateNodeResponse, patience=patience)
 
-    def _messages(self) -> Iterator[tuple[Link, Wired]]:
-        """Messages as they come. A server that was away, or has forgotten us, is joined again."""
+    def _messages(self) -> Iterator[Arrival]:
+        """Messages as they come, and those again that had not come whole. A server that was away is joined again."""
         while not self.over.is_set():
             node = Node(node_id=self.id)
+            asking, wait = PullMessagesRequest(node=node), STALL if self._arriving else WAIT
             try:
-                heads = self.calls.messages(
-                    "fleet/pull-messages", PullMessagesRequest(node=node), PullMessagesResponse, WAIT
-                )
+                heads = self.calls.messages("fleet/pull-messages", asking, PullMessagesResponse, wait)
             except Gone as error:
                 self._return(error)
                 continue
             for wired in heads:
-                yield Link(self.calls, "fleet", node, wired.metadata.run_id, self.limit_bytes), wired
+                yield Arrival(Link(self.calls, "fleet", node, wired.metadata.run_id, self.limit_bytes), wired)
+            late, self._arriving = self._arriving, []
+            yield from late
 
     def _return(self, error: Gone) -> None:
+        told = ""
         self.say(f"the server {self.server} is away: {error}")
         while not self.over.is_set():
             try:
                 self.join(patience=5)
                 self.say(f"back at {self.server}")
                 return
-            except AtollError:
+            except AtollError as refused:
+                if refused.what != told and refused.what != AWAY:
+                    self.say(str(refused))
+                told = refused.what
                 self.over.wait(1.0)
 
     def _worker(self, answer: Answer) -> None:

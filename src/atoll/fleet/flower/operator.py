@@ -43,13 +43,16 @@ from flwr.supercore.constant import TASK_TOKEN_HEADER, TaskType
 
 from atoll.fleet.flower import certs
 from atoll.fleet.flower.calls import Calls, Gone, secured, unreachable
-from atoll.fleet.flower.link import Link, NotTaken, Part, Received
+from atoll.fleet.flower.link import Arrival, Link, NotTaken, Part, Received
 
 HEARTBEAT = 15.0
 """Seconds; Flower ends a run that it has not heard of for 60."""
 
 RECEIVERS = 2
 """Answers that arrive at once: what is in memory is theirs, and what of others is not yet added up."""
+
+STALL = 1.0
+"""Seconds without a further chunk after which others come first."""
 
 LOOK = 0.05
 """Seconds between two looks for further answers while some arrive."""
@@ -73,6 +76,9 @@ class Failed:
     """Whether an answer came and cannot be read; else the site is gone."""
 
 
+Answer = Received | Failed
+
+
 @dataclass
 class Operator:
     """A run at a server. `keys` is the operator's folder (see certs.py)."""
@@ -84,7 +90,7 @@ class Operator:
     control: Calls = field(init=False)
     link: Link = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event)
-    _arriving: dict[str, Future[Received]] = field(default_factory=dict)
+    _arriving: dict[str, tuple[Arrival, Future[Received | None]]] = field(default_factory=dict)
     """Answers whose chunks are on their way, by what they answer."""
     _receivers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(RECEIVERS))
 
@@ -164,7 +170,7 @@ class Operator:
         name: str = taken.message_ids[0]
         return name
 
-    def answers(self, names: Collection[str], wait: float) -> Iterator[Received | Failed]:
+    def answers(self, names: Collection[str], wait: float) -> Iterator[Answer]:
         """What has come in answer to these messages, or comes in `wait` seconds.
 
         Large answers arrive beside each other, so that one on a slow line holds up nobody.
@@ -174,13 +180,22 @@ class Operator:
             if head.HasField("error"):
                 yield Failed(answered, head.error.reason)
             else:
-                self._arriving[answered] = self._receivers.submit(self.link.receive, head)
-        if self._arriving:
-            futures.wait(self._arriving.values(), min(wait, LOOK), futures.FIRST_COMPLETED)
-        for answered in [name for name, arriving in self._arriving.items() if arriving.done()]:
-            arrived = self._arriving.pop(answered)
-            if answered in names:  # else whoever asked has forgotten it
-                yield outcome(answered, arrived)
+                self._advance(answered, Arrival(self.link, head))
+        futures.wait([coming for _, coming in self._arriving.values()], min(wait, LOOK), futures.FIRST_COMPLETED)
+        for answered, (arrival, coming) in list(self._arriving.items()):
+            if answered not in names:  # whoever asked has forgotten it
+                coming.cancel()
+                del self._arriving[answered]
+            elif coming.done():
+                del self._arriving[answered]
+                if (come := outcome(answered, coming)) is not None:
+                    yield come
+                else:
+                    self._advance(answered, arrival)
+
+    def _advance(self, answered: str, arrival: Arrival) -> None:
+        """Goes on with an answer after the others that are coming: one that hangs holds up nobody for long."""
+        self._arriving[answered] = (arrival, self._receivers.submit(arrival.advance, STALL))
 
     def _heads(self, names: Sequence[str], wait: float) -> Sequence[Any]:
         """Heads of messages that have come: waits for them only where nothing else is on its way."""
@@ -201,10 +216,10 @@ class Operator:
         self.control.close()
 
 
-def outcome(answered: str, arrived: Future[Received]) -> Received | Failed:
-    """An answer whose chunks have come, or what is wrong with it. Raises Gone."""
+def outcome(answered: str, coming: Future[Received | None]) -> Answer | None:
+    """An answer that has come, or what is wrong with it; None if more of it is to come. Raises Gone."""
     try:
-        return arrived.result()
+        return coming.result()
     except ValueError as error:
         return Failed(answered, str(error), unreadable=True)
 

@@ -2,13 +2,14 @@
 
 Flower's own command authenticates sites and nobody else: whoever reaches the port may enrol a key of his own, start runs and
 take their work. Here the control API asks for the operator's token, work is given to its holder alone, and front.py stands
-before the rest. Who may join is who lies in the folder `clients`, which
-is read every second: a file more enrols a site, a file less turns it away at once.
+before the rest. Who may join is who lies in the folder `clients`, which is read every second: a file more enrols a site, a
+file less turns it away at once.
 """
 
 from __future__ import annotations
 
 import hmac
+import logging
 import ssl
 import threading
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def serve(folder: Path, host: str, port: int, say: Say, insecure: bool = False) 
     token = certs.read(folder / "operator.token", "operator's token").strip()
     for name, what in (("server.key", "key of the server"), ("server.pem", "certificate of the server")):
         certs.read(folder / name, what)
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # who joins and who may is said by us
     app = Front(create_app(settings(token, host, port), SuperLinkLifespan))
     config = uvicorn.Config(
         app,
@@ -136,16 +138,18 @@ class Enrolment:
             self.context.check_hostname = False  # it is ourselves that we call, by whatever name the certificate has
         control = Calls(f"{self.host}:{self.port}", self.context, lambda: bearer)
         pause = threading.Event()
+        while not self.server.started and not self.server.should_exit:
+            pause.wait(0.1)
+        self.say(f"listening on port {self.port}; sites in {self.folder} may join")
         while not self.server.should_exit:
-            if self.server.started:
-                self.update(control)
-            pause.wait(0.2 if not self.server.started else 1.0)
+            self.update(control)
+            pause.wait(1.0)
 
     def update(self, control: Calls) -> None:
         """Enrolls files that are new or changed, turns away sites whose file is gone; what fails is tried again."""
         listed = {path.stem: path for path in sorted(self.folder.glob("*.pub"))}
         for name in [*self._known]:
-            if name not in listed or _content(listed[name]) != self._known[name][0]:
+            if name not in listed or _content(listed[name]) not in (None, self._known[name][0]):
                 with suppress(Gone):
                     request = UnregisterNodeRequest(node_id=self._known[name][1])
                     control("control/unregister-node", request, UnregisterNodeResponse, patience=1)
@@ -153,23 +157,24 @@ class Enrolment:
                     self.say(f"{name} is no longer let in")
         for name in listed.keys() - self._known.keys():
             try:
-                self._known[name] = (_content(listed[name]), self._enrol(control, name, listed[name]))
+                written = listed[name].read_bytes()
+                self._known[name] = (written, self._enrol(control, name, written))
             except Exception as error:  # a file of any kind may lie there, and the others' shall count
                 if name not in self._told:
                     self.say(f"{name} is not enrolled: {error}")
                 self._told.add(name)
 
-    def _enrol(self, control: Calls, name: str, path: Path) -> int:
-        public = public_key_to_bytes(load_ssh_public_key(path.read_bytes()))  # type: ignore[arg-type]
+    def _enrol(self, control: Calls, name: str, written: bytes) -> int:
+        public = public_key_to_bytes(load_ssh_public_key(written))  # type: ignore[arg-type]
         request = RegisterNodeRequest(public_key=public, name=name)
         node: int = control("control/register-node", request, RegisterNodeResponse).node_id
         self.say(f"{name} may join")
         return node
 
 
-def _content(path: Path) -> bytes:
-    """What is in a file, or nothing if it cannot be read."""
+def _content(path: Path) -> bytes | None:
+    """What is in a file; None if it cannot be read just now."""
     try:
         return path.read_bytes()
     except OSError:
-        return b""
+        return None

@@ -1,7 +1,7 @@
 """What the operator and a site say to each other: the envelopes around plans, tasks and replies.
 
     hello                                     -> hello: versions, hardware, records, policy
-    plan: tree, client                        -> ready: train, test, least or refused: reason
+    plan: tree, model, client, clients        -> ready: train, test, least or refused: reason
     task: run; a broadcast, a task            -> event; the event          or refused: reason, or unready
     ask: run, task                            -> event; the event          or working, or unknown
     cancel: run                               -> cancelled
@@ -16,8 +16,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from atoll.fleet.flower import PROTOCOL
 from atoll.wire import Buffer
+
+PROTOCOL = 1
+"""The version of what is said here; both ends say it first."""
 
 LARGEST = 4 << 20
 """Bytes of an envelope; a plan's tree is the longest thing in one."""
