@@ -12,7 +12,7 @@ from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 
 from atoll.fleet.flower import front as fronts
-from atoll.fleet.flower.front import LARGEST_BODY, Front, Way
+from atoll.fleet.flower.front import LARGEST_OBJECT, LARGEST_OTHER, Front, Way
 
 
 class Mailbox:
@@ -141,8 +141,9 @@ def test_an_odd_wish_to_wait_is_none(mailbox, wait):
 
 
 def test_what_is_too_large_is_refused_before_it_is_read(mailbox):
-    answer = asyncio.run(mailbox.call("/v1/fleet/push-object", pull(), length=LARGEST_BODY + 1))
-    assert (answer.status, mailbox.seen_by_app) == (413, [])
+    for call, largest in (("push-object", LARGEST_OBJECT), ("pull-messages", LARGEST_OTHER)):
+        answer = asyncio.run(mailbox.call(f"/v1/fleet/{call}", pull(), length=largest + 1))
+        assert (answer.status, mailbox.seen_by_app) == (413, [])
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/", "/v1/other"])

@@ -1,6 +1,6 @@
 """What stands before Flower's app in the server: a door, a short way, and questions that wait.
 
-The door: only Flower's APIs are open, and no body is larger than a chunk can be. The short way: messages and their objects
+The door: only Flower's APIs are open, and no body is larger than it needs to be. The short way: messages and their objects
 go to Flower's own authentication and handlers past its middlewares, which cost more than the handlers do. Whatever goes
 wrong on it is asked again of the app, so that errors are Flower's own. Questions that wait: who asks for messages and says
 for how long is answered when one comes, instead of asking fifty times a second.
@@ -31,7 +31,9 @@ from starlette.requests import Request
 from atoll.fleet.flower.calls import WAIT_HEADER
 from atoll.fleet.flower.link import CHUNK
 
-LARGEST_BODY = 2 * CHUNK
+LARGEST_OBJECT = 2 * CHUNK
+LARGEST_OTHER = CHUNK // 2
+"""Bytes of any other request: the names of 100 GB of chunks."""
 OPEN_PATHS = ("/v1/fleet/", "/v1/control/", "/v1/runtime/", "/health")
 LONGEST_WAIT = 25.0
 
@@ -125,7 +127,7 @@ class Front:
             await self.flower(scope, receive, send)
         elif not scope["path"].startswith(OPEN_PATHS):
             await _refuse(send, 404)
-        elif scope["method"] == "POST" and not _fits(dict(scope["headers"]).get(b"content-length", b"")):
+        elif scope["method"] == "POST" and not _fits(scope):
             await _refuse(send, 413)
         elif scope["method"] == "POST" and scope["path"] in SHORT:
             await self._short(SHORT[scope["path"]], scope, receive, send)
@@ -221,8 +223,10 @@ def _seconds(written: str) -> float:
     return min(LONGEST_WAIT, seconds) if seconds > 0 else 0.0
 
 
-def _fits(length: bytes) -> bool:
-    return length.isdigit() and int(length) <= LARGEST_BODY
+def _fits(scope: Mapping[str, Any]) -> bool:
+    length = dict(scope["headers"]).get(b"content-length", b"")
+    largest = LARGEST_OBJECT if scope["path"].endswith("/push-object") else LARGEST_OTHER
+    return length.isdigit() and int(length) <= largest
 
 
 async def _respond(send: Send, answer: Any) -> None:
