@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset
 from atoll import parts
 from atoll.build import POOLED, Plan, build, plan_hash
 from atoll.cache import Say, quiet
-from atoll.client import Client, FileStore
+from atoll.client import Client, FileStore, Work
 from atoll.data import sources
 from atoll.data.read import Report as DataReport
 from atoll.data.sources import ClientData, Labels, Loaded
@@ -24,6 +24,7 @@ from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.models.fast import accelerate
 from atoll.models.spaces import read
 from atoll.params import Params
+from atoll.privacy.party import Memory
 from atoll.recipe import Tree, validate
 from atoll.record.folder import RunFolder
 
@@ -150,13 +151,24 @@ def again(assembly: Assembly, plan: Plan) -> Assembly:
     return replace(assembly, local=make_local(plan, assembly.model, assembly.tokenizer, assembly.local.report))
 
 
-def clients(plan: Plan, assembly: Assembly, folder: RunFolder) -> Callable[[str], Client]:
-    """Makes a client by name. The pooled one holds everybody's training samples."""
-    works = {"train": partial(train, assembly.local), "evaluate": partial(evaluate, assembly.local)}
+def clients(
+    plan: Plan, assembly: Assembly, folder: RunFolder, memories: dict[str, Memory] | None = None
+) -> Callable[[str], Client]:
+    """Makes a client by name. The pooled one holds everybody's training samples.
+
+    `memories` are what clients know between the phases of a round; of those made by one call if they are not given.
+    """
+    memories = {} if memories is None else memories
+    training: Work = partial(train, assembly.local)
+    works = {
+        "train": plan.protection.guarded(training) if plan.protection else training,
+        "evaluate": partial(evaluate, assembly.local),
+    }
 
     def client(name: str) -> Client:
         data = pooled(assembly.data) if name == POOLED else assembly.data[name]
-        return Client(name, plan.hash, plan.rounds.streams, works, data, FileStore(folder.client(name)))
+        side = plan.side(name, memories.setdefault(name, {}))
+        return Client(name, plan.hash, plan.rounds.streams, works, data, FileStore(folder.client(name)), side)
 
     return client
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
@@ -19,6 +21,7 @@ import torch
 from atoll import parts, wire
 from atoll.aggregate.base import Aggregator
 from atoll.aggregate.mean import share
+from atoll.client import Side
 from atoll.errors import AtollError, closest, placed
 from atoll.fleet.inprocess import Elsewhere, MakeFleet, inprocess
 from atoll.local.corrections import Correction
@@ -29,7 +32,11 @@ from atoll.models.shapes import shapes as shapes_of_model
 from atoll.models.spaces import LoRA, PlannedShapes, Space
 from atoll.outer import Outer
 from atoll.params import Params
-from atoll.recipe import Recipe, Tree
+from atoll.privacy.accounting import Release
+from atoll.privacy.masks import SecureAggregation
+from atoll.privacy.mechanisms import Cohorts, Mechanism, Protection, in_a_ring, protect
+from atoll.privacy.party import Memory
+from atoll.recipe import Finetune, Recipe, Tree
 from atoll.round import RoundPlan
 from atoll.schedule import Schedule
 from atoll.stream import Stream
@@ -81,6 +88,10 @@ class Plan:
     optimizer: MakeOptimizer
     rate: Rate
     correction: Correction
+    exchange: SecureAggregation | None
+    """None: the server sees single updates."""
+    protection: Protection | None
+    """None: no noise."""
     fleet: MakeFleet
     sources: Mapping[str, Any]
     shapes: Shapes | None
@@ -103,6 +114,43 @@ class Plan:
         """Clients whose updates make a round, on average."""
         return self.rounds.schedule.law.answers(len(self.trainers))
 
+    def side(self, client: str, memory: Memory) -> Side | None:
+        """The client's side of the plan's conversation; `memory` is what it knows from phase to phase."""
+        if self.exchange is None:
+            return None
+        asked, _ = cohort_sizes(self.rounds.schedule, len(self.trainers))
+        return self.exchange.party(client, self.rounds.streams, asked, memory)
+
+
+class Made(NamedTuple):
+    """The parts that a recipe names, made, before anybody's data is looked at."""
+
+    correction: Correction
+    up: Chain
+    down: Chain
+    schedule: Schedule
+    aggregate: Aggregator
+    outer: Outer
+    space: Space
+    objective: BindObjective
+    optimizer: MakeOptimizer
+    rate: Rate
+    exchange: SecureAggregation | None
+    privacy: Mechanism | None
+
+
+def make_parts(stage: Finetune) -> Made:
+    """Every part of a stage. Raises AtollError for one that is unknown, or called wrongly."""
+
+    def make(slot: str, written: object, at: str = "") -> Any:
+        return parts.make(slot, written, f"finetune.{at or slot}")
+
+    def chain(key: str) -> Chain:
+        return Chain(tuple(make("transform", one, f"{key}[{i}]") for i, one in enumerate(getattr(stage, key))))
+
+    made: dict[str, Any] = {"up": chain("up"), "down": chain("down")}
+    return Made(**made, **{slot: make(slot, getattr(stage, slot)) for slot in Made._fields if slot not in made})
+
 
 def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: Mapping[str, Any] | None = None) -> Plan:
     """Makes every part, checks that they go together, and finds out what will train and travel.
@@ -113,67 +161,135 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     Raises:
         AtollError: a part is unknown or called wrongly, or the parts cannot work together.
     """
-    stage = recipe.finetune
-
-    def make(slot: str, written: object, at: str = "") -> Any:
-        return parts.make(slot, written, f"finetune.{at or slot}")
-
-    correction: Correction = make("correction", stage.correction)
-    up = Chain(tuple(make("transform", one, f"up[{i}]") for i, one in enumerate(stage.up)))
-    down = Chain(tuple(make("transform", one, f"down[{i}]") for i, one in enumerate(stage.down)))
-    schedule: Schedule = make("schedule", stage.schedule)
-    aggregate: Aggregator = make("aggregate", stage.aggregate)
-    outer: Outer = make("outer", stage.outer)
-    space: Space = make("space", stage.space)
-    objective, optimizer, rate = (make(slot, getattr(stage, slot)) for slot in ("objective", "optimizer", "rate"))
-    digest = plan_hash(tree)
+    made = make_parts(recipe.finetune)
     at_a_site = sources is not None  # which makes no fleet and no sinks, whatever the plan names there
     fleet: MakeFleet = inprocess() if at_a_site else parts.make("fleet", recipe.fleet, "fleet")
     for i, one in enumerate([] if at_a_site else recipe.sinks):
         parts.make("sink", one, f"sinks[{i}]")  # what cannot be made is found before hours of training
-    refuse_correction(recipe, correction)
-    refuse_down(down)
+    refuse_correction(recipe, made.correction)
+    refuse_down(made.down)
+    refuse_under_masks(recipe, made)
+    refuse_private(recipe, made)
     model = choose_model(recipe.model)
     with placed("model"):
         shapes = None if model.own_factory else shapes_of_model(model.name)
-    refuse_context(stage.context, shapes)
+    refuse_context(recipe.finetune.context, shapes)
     least = 1
     if sources is None and isinstance(fleet, Elsewhere):  # what can be refused here has been, before anybody is asked
-        sources, least = clients_elsewhere(recipe, tree, fleet, schedule, shapes)
+        sources, least = clients_elsewhere(recipe, tree, fleet, made.schedule, shapes)
     elif sources is None:
         sources = sources_of(recipe)
     unwilling = {name: why for name, why in sources.items() if isinstance(why, str)}
     sources = {name: source for name, source in sources.items() if name not in {*left_out, *unwilling}}
     sampled = population(recipe, list(sources))
-    if sampled is None and correction.streams and isinstance(fleet, Elsewhere):
-        sampled = frozenset(sources)  # its streams are means over the population: sites that come later are not of it
+    if sampled is None and isinstance(fleet, Elsewhere) and counts_its_clients(made):
+        sampled = frozenset(sources)
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
-    refuse_schedule(schedule, size)
-    streams = (
-        Stream(up=up, down=down, aggregate=aggregate, outer=outer),
-        *extra_streams(correction, size),
-    )
+    refuse_schedule(made.schedule, size)
+    trains = made.space.plan(shapes) if shapes else None
+    protection = protected(made, recipe.finetune.rounds, size, trains)
+    notes = (*warnings(made, size), *(f"without {name}: {why}" for name, why in unwilling.items()))
     return Plan(
         recipe=recipe,
         tree=tree,
-        hash=digest,
-        rounds=RoundPlan(digest, recipe.seed, streams, schedule, population=sampled, least=least),
+        hash=plan_hash(tree),
+        rounds=round_plan(recipe, plan_hash(tree), made, protection, sampled, size, least),
         model=model,
-        space=space,
-        objective=objective,
-        optimizer=optimizer,
-        rate=rate,
-        correction=correction,
+        space=made.space,
+        objective=made.objective,
+        optimizer=made.optimizer,
+        rate=made.rate,
+        correction=made.correction,
+        exchange=made.exchange,
+        protection=protection,
         fleet=fleet,
         sources=sources,
         shapes=shapes,
-        trains=space.plan(shapes) if shapes else None,
-        warnings=(
-            *warnings(up, outer, schedule, space, size),
-            *(f"without {n}: {why}" for n, why in unwilling.items()),
-        ),
+        trains=trains,
+        warnings=notes,
     )
+
+
+def counts_its_clients(made: Made) -> bool:
+    """Whether the plan's numbers hold for the clients that it begins with: sites that come later are not of it."""
+    return bool(made.correction.streams or made.exchange or made.privacy)
+
+
+def round_plan(
+    recipe: Recipe,
+    digest: str,
+    made: Made,
+    protection: Protection | None,
+    sampled: frozenset[str] | None,
+    size: int,
+    least: int,
+) -> RoundPlan:
+    """What travels, whom to ask, in what conversation; under noise and masks as the plan has them."""
+    first = Stream(up=made.up, down=made.down, aggregate=made.aggregate, outer=made.outer)
+    streams = (first, *extra_streams(made.correction, size))
+    if protection:
+        streams = protection.streams(streams)
+    plan = RoundPlan(digest, recipe.seed, streams, made.schedule, population=sampled, least=least)
+    if made.exchange is None:
+        return plan
+    noised = protection is not None and protection.mechanism.where != "central" and protection.noise_multiplier > 0
+    asked, most = cohort_sizes(made.schedule, size)
+    hidden = tuple(
+        made.exchange.hide(s, most, partial(protection.largest, s.name) if protection and noised else None, noised)
+        for s in streams
+    )
+    return replace(
+        plan,
+        streams=hidden,
+        exchange=made.exchange.exchange(hidden, asked),
+        attempt=made.exchange.attempt,
+        least=max(least, made.exchange.least(asked)),
+    )
+
+
+def cohort_sizes(schedule: Schedule, population: int) -> tuple[int, int]:
+    """How many clients a round asks, on average and at most."""
+    asked = max(1, int(schedule.law.answers(population)))
+    return asked, asked if schedule.law.kind == "uniform" else population
+
+
+def protected(made: Made, rounds: int, size: int, trains: PlannedShapes | None) -> Protection | None:
+    """The plan's privacy with its noise. Raises AtollError where the population or the bits do not carry it."""
+    if made.privacy is None:
+        return None
+    asked, _ = cohort_sizes(made.schedule, size)
+    if made.privacy.delta > 1 / size:
+        raise AtollError(
+            "delta is larger than 1 / population", where="finetune.privacy.delta", found=made.privacy.delta,
+            allowed=f"at most 1 / {size} clients = {1 / size:.3g}; 1 / population^1.1 or less is usual",
+            remedy="such a delta would allow to publish one client's data as they are",
+        )  # fmt: skip
+    noisy = made.exchange.least(asked) - made.exchange.colluding if made.exchange else 1
+    expected = made.schedule.law.answers(size)
+    cohorts = Cohorts(seen(made, size), expected, noisy, rounds)
+    protection = protect(made.privacy, cohorts)
+    if made.exchange is None:
+        return protection
+    coordinates = sum(math.prod(shape) for shape in trains.values()) if trains else UNKNOWN_SIZE
+    return in_a_ring(protection, coordinates, made.exchange.bits)
+
+
+UNKNOWN_SIZE = 10**10
+"""Coordinates of a model whose shapes are not known before it is made: more than it has."""
+
+
+def seen(made: Made, population: int) -> Release:
+    """A round's release as those see it from whom it protects: the server knows whom it asked, so sampling hides nobody.
+
+    Only where the server is trusted, and adds the noise itself, does the sampling count, to all who see what comes of it.
+    """
+    law = made.schedule.law
+    assert made.privacy is not None
+    if made.privacy.where != "central" or law.kind == "everyone" or law.kind == "idle":
+        return Release(1.0)
+    rate = law.answers(population) / population
+    return Release(1.0, law.kind, rate, population if law.kind == "uniform" else 0)
 
 
 def clients_elsewhere(
@@ -210,6 +326,11 @@ LORA_AVERAGING = (
     " 0.007 of 0.661 held-out loss on the quickstart (docs/log.md)"
 )
 """Measured by experiments/lora_averaging.py."""
+
+LORA_NOISE = (
+    "noise on both of LoRA's factors is noise on their product squared, and half of it on a factor that need not train:"
+    " `space: ffa-lora` trains B alone (Sun et al. 2024)"
+)
 
 LOCAL = "local-"
 """Before the client's name in that of its baseline."""
@@ -286,6 +407,91 @@ def refuse_correction(recipe: Recipe, correction: Correction) -> None:
             )  # fmt: skip
 
 
+INSTEAD = {
+    "Quantize": "leave it out: finetune.exchange.bits quantizes, with one scale for all clients",
+    "TopK": "leave it out, or lower the rank of the space: the clients' largest entries are not the same",
+    "ErrorFeedback": "leave it out: what the ring rounds off is random and has mean zero",
+}
+"""What to do about a transform that cannot work under masks."""
+
+
+def refuse_under_masks(recipe: Recipe, made: Made) -> None:
+    """What is summed before it is read must be summable, and of one round."""
+    if made.exchange is None:
+        return
+    stage = recipe.finetune
+    for i, one in enumerate(made.up.transforms):
+        if not one.traits.summable or one.traits.client_state:
+            raise AtollError(
+                "this transform cannot work under masks: payloads are summed before anybody reads them",
+                where=f"finetune.up[{i}]", found=type(one).__name__, allowed="clip",
+                remedy=INSTEAD.get(type(one).__name__, "leave it out"),
+            )  # fmt: skip
+    if not made.aggregate.summable:
+        raise AtollError(
+            "this aggregator needs single updates, and masks hide them", where="finetune.aggregate",
+            found=parts.spec(stage.aggregate, "").use, allowed="mean",
+            remedy="`exchange: plain` shows the server single updates",
+        )  # fmt: skip
+    if made.schedule.law.kind == "idle" or stage_takes_late(stage):
+        raise AtollError(
+            "masks are agreed on by the clients of one round: none may answer in a later one", where="finetune.schedule",
+            found=str(parts.spec(stage.schedule, "")), allowed="synchronous without `late: take`, or poisson",
+            remedy="a quorum and a grace period do not wait for slow clients either",
+        )  # fmt: skip
+    if "processes" in fleets_of(recipe.fleet):
+        raise AtollError(
+            "clients of this fleet forget between the phases of a round", where="fleet", found="processes",
+            allowed="inprocess, flower", remedy="fleet: inprocess",
+        )  # fmt: skip
+
+
+def stage_takes_late(stage: Finetune) -> bool:
+    """Whether late replies count in later rounds."""
+    return bool(parts.spec(stage.schedule, "").arguments.get("late") == "take")
+
+
+def fleets_of(written: Any) -> list[str]:
+    """A fleet's name, and those of the fleets inside it."""
+    part = parts.spec(written, "fleet")
+    return [part.use, *(fleets_of(part.arguments["inner"]) if part.arguments.get("inner") else [])]
+
+
+def refuse_private(recipe: Recipe, made: Made) -> None:
+    """What would break the bound on a client's part in a sum, or show what noise is to hide."""
+    if made.privacy is None:
+        return
+    stage = recipe.finetune
+    wrong = {
+        "correction": (
+            not made.correction.streams,
+            stage.correction,
+            "none, proximal: a stream of its own would leave without noise",
+        ),
+        "weighting": (
+            stage.weighting == "uniform",
+            stage.weighting,
+            "uniform: under differential privacy every client counts 1",
+        ),
+        "aggregate": (
+            parts.spec(stage.aggregate, "").use == "mean",
+            stage.aggregate,
+            "mean: noise is fitted to a sum with a public denominator",
+        ),
+        "exchange": (
+            made.privacy.where != "distributed" or made.exchange is not None,
+            stage.exchange,
+            "secure-aggregation: a share of the noise protects nobody whose update is seen by itself",
+        ),
+    }
+    for key, (fits, found, allowed) in wrong.items():
+        if not fits:
+            raise AtollError(
+                "this does not go with differential privacy of clients", where=f"finetune.{key}", found=found,
+                allowed=allowed, remedy=f"--set finetune.{key}={allowed.split(':')[0].split(',')[0]}",
+            )  # fmt: skip
+
+
 def refuse_down(down: Chain) -> None:
     """A broadcast carries the params themselves: what a transform drops or scales would be lost to the clients."""
     for i, transform in enumerate(down.transforms):
@@ -314,8 +520,10 @@ def refuse_schedule(schedule: Schedule, population: int) -> None:
         )  # fmt: skip
 
 
-def warnings(up: Chain, outer: Outer, schedule: Schedule, space: Space, population: int) -> list[str]:
+def warnings(made: Made, population: int) -> list[str]:
     """What works and loses quality."""
+    up, outer, schedule = made.up, made.outer, made.schedule
+    averages = isinstance(made.space, LoRA) and not made.space.freeze_a
     asynchronous = schedule.law.kind == "idle"
     rarely = schedule.law.answers(population) < population / 10
     noisy = any(isinstance(one, GaussianNoise) for one in up.transforms)
@@ -330,7 +538,8 @@ def warnings(up: Chain, outer: Outer, schedule: Schedule, space: Space, populati
         and outer.momentum,
         "error feedback with decay acts as momentum already (SparseLoCo); outer momentum comes on top": decays
         and outer.momentum,
-        LORA_AVERAGING: isinstance(space, LoRA) and population > 1,
+        LORA_AVERAGING: averages and population > 1,
+        LORA_NOISE: averages and made.privacy is not None,
     }
     return [text for text, holds in found.items() if holds]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from atoll.aggregate.base import Weights
 from atoll.cache import replace_tensors
 from atoll.errors import AtollError
-from atoll.exchange import Reply, Task
+from atoll.exchange import Reply, Task, WorkFailed
 from atoll.keys import key
 from atoll.params import Params, nested, under
 from atoll.stream import Stream
@@ -40,10 +40,6 @@ class Done(NamedTuple):
 
 Work = Callable[[Mapping[str, Params], Any, Params, Task], Done]
 """(params per stream, the client's data, its state, the task) -> Done. Pure but for the model it trains in."""
-
-
-class WorkFailed(Exception):
-    """The work cannot give an update: the reason goes to the server as a refusal."""
 
 
 class StateLost(WorkFailed):
@@ -123,6 +119,30 @@ class FileStore:
         return MemoryStore(*((tasks[at], under(at, flat)) for at in ("committed", "pending")))
 
 
+class Side(Protocol):
+    """A client's side of an exchange of several phases: it keeps what the work came to, and answers the later phases."""
+
+    @property
+    def phases(self) -> Collection[str]:
+        """The kinds of tasks that it answers."""
+        ...
+
+    @property
+    def metrics(self) -> Collection[str]:
+        """Of the work, that leave."""
+        ...
+
+    def keep(
+        self, task: Task, received: Mapping[str, Params], payloads: Mapping[str, Payload], weights: Weights
+    ) -> dict[str, Any]:
+        """Keeps the encoded updates; gives what leaves in their place. `received` is the broadcast, per stream."""
+        ...
+
+    def answer(self, task: Task) -> dict[str, Any]:
+        """The fields of the reply to a later phase. Raises WorkFailed for what is not answered."""
+        ...
+
+
 NOT_THE_TASKS_FAULT = (AtollError, OSError, MemoryError)
 """A full disk or too little memory: a message for whoever runs this client, not a reason to go on without it."""
 
@@ -140,6 +160,8 @@ class Client:
     works: Mapping[str, Work]
     data: Any
     store: Store = field(default_factory=MemoryStore)
+    side: Side | None = None
+    """None: the encoded update is the reply."""
     outward: Callable[[str], str] = lambda reason: reason
     """What the server hears of an error that nobody foresaw: its text may quote data."""
 
@@ -148,27 +170,31 @@ class Client:
         started = time.perf_counter()
         reply = partial(Reply, task.id, self.name, self.plan, task.broadcast.round)
         try:
-            if task.plan != self.plan or task.kind not in self.works:
-                raise WorkFailed(f"no work of kind '{task.kind}' for plan {task.plan} here")
-            payloads, done = self._work(task)
+            about = self._answer(task)
         except WorkFailed as error:
-            lost = isinstance(error, StateLost)
-            return reply(refusal=str(error), lost_state=lost, seconds=time.perf_counter() - started)
+            about = {"refusal": str(error), "lost_state": isinstance(error, StateLost)}
         except NOT_THE_TASKS_FAULT:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" + "".join(traceback.format_tb(error.__traceback__)[-1:])
-            return reply(refusal=self.outward(reason), seconds=time.perf_counter() - started)
-        return reply(
-            payloads=payloads,
-            weights=done.weights,
-            metrics=done.metrics,
-            keeps_state=bool(done.state),
-            seconds=time.perf_counter() - started,
-        )
+            about = {"refusal": self.outward(reason)}
+        return reply(**about, seconds=time.perf_counter() - started)
 
-    def _work(self, task: Task) -> tuple[dict[str, Payload], Done]:
+    def _answer(self, task: Task) -> dict[str, Any]:
+        """The fields of the reply."""
+        if task.plan == self.plan and self.side and task.kind in self.side.phases:
+            return self.side.answer(task)
+        if task.plan != self.plan or task.kind not in self.works:
+            raise WorkFailed(f"no work of kind '{task.kind}' for plan {task.plan} here")
         params = {s.name: s.down.decode(task.broadcast.payloads[s.name]) for s in self.streams}
+        payloads, done = self._work(task, params)
+        about = {"metrics": done.metrics, "keeps_state": bool(done.state)}
+        if self.side is None or not payloads:
+            return about | {"payloads": payloads, "weights": done.weights}
+        metrics = {name: value for name, value in done.metrics.items() if name in self.side.metrics}
+        return about | {"data": self.side.keep(task, params, payloads, done.weights), "metrics": metrics}
+
+    def _work(self, task: Task, params: Mapping[str, Params]) -> tuple[dict[str, Payload], Done]:
         kept = self.store.settle(task.acknowledged)
         done = self.works[task.kind](params, self.data, under("work", kept), task)
         payloads: dict[str, Payload] = {}

@@ -21,8 +21,12 @@ from atoll.assemble import check_data
 from atoll.build import Plan, payload_bytes
 from atoll.cache import content_hash, home, write_file
 from atoll.data.sources import ClientSource
+from atoll.models.spaces import PlannedShapes
 from atoll.params import numel
+from atoll.privacy.hidden import Hidden
 from atoll.record.card import Story
+from atoll.statement import statement
+from atoll.stream import Stream
 
 COUNTED_BYTES = 64 << 20
 """Lines of JSONL are counted up to this size; beyond, a plan would not answer at once."""
@@ -54,10 +58,24 @@ def traffic(plan: Plan) -> Traffic | None:
     """What a round moves; None for a model without known shapes."""
     if plan.trains is None:
         return None
-    streams = plan.rounds.streams
-    down = sum(payload_bytes(stream.down, plan.trains) for stream in streams)
-    up = sum(payload_bytes(stream.up, plan.trains) for stream in streams)
+    shapes = {stream.name: shapes_of(stream, plan.trains) for stream in plan.rounds.streams}
+    down = sum(payload_bytes(stream.down, shapes[stream.name]) for stream in plan.rounds.streams)
+    up = sum(bytes_up(stream, shapes[stream.name]) for stream in plan.rounds.streams)
     return Traffic(down, up, plan.cohort, plan.recipe.finetune.rounds)
+
+
+def shapes_of(stream: Stream, trains: PlannedShapes) -> PlannedShapes:
+    """What a stream carries: most carry values in the shapes of the params that train."""
+    like = stream.initial({name: torch.empty(shape, device="meta") for name, shape in trains.items()})
+    return {name: tuple(x.shape) for name, x in like.items()}
+
+
+def bytes_up(stream: Stream, shapes: PlannedShapes) -> int:
+    """Of one client's update: of its words, where a ring hides it."""
+    if not isinstance(stream.aggregate, Hidden):
+        return payload_bytes(stream.up, shapes)
+    like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return sum(x.nbytes for x in stream.aggregate.vector(like).values())
 
 
 @dataclass(frozen=True)
@@ -302,6 +320,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "speed": asdict(speed) if speed else None,
         "clients": {name: asdict(one) if one else None for name, one in records.items()},
         "population": plan.trainers,
+        "privacy": statement(plan),
         "baselines": list(plan.recipe.baselines),
         "warnings": list(plan.warnings),
     }

@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from atoll.exchange import Accepted, Refused, Reply, Task, plain
+from atoll.exchange import DECODING_ERRORS, Accepted, Refused, Reply, Task, check_sender, plain
 from atoll.fleet.base import Fleet
 from atoll.record.events import Evaluated
-from atoll.round import DECODING_ERRORS, RoundPlan, State, broadcast, check_sender, converse
+from atoll.round import RoundPlan, State, broadcast, converse
 
 
 def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], samples: int, final: bool) -> Evaluated:

@@ -7,6 +7,7 @@ An exchange is a generator. It yields what it wants done and never does it:
     Accepted(...)     a reply counts: add its contributions to the totals
     Refused(...)      a reply does not count, and why
     Dropped(...)      a client will not answer
+    Opened(...)       what hid the contributions is known: add what takes it off the totals
     Abandoned(...)    the round comes to nothing: what was added is not applied
 
 A plain round is one Send and many Waits. Secure aggregation is several of those, one after the other. Both are driven by
@@ -58,7 +59,7 @@ class Task:
     data: Mapping[str, Any] = field(default_factory=dict)
     """What a phase of an exchange needs beside the params: public keys, lists of survivors."""
     variant: str = ""
-    """Tells tasks of one kind, round and client apart."""
+    """Tells tasks of one kind, round and client apart: evaluations by their samples, attempts at a round by a name."""
 
     @property
     def id(self) -> str:
@@ -92,6 +93,10 @@ class Reply:
     def nbytes(self) -> int:
         """Bytes on the wire."""
         return sum(wire.size(payload) for payload in self.payloads.values())
+
+
+class WorkFailed(Exception):
+    """A client cannot do its task: the reason goes to the server as a refusal."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,20 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """What hid the contributions is known now: taking it off the totals makes them readable."""
+
+    contributions: Mapping[str, Contribution]
+    clients: int
+    """Whose sum it is."""
+    lost: int
+    """Clients that had agreed on masks and whose updates are not in the sum."""
+    bytes_up: int
+    bytes_down: int
+    """Of all phases beside the params and the updates, on the wire."""
+
+
+@dataclass(frozen=True)
 class Abandoned:
     """The round comes to nothing: its totals are thrown away, and no client's state is acknowledged.
 
@@ -166,12 +185,16 @@ class Heard(NamedTuple):
     now: float
 
 
-Verdict = Accepted | Refused | Dropped | Abandoned
+Verdict = Accepted | Refused | Dropped | Opened | Abandoned
 Event = Reply | Dropped
 Exchange = Generator[Send | Wait | Verdict, Heard | None, None]
 Receive = Callable[[Reply], Accepted | Refused]
 Closes = Callable[[Sequence[float]], float]
 """(when each accepted reply came) -> until when the round waits; a time that has passed: no longer. On the fleet's clock."""
+
+
+DECODING_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, OverflowError, AttributeError)
+"""What our checks, transforms and torch raise on replies that no client of ours makes."""
 
 
 class MakeExchange(Protocol):
@@ -180,6 +203,18 @@ class MakeExchange(Protocol):
     def __call__(self, tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closes: Closes) -> Exchange:
         """`in_flight` are tasks of earlier rounds that may still be answered."""
         ...
+
+
+def check_sender(task: Task, reply: Reply) -> None:
+    """Raises ValueError for a refusal, and for a reply that is not the asked client's or does not fit its metrics' type."""
+    if reply.refusal:
+        raise ValueError(reply.refusal)
+    if (reply.client, reply.plan) != (task.client, task.plan):
+        raise ValueError(f"from {reply.client} for plan {reply.plan}; {task.client} was asked, for plan {task.plan}")
+    for name, value in reply.metrics.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"the metric '{name}' is {value!r}, not a number")
+        float(value)  # an integer may be too large for one
 
 
 def plain(tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closes: Closes) -> Exchange:

@@ -32,7 +32,11 @@ SLOTS: dict[str, dict[str, str]] = {
         "dirichlet": "atoll.data.partition:dirichlet",
     },
     "objective": {"sft": "atoll.local.language:sft", "causal-lm": "atoll.local.language:causal_lm"},
-    "space": {"lora": "atoll.models.spaces:lora", "full": "atoll.models.spaces:full"},
+    "space": {
+        "lora": "atoll.models.spaces:lora",
+        "ffa-lora": "atoll.models.spaces:ffa_lora",
+        "full": "atoll.models.spaces:full",
+    },
     "optimizer": {"adamw": "atoll.local.optimizers:adamw", "sgd": "atoll.local.optimizers:sgd"},
     "rate": {
         "constant": "atoll.local.optimizers:constant",
@@ -65,6 +69,16 @@ SLOTS: dict[str, dict[str, str]] = {
         "synchronous": "atoll.schedule:synchronous",
         "poisson": "atoll.schedule:poisson",
         "buffered": "atoll.schedule:buffered",
+    },
+    "exchange": {
+        "plain": "atoll.privacy.masks:in_the_clear",
+        "secure-aggregation": "atoll.privacy.masks:secure_aggregation",
+    },
+    "privacy": {
+        "none": "atoll.privacy.mechanisms:none",
+        "central": "atoll.privacy.mechanisms:central",
+        "local": "atoll.privacy.mechanisms:local",
+        "distributed": "atoll.privacy.mechanisms:distributed",
     },
     "fleet": {
         "inprocess": "atoll.fleet.inprocess:inprocess",

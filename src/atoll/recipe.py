@@ -76,6 +76,10 @@ class Finetune(Section):
     """How many updates become one."""
     outer: PartAsWritten = "sgd"
     """How that one moves the shared params."""
+    exchange: PartAsWritten = "plain"
+    """The conversation of a round: whether the server sees single updates."""
+    privacy: PartAsWritten = "none"
+    """What hides a client's part in what is released: who clips, who adds noise, and the budget."""
     population: Literal["all", "pooled"] | list[str] = "all"
     """Who may be sampled: all clients, the named ones, or `pooled`: one client that holds everybody's samples."""
 

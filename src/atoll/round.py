@@ -1,6 +1,6 @@
 """One round, as Algorithm 1 has it:
 
-    broadcast -> local work at each client -> encode -> wire -> decode -> aggregate -> outer step -> record
+    broadcast -> local work at each client -> encode -> wire -> decode -> aggregate -> release -> outer step -> record
 
 This is the only driver. FedAvg, SCAFFOLD, masked sums in several phases, buffered asynchrony and an all-reduce without a
 server all run through it; what differs is data in the plan. `converse` is the only caller of `aggregate.add`.
@@ -16,6 +16,7 @@ from itertools import chain
 import torch
 
 from atoll.exchange import (
+    DECODING_ERRORS,
     Abandoned,
     Accepted,
     Broadcast,
@@ -24,17 +25,19 @@ from atoll.exchange import (
     Exchange,
     Heard,
     MakeExchange,
+    Opened,
     Refused,
     Reply,
     Send,
     Task,
     Verdict,
     Wait,
+    check_sender,
     plain,
 )
 from atoll.fleet.base import Fleet
 from atoll.keys import key
-from atoll.params import Params
+from atoll.params import Params, global_norm
 from atoll.schedule import Schedule, synchronous
 from atoll.stream import Stream
 
@@ -54,6 +57,8 @@ class RoundPlan:
     """Who may be sampled; everybody in the fleet if None."""
     least: int = 1
     """The fewest updates that may be put together."""
+    attempt: Callable[[], str] = lambda: ""
+    """Names an attempt at a round, so that keys and masks of another are not taken for this one's."""
 
 
 @dataclass
@@ -88,7 +93,7 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     busy = [task.client for task in state.in_flight]
     cohort = plan.schedule.sample(population, busy, key(plan.seed, state.round, "cohort"))
     began = fleet.now()
-    tasks, down = broadcast(plan, state, cohort, began)
+    tasks, down = broadcast(plan, state, cohort, began, variant=plan.attempt())
     totals = {stream.name: stream.aggregate.init(state.params[stream.name]) for stream in plan.streams}
     acknowledged = dict(state.acknowledged)
     sent = state.bytes_down + sum(task.broadcast.nbytes for task in tasks)
@@ -120,7 +125,8 @@ def step(
     """The params and the outer optimizers' states after a step by the round's totals, per stream."""
     params, outer = {}, {}
     for stream in plan.streams:
-        total = fleet.reduce(totals[stream.name])
+        total = stream.aggregate.open(fleet.reduce(totals[stream.name]))
+        total = stream.release(total, state.params)
         update = stream.aggregate.finish(total, stream.up.decode_sum)
         outer[stream.name], params[stream.name] = stream.outer.step(
             state.outer[stream.name], state.params[stream.name], update
@@ -149,7 +155,7 @@ def too_late(schedule: Schedule, out: Mapping[str, Task]) -> Iterator[Dropped]:
 
 def settle(verdict: Verdict, out: dict[str, Task], acknowledged: dict[str, str]) -> None:
     """Takes an answered task off those that are out, and notes which state its client shall go on from; in place."""
-    if isinstance(verdict, Abandoned):
+    if isinstance(verdict, Abandoned | Opened):
         return
     out.pop(verdict.reply.task if isinstance(verdict, Accepted) else verdict.task, None)
     if isinstance(verdict, Accepted) and verdict.reply.keeps_state:
@@ -159,7 +165,7 @@ def settle(verdict: Verdict, out: dict[str, Task], acknowledged: dict[str, str])
 
 
 def broadcast(
-    plan: RoundPlan, state: State, cohort: list[str], now: float, kind: str = "train"
+    plan: RoundPlan, state: State, cohort: list[str], now: float, kind: str = "train", variant: str = ""
 ) -> tuple[list[Task], dict[str, Params]]:
     """The round's tasks, all with one encoded broadcast, and the down chains' states after it."""
     down, payloads = {}, {}
@@ -169,7 +175,16 @@ def broadcast(
         )
     sent = Broadcast(state.round, payloads)
     tasks = [
-        Task(kind, client, plan.hash, sent, key(plan.seed, state.round, client), now, state.acknowledged.get(client))
+        Task(
+            kind,
+            client,
+            plan.hash,
+            sent,
+            key(plan.seed, state.round, client),
+            now,
+            state.acknowledged.get(client),
+            variant=variant,
+        )
         for client in cohort
     ]
     return tasks, down
@@ -195,7 +210,7 @@ def converse(
         elif isinstance(step, Wait):
             answer = Heard(fleet.receive(step.tasks, step.until), fleet.now())
         else:
-            if isinstance(step, Accepted):
+            if isinstance(step, Accepted | Opened):
                 for name, given in step.contributions.items():
                     totals[name] = aggregators[name].add(totals[name], given.vector, given.weights)
             if isinstance(step, Abandoned):
@@ -213,15 +228,12 @@ def receive(plan: RoundPlan, state: State, tasks: Mapping[str, Task], reply: Rep
         check_sender(task, reply)
         staleness = state.round - task.broadcast.round
         factor = plan.schedule.discount(staleness)
-        given = {s.name: contribution(s, state.params[s.name], reply, factor if s.ages else 1.0) for s in plan.streams}
+        given = {s.name: contribution(s, state.params, reply, factor if s.ages else 1.0) for s in plan.streams}
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
         return Refused(task.client, reply.task, reason, reply.nbytes, reply.lost_state)
     return Accepted(reply, given, staleness)
 
-
-DECODING_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, OverflowError, AttributeError)
-"""What our checks, transforms and torch raise on replies that no client of ours makes."""
 
 LARGEST = 1e15
 """The largest weighted value that may be added: in float32 10^8 of them, and the square of one, stay finite."""
@@ -230,26 +242,18 @@ LEAST_WEIGHT = 1e-9
 """The least weight that counts: dividing by less takes float32 beyond what it holds."""
 
 
-def check_sender(task: Task, reply: Reply) -> None:
-    """Raises ValueError for a refusal, and for a reply that is not the asked client's or does not fit its metrics' type."""
-    if reply.refusal:
-        raise ValueError(reply.refusal)
-    if (reply.client, reply.plan) != (task.client, task.plan):
-        raise ValueError(f"from {reply.client} for plan {reply.plan}; {task.client} was asked, for plan {task.plan}")
-    for name, value in reply.metrics.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"the metric '{name}' is {value!r}, not a number")
-        float(value)  # an integer may be too large for one
-
-
-def contribution(stream: Stream, like: Params, reply: Reply, factor: float) -> Contribution:
+def contribution(stream: Stream, params: Mapping[str, Params], reply: Reply, factor: float) -> Contribution:
     """What a reply adds to a stream's total, times the discount for its age. Raises one of DECODING_ERRORS."""
+    like = params[stream.name]
     if stream.name not in reply.payloads:
         raise ValueError(f"lacks the stream '{stream.name}'")
     weights = {group: float(weight) for group, weight in reply.weights.items()}
     check_weights(weights, stream.aggregate.groups(like))
     vector = stream.up.decode_reply(reply.payloads[stream.name])
-    check_vector(vector, like, max(weights.values(), default=1.0))
+    check_vector(vector, stream.aggregate.vector(like), max(weights.values(), default=1.0))
+    if stream.bound is not None:
+        size = global_norm(vector) * max(weights.values(), default=1.0)
+        factor *= min(1.0, stream.bound(params) / max(size, 1e-30))
     return Contribution(vector if factor == 1 else {n: x * factor for n, x in vector.items()}, weights)
 
 
@@ -272,7 +276,7 @@ def check_vector(vector: Params, like: Params, weight: float) -> None:
     for name, x in vector.items():
         if x.shape != like[name].shape:
             raise ValueError(f"'{name}' has the shape {tuple(x.shape)} instead of {tuple(like[name].shape)}")
-        if x.is_complex():
+        if x.is_complex() or (not like[name].is_floating_point() and x.dtype != like[name].dtype):
             raise ValueError(f"'{name}' has the type {x.dtype}")
         if x.is_floating_point() and x.numel():
             low, high = (float(bound) for bound in torch.aminmax(x))  # NaN comes through, and fails any comparison

@@ -192,8 +192,16 @@ def baselines(ready: Plan, things: Assembly, rounds: int) -> Iterator[tuple[str,
             yield name, variant(ready, {"population": [name.removeprefix(LOCAL)], "rounds": rounds})
 
 
-ALONE: dict[str, Any] = {"schedule": "synchronous", "correction": "none", "outer": "sgd", "up": [], "down": []}
-"""What one client that trains by itself has no use for: sampling, correction, compression, a server's step."""
+ALONE: dict[str, Any] = {
+    "schedule": "synchronous",
+    "correction": "none",
+    "outer": "sgd",
+    "up": [],
+    "down": [],
+    "exchange": "plain",
+    "privacy": "none",
+}
+"""What one client that trains by itself has no use for: sampling, correction, compression, masks, a server's step."""
 
 
 def variant(ready: Plan, finetune: dict[str, Any]) -> Plan:

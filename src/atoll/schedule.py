@@ -94,7 +94,7 @@ def poisson(rate: Annotated[float, Gt(0), Le(1)]) -> Schedule:
         chosen = rng(key).random(len(population)) < rate
         return [client for client, yes in zip(population, chosen, strict=True) if yes]
 
-    return Schedule(Law("poisson", lambda population: rate * population), sample)
+    return Schedule(Law("poisson", lambda population: rate * population), sample, keeps_late=False)
 
 
 def buffered(

@@ -32,6 +32,7 @@ from atoll.data.sources import ClientData, ClientSource, digest
 from atoll.errors import AtollError
 from atoll.local.work import Tick
 from atoll.policy import Policy
+from atoll.privacy.party import Memory
 from atoll.recipe import validate
 from atoll.record.folder import RunFolder
 from atoll.talk import envelope, opened
@@ -81,6 +82,8 @@ class Site:
     """The one that is being worked on."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     """Messages are looked at in one thread and worked on in another."""
+    _memories: dict[str, dict[str, Memory]] = field(default_factory=dict)
+    """By run: what its client knows between the phases of a round."""
     _done: OrderedDict[tuple[str, str], list[Buffer]] = field(default_factory=OrderedDict)
 
     @cached_property
@@ -225,7 +228,8 @@ class Site:
         """This site's client in a run, with the state that it keeps for it."""
         if not run.isalnum():
             raise Unwilling(f"a run named {run!r}")
-        made = clients(ready.plan, ready.things, RunFolder(self.folder / "runs" / run))(ready.name)
+        folder = RunFolder(self.folder / "runs" / run)
+        made = clients(ready.plan, ready.things, folder, self._memories.setdefault(run, {}))(ready.name)
         return replace(made, outward=self.kept_here)
 
 

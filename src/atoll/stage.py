@@ -21,10 +21,12 @@ from atoll.data.read import Report
 from atoll.data.sources import one_a_line
 from atoll.errors import AtollError, Interrupted
 from atoll.evaluate import evaluate
-from atoll.exchange import Abandoned, Accepted, Dropped, Refused, Verdict
+from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdict
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
 from atoll.params import Params, numel
+from atoll.privacy.ledger import Entry, Ledger
+from atoll.privacy.mechanisms import Protection
 from atoll.record.checkpoint import load_with_extra, save_state
 from atoll.record.events import (
     EVERYBODY,
@@ -37,10 +39,13 @@ from atoll.record.events import (
     RunEnded,
     RunStarted,
     Sink,
+    Spent,
+    SumOpened,
     read_events,
 )
 from atoll.record.folder import RunFolder, find
 from atoll.round import State, initial, run_round
+from atoll.statement import statement
 from atoll.stream import UPDATE
 
 
@@ -105,9 +110,10 @@ def drive(at: Stage, state: State, progress: Progress) -> State:
     while True:
         if due(at.ready, state.round):
             progress = measure(at, state, progress, final=state.round == 0)
-        if reason := why_end(at.ready, state.round, progress):
+        if reason := why_end(at.ready, state.round, progress) or why_spent(at):
             break
         stop_if_asked(at.outer)
+        enter(at, state.round)
         state = whole_round(at, state)
         progress = checkpoint(at, state, progress)
     progress = measure(at, state, progress, final=True)
@@ -195,6 +201,7 @@ def introduce(at: Stage) -> None:
             baselines=baseline_names(ready),
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
             warnings=ready.warnings,
+            privacy=statement(ready),
             recipe=ready.recipe.model_dump(include={"model", "reference", "data", "finetune", "evaluate"}),
         )
     )
@@ -247,6 +254,39 @@ def why_end(ready: Plan, round: int, progress: Progress) -> str:
     return ""
 
 
+def why_spent(at: Stage) -> str:
+    """Why no further release is allowed; empty while one is, and where nothing is promised."""
+    protection = at.ready.protection
+    if protection is None or protection.mechanism.epsilon is None:
+        return ""
+    spent = spent_after(at, protection, next_entry(at, protection, 0))
+    budget = protection.mechanism.epsilon
+    return (
+        f"the privacy budget of {budget:g} is spent: another round would make it {spent:.4g}" if spent > budget else ""
+    )
+
+
+def enter(at: Stage, round: int) -> None:
+    """The ledger's entry for the round that comes, before anything of it is released; no resume takes it out."""
+    protection = at.ready.protection
+    if protection is None:
+        return
+    entry = next_entry(at, protection, round)
+    spent = spent_after(at, protection, entry)
+    Ledger(at.folder.ledger).enter(entry)
+    at.record(Spent(round, spent, protection.mechanism.delta))
+
+
+def next_entry(at: Stage, protection: Protection, round: int) -> Entry:
+    """What the next release will be."""
+    return protection.entry(at.folder.id, at.ready.hash, round)
+
+
+def spent_after(at: Stage, protection: Protection, entry: Entry) -> float:
+    """Epsilon after one more release."""
+    return protection.epsilon_of([*Ledger(at.folder.ledger), entry])
+
+
 def stop_if_asked(folder: RunFolder) -> None:
     """Between rounds, where nothing is lost."""
     if folder.asked_to_stop():
@@ -271,11 +311,13 @@ def whole_round(at: Stage, state: State) -> State:
 
 def without_tensors(verdict: Verdict) -> Verdict:
     """What the round's sum needs; the update itself is let go at once."""
-    return replace(verdict, contributions={}) if isinstance(verdict, Accepted) else verdict
+    return replace(verdict, contributions={}) if isinstance(verdict, Accepted | Opened) else verdict
 
 
-def event_of(round: int, verdict: Verdict) -> Replied | Missing:
+def event_of(round: int, verdict: Verdict) -> Replied | Missing | SumOpened:
     """A verdict as the record has it."""
+    if isinstance(verdict, Opened):
+        return SumOpened(round, verdict.clients, verdict.lost, verdict.bytes_up, verdict.bytes_down)
     if isinstance(verdict, Accepted):
         reply = verdict.reply
         loss = reply.metrics.get("loss", float("nan"))
@@ -290,6 +332,7 @@ def sum_up(before: State, after: State, heard: Sequence[Verdict], seconds: float
     accepted = [verdict.reply for verdict in heard if isinstance(verdict, Accepted)]
     losses = [reply.metrics.get("loss", float("nan")) for reply in accepted]
     kinds = Counter(type(verdict).__name__ for verdict in heard)
+    phases = [verdict for verdict in heard if isinstance(verdict, Opened)]
     worked = [reply.metrics.get("seconds_in_steps", 0.0) for reply in accepted]
     local_steps = max(sum(worked) / lanes, max(worked, default=0.0))
     return RoundEnded(
@@ -298,8 +341,10 @@ def sum_up(before: State, after: State, heard: Sequence[Verdict], seconds: float
         refused=kinds["Refused"],
         dropped=kinds["Dropped"],
         loss=sum(losses) / len(losses) if losses else float("nan"),
-        bytes_down=after.bytes_down - before.bytes_down,
-        bytes_up=sum(reply.nbytes for reply in accepted) + sum(v.nbytes for v in heard if isinstance(v, Refused)),
+        bytes_down=after.bytes_down - before.bytes_down + sum(one.bytes_down for one in phases),
+        bytes_up=sum(reply.nbytes for reply in accepted)
+        + sum(one.nbytes for one in heard if isinstance(one, Refused))
+        + sum(one.bytes_up for one in phases),
         seconds=seconds,
         clock=after.clock,
         spans={"local_steps": local_steps, "outside": seconds - local_steps},

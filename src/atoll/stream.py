@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from atoll.aggregate.base import Aggregator
@@ -13,6 +13,10 @@ from atoll.transforms.chain import Chain
 
 UPDATE = "update"
 """The stream of the params that train."""
+
+
+Release = Callable[[Params, Mapping[str, Params]], Params]
+"""(opened total, params of all streams as they were broadcast) -> what the server goes on with."""
 
 
 @dataclass(frozen=True)
@@ -26,5 +30,9 @@ class Stream:
     outer: Outer = field(default_factory=sgd)
     initial: Callable[[Params], Params] = lambda params: params
     """Its value before the first round, from the params that train: themselves, or zeros for a control variate."""
+    release: Release = lambda total, params: total
+    """What is done to the opened total before anything is divided: noise, under central differential privacy."""
+    bound: Callable[[Mapping[str, Params]], float] | None = None
+    """Of the Euclidean norm of what one reply may add, from the params of all streams; the server holds replies to it."""
     ages: bool = True
     """Whether an update that started from an old broadcast counts less, as the schedule says."""

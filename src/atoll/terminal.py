@@ -25,6 +25,8 @@ from atoll.record.events import (
     RoundEnded,
     RunEnded,
     RunStarted,
+    Spent,
+    SumOpened,
 )
 
 if TYPE_CHECKING:
@@ -92,11 +94,17 @@ def told(event: Event) -> str:
         case Replied():
             late = f", {counted(event.staleness, 'round')} late" if event.staleness else ""
             sent = human_bytes(event.bytes_up)
-            return f"round {event.round + 1}: {event.client}: loss {event.loss:.3f}, {sent} up, {event.seconds:.1f} s{late}"
+            loss = "" if math.isnan(event.loss) else f"loss {event.loss:.3f}, "
+            return f"round {event.round + 1}: {event.client}: {loss}{sent} up, {event.seconds:.1f} s{late}"
         case Missing():
             return (
                 f"round {event.round + 1}: {event.client} {'refused' if event.refused else 'dropped'}: {event.reason}"
             )
+        case Spent():
+            return f"round {event.round + 1}: epsilon {event.epsilon:.3g} at delta {event.delta:g} once it is released"
+        case SumOpened():
+            lost = f", {event.lost} lost on the way" if event.lost else ""
+            return f"round {event.round + 1}: the sum of {counted(event.clients, 'client')} is open{lost}"
         case RoundEnded():
             return _round_in_words(event)
         case Evaluated():
@@ -117,10 +125,11 @@ def _measured(event: Evaluated) -> str:
 
 
 def _round_in_words(event: RoundEnded) -> str:
+    loss = "" if math.isnan(event.loss) else f"loss {event.loss:.3f}, "
     lost = [f"{count} {what}" for what in ("refused", "dropped") if (count := getattr(event, what))]
     return (
-        f"round {event.round + 1} done: {', '.join([f'{event.accepted} accepted', *lost])}; loss {event.loss:.3f}, "
-        f"{human_bytes(event.bytes_down)} down, {human_bytes(event.bytes_up)} up, {event.seconds:.1f} s"
+        f"round {event.round + 1} done: {', '.join([f'{event.accepted} accepted', *lost])}; "
+        f"{loss}{human_bytes(event.bytes_down)} down, {human_bytes(event.bytes_up)} up, {event.seconds:.1f} s"
     )
 
 

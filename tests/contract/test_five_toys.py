@@ -161,8 +161,14 @@ class RingSum:
     def init(self, like):
         return {name: torch.zeros(x.shape, dtype=torch.int64) for name, x in like.items()}
 
+    def vector(self, like):
+        return {name: torch.zeros(x.shape, dtype=torch.int64) for name, x in like.items()}
+
     def add(self, total, vector, weights):
         return add(total, vector)
+
+    def open(self, total):
+        return total
 
     def finish(self, total, decode):
         total = decode(total)

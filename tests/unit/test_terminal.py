@@ -20,6 +20,8 @@ from atoll.record.events import (
     RoundEnded,
     RunEnded,
     RunStarted,
+    Spent,
+    SumOpened,
 )
 from atoll.terminal import Live, Plain, at_work, counted, told
 
@@ -63,6 +65,10 @@ EVENTS: list[tuple[Event, str]] = [
         Evaluated(2, False, {"clinic": CLINIC, "ward": CLINIC | {"loss": 2.5}}, 2.0, 2.5, 2.0),
         "held-out loss after round 2: mean 2.000, worst 2.500 (ward), 2.0 s",
     ),
+    (Spent(1, 2.345, 1e-5), "round 2: epsilon 2.35 at delta 1e-05 once it is released"),
+    (SumOpened(1, 4, 0, 100, 200), "round 2: the sum of 4 clients is open"),
+    (SumOpened(1, 1, 2, 100, 200), "round 2: the sum of 1 client is open, 2 lost on the way"),
+    (Replied(0, "clinic", math.nan, 5000, 1.25, 0, {}), "round 1: clinic: 5.0 kB up, 1.2 s"),
     (RunEnded(3, "finished", 61.0), "finished: 3 rounds in 61 s"),
 ]
 REPLY, ROUND = (next(one for one in EVENTS if isinstance(one[0], kind)) for kind in (Replied, RoundEnded))

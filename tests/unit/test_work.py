@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from atoll.client import WorkFailed
 from atoll.data.sources import ClientData
-from atoll.exchange import Broadcast, Task
+from atoll.exchange import Broadcast, Task, WorkFailed
 from atoll.local.corrections import CONTROL, none, proximal, scaffold
 from atoll.local.optimizers import adamw, constant, cosine, linear, sgd
 from atoll.local.work import Local, Objective, draw, evaluate, train

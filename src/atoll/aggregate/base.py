@@ -16,6 +16,9 @@ from atoll.params import Params
 Weights = Mapping[str, float]
 """An aggregation weight per group of parameters; 0 for a group that the client does not hold."""
 
+WEIGHT = "#weight/"
+"""Before the group's name: the entry of a total in which its weights are summed."""
+
 ALL = "all"
 """The one group of a space whose parameters everybody holds."""
 
@@ -32,6 +35,10 @@ class Aggregator(Protocol):
         """The groups for which a reply must bring a weight."""
         ...
 
+    def vector(self, like: Params) -> Params:
+        """What an update for params like these must look like: names, shapes, and the types of integers."""
+        ...
+
     def init(self, like: Params) -> Params:
         """An empty total for updates of the names and shapes of `like`."""
         ...
@@ -40,9 +47,21 @@ class Aggregator(Protocol):
         """Takes one update in. May reuse the tensors of `total`."""
         ...
 
+    def open(self, total: Params) -> Params:
+        """The total as sums of numbers, whatever form they were added in: what noise is put on, before any division."""
+        ...
+
     def finish(self, total: Params, decode: Callable[[Params], Params]) -> Params:
-        """The aggregated update; parameters that nobody contributed to are left out.
+        """The aggregated update, of an opened total; parameters that nobody contributed to are left out.
 
         `decode` undoes, once and on the sum, what the chain did to the vectors (see Chain.decode_sum).
         """
+        ...
+
+
+class Summable(Aggregator, Protocol):
+    """An aggregator whose totals are sums, so that what one update adds to them can be summed by others, and hidden."""
+
+    def alone(self, vector: Params, weights: Weights) -> Params:
+        """The total of one update: that of `add` to an empty one."""
         ...

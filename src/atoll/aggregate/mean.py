@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from atoll.aggregate.base import ALL, Weights
+from atoll.aggregate.base import ALL, WEIGHT, Weights
 from atoll.params import Params
-
-WEIGHT = "#weight/"
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,50 @@ class Mean:
         """Every group that a parameter is in."""
         return {self.group_of(name) for name in like}
 
+    def vector(self, like: Params) -> Params:
+        """The params' own names and shapes."""
+        return like
+
     def init(self, like: Params) -> Params:
-        """Zeros, in float32 at least, and a weight of zero per group."""
+        """Zeros, in float32 at least; without a fixed denominator, a weight of zero per group."""
         total = {
             name: torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for name, x in like.items()
         }
-        weights = {WEIGHT + group: torch.zeros((), dtype=torch.float64) for group in self.groups(like)}
-        return total | weights
+        return total | self._entries(dict.fromkeys(self.groups(like), 0.0))
 
     def add(self, total: Params, vector: Params, weights: Weights) -> Params:
         """total += weight * vector, in place; the weights are summed beside it."""
         for name, x in vector.items():
             total[name].add_(x, alpha=weights[self.group_of(name)])
-        for group, weight in weights.items():
-            total[WEIGHT + group] += weight
+        for name, weight in self._entries(weights).items():
+            total[name] += weight
+        return total
+
+    def alone(self, vector: Params, weights: Weights) -> Params:
+        """weight * vector, and the weights."""
+        return {name: x * weights[self.group_of(name)] for name, x in vector.items()} | self._entries(weights)
+
+    def _entries(self, weights: Weights) -> Params:
+        """A total's entries for weights; by a fixed denominator nobody asks what they sum up to."""
+        if self.denominator is not None:
+            return {}
+        return {WEIGHT + group: torch.tensor(weight, dtype=torch.float64) for group, weight in weights.items()}
+
+    def open(self, total: Params) -> Params:
+        """Nothing is hidden."""
         return total
 
     def finish(self, total: Params, decode: Callable[[Params], Params]) -> Params:
-        """Decodes the sum, then divides it by the summed weights (or the denominator), in place.
+        """Decodes the sum, then divides it in place: by the summed weights, where groups that nobody held are left out.
 
-        Groups that nobody held are left out.
+        By a fixed denominator everything is divided: what nobody contributed to is zero then.
         """
         weights = {name.removeprefix(WEIGHT): float(w) for name, w in total.items() if name.startswith(WEIGHT)}
         sums = decode({name: x for name, x in total.items() if not name.startswith(WEIGHT)})
+        if self.denominator is not None:
+            return {n: x.div_(self.denominator) for n, x in sums.items()}
         held = {n: x for n, x in sums.items() if weights[self.group_of(n)] > 0}
-        return {n: x.div_(self.denominator or weights[self.group_of(n)]) for n, x in held.items()}
+        return {n: x.div_(weights[self.group_of(n)]) for n, x in held.items()}
 
 
 def mean() -> Mean:
@@ -63,7 +80,7 @@ def mean() -> Mean:
     return Mean()
 
 
-def share(population: int) -> Mean:
+def share(population: float) -> Mean:
     """The weighted sum over `population`, whoever answered: clients that did not count as zero.
 
     What is a mean over all clients for ever stays one, however many take part in a round (SCAFFOLD's control variate).

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from atoll.record.card import human_bytes
+from atoll.record.card import human_bytes, privacy_in_words
 from atoll.record.tables import SITES_SHOWN, human_seconds
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("memory", _memory(data["memory"])),
         ("time", _time(data)),
         ("clients", _clients(data["clients"])),
+        *(("privacy", line) for line in privacy_in_words(data["privacy"])),
     ]
     if set(data["population"]) != set(data["clients"]):
         lines.append(("asks only", ", ".join(data["population"])))

@@ -84,15 +84,19 @@ class Full:
 
 @dataclass(frozen=True)
 class LoRA:
-    """See `lora`."""
+    """See `lora` and `ffa_lora`."""
 
     rank: int
     alpha: float
     dropout: float
     targets: str | tuple[str, ...]
+    freeze_a: bool = False
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
-        """Wraps the model by PEFT. A is drawn by `seed`, B is zero: the first update starts from the base model."""
+        """Wraps the model by PEFT. A is drawn by `seed`, B is zero: the first update starts from the base model.
+
+        A frozen A is the same wherever the plan is built: it never travels.
+        """
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
@@ -111,9 +115,10 @@ class LoRA:
                 "LoRA found no module to adapt", where="space.targets", found=self.targets,
                 allowed=f"{ALL_LINEAR}, or names of linear modules", remedy=str(error).splitlines()[0],
             ) from error  # fmt: skip
-        for parameter in wrapped.parameters():
+        for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+                parameter.requires_grad = not (self.freeze_a and ".lora_A." in name)
         return wrapped
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -121,7 +126,7 @@ class LoRA:
         return {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
 
     def plan(self, shapes: Shapes) -> PlannedShapes:
-        """A [rank, in] and B [out, rank] for every adapted linear module."""
+        """A [rank, in], unless it is frozen, and B [out, rank] for every adapted linear module."""
         refused = refused_by_peft(shapes.family)
         open_to_us = {name: sizes for name, sizes in shapes.linears.items() if name.rsplit(".", 1)[-1] not in refused}
         adapted = {name: sizes for name, sizes in open_to_us.items() if self._adapts(name)}
@@ -134,7 +139,8 @@ class LoRA:
             )  # fmt: skip
         planned: PlannedShapes = {}
         for name, (into, out) in adapted.items():
-            planned[f"base_model.model.{name}.lora_A.weight"] = (self.rank, into)
+            if not self.freeze_a:
+                planned[f"base_model.model.{name}.lora_A.weight"] = (self.rank, into)
             planned[f"base_model.model.{name}.lora_B.weight"] = (out, self.rank)
         return planned
 
@@ -177,3 +183,17 @@ def lora(
     biased: mean(B) mean(A) is not mean(B A).
     """
     return LoRA(rank, alpha, dropout, targets if isinstance(targets, str) else tuple(targets))
+
+
+def ffa_lora(
+    rank: Annotated[int, Ge(1)] = 8,
+    alpha: Annotated[float, Gt(0)] = 16.0,
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    targets: Literal["all-linear"] | Sequence[str] = ALL_LINEAR,
+) -> LoRA:
+    """Low-rank adapters whose A stays as it was drawn: B alone trains and travels.
+
+    Source: Sun et al. 2024, FFA-LoRA (arXiv 2403.12313). The mean of B A is mean(B) A then: averaging is exact, noise on B
+    is noise on the product and no more, and half of the bytes travel.
+    """
+    return LoRA(rank, alpha, dropout, targets if isinstance(targets, str) else tuple(targets), freeze_a=True)

@@ -20,6 +20,7 @@ from atoll.record.events import (
     RoundEnded,
     RunEnded,
     RunStarted,
+    Spent,
     read_events,
 )
 from atoll.record.folder import RunFolder
@@ -37,6 +38,7 @@ class Story:
     left_out: Sequence[ClientLeftOut]
     records: Sequence[RecordsLeftOut]
     ended: RunEnded | None
+    spent: Sequence[Spent] = ()
     baselines: Mapping[str, Story] = field(default_factory=dict)
 
     @property
@@ -80,7 +82,7 @@ def read_story(folder: RunFolder) -> Story | None:
     return Story(
         of(RunStarted)[0],  # type: ignore[arg-type]
         of(RoundEnded), of(Evaluated), of(Replied), of(Missing), of(ClientLeftOut), of(RecordsLeftOut),  # type: ignore[arg-type]
-        next(iter(of(RunEnded)), None), inner,  # type: ignore[arg-type]
+        next(iter(of(RunEnded)), None), of(Spent), inner,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -181,9 +183,37 @@ def markdown(name: str, story: Story) -> str:
         "",
         ", ".join(f"{package} {number}" for package, number in s.versions.items()),
         "",
-        "Privacy: none claimed. Updates were aggregated in the clear.",
+        *_privacy_section(story),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _privacy_section(story: Story) -> list[str]:
+    """What was promised, and what was spent of it in fact."""
+    said = story.started.privacy
+    if not said:
+        return ["## Privacy", "", "None claimed. Updates were aggregated in the clear."]
+    lines = [f"- {line}" for line in privacy_in_words(said)]
+    if story.spent:
+        last = story.spent[-1]
+        lines.append(f"- spent: epsilon {last.epsilon:.4g} at delta {last.delta:g}, by the ledger (ledger.jsonl)")
+    return ["## Privacy", "", *lines]
+
+
+def privacy_in_words(said: Mapping[str, Any]) -> list[str]:
+    """What a plan says of privacy (statement.py), in sentences."""
+    sees = f"the server sees {said['server_sees']}"
+    promise = said["guarantee"]
+    if promise is None:
+        return [sees, "no differential privacy: what is released may tell of any one's data"]
+    amplified = f", rate {promise['rate']:g}" if promise["sampling"] != "everyone" else ""
+    return [
+        sees,
+        f"epsilon {promise['epsilon']:.3g} at delta {promise['delta']:g} after {promise['rounds']} rounds, of a whole"
+        f" {promise['unit']} ({promise['adjacency']}); against {promise['holds_against']}",
+        f"{promise['mechanism']}: clip {promise['clip']:g}, noise multiplier {promise['noise_multiplier']:.3g};"
+        f" sampling: {promise['sampling']}{amplified}",
+    ]
 
 
 def _recipe_section(recipe: Mapping[str, Any]) -> list[str]:

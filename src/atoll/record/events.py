@@ -36,6 +36,8 @@ class RunStarted:
     warnings: Sequence[str] = ()
     held_out: Mapping[str, int] = field(default_factory=dict)
     """Held-out samples of each client; `samples` are those to train on."""
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    """What the server sees, and what is promised; see statement.py."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """What decides the result, with all defaults: model, data, finetune, evaluate; and the method's reference."""
 
@@ -85,6 +87,26 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """A round's release was entered in the ledger, before it: the run's epsilon from then on, at its delta."""
+
+    round: int
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class SumOpened:
+    """A masked sum was opened: of how many clients, how many were lost on the way, and the bytes of the masks' phases."""
+
+    round: int
+    clients: int
+    lost: int
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
 class RoundEnded:
     """A round's sum. `spans` tells where its seconds went; `clock` is the fleet's time."""
 
@@ -125,7 +147,18 @@ class RunEnded:
 EVERYBODY = "everybody"
 """Stands for all clients of a run."""
 
-Event = RunStarted | ClientLeftOut | RecordsLeftOut | Replied | Missing | RoundEnded | Evaluated | RunEnded
+Event = (
+    RunStarted
+    | ClientLeftOut
+    | RecordsLeftOut
+    | Replied
+    | Missing
+    | Spent
+    | SumOpened
+    | RoundEnded
+    | Evaluated
+    | RunEnded
+)
 Sink = Callable[[Event], None]
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Event.__args__}
 

@@ -4,6 +4,7 @@ runs/quickstart-1/
   recipe.yaml               as resolved: runs again anywhere
   record.jsonl              the events
   checkpoint.safetensors    the state after the last whole round
+  ledger.jsonl              what was spent of privacy, if the plan protects it
   clients/                  client state, one file each
   adapter/                  what trained, as `peft` loads it
   baselines/local-clinic/   a baseline's own run, same layout
@@ -61,6 +62,11 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """The state after the last whole round."""
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def ledger(self) -> Path:
+        """What was spent of privacy. It outlives a resume: nothing is ever taken out."""
+        return self.path / "ledger.jsonl"
 
     @property
     def adapter(self) -> Path:

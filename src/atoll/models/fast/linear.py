@@ -40,7 +40,7 @@ class _LoraLinear(torch.autograd.Function):
         x_NI, weight, a_rI, b_Or, u_Nr = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         du_Nr = torch.mm(grad_NO, b_Or)
-        da = torch.mm(du_Nr.t(), x_NI).to(ctx.adapter_dtype)
+        da = torch.mm(du_Nr.t(), x_NI).to(ctx.adapter_dtype) if ctx.needs_input_grad[3] else None  # FFA freezes A
         db = torch.mm(u_Nr.t(), grad_NO).t().to(ctx.adapter_dtype).mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:

@@ -1,0 +1,131 @@
+"""What a run's releases tell about one unit of its data: epsilon at a delta, by Google's dp-accounting.
+
+    a release: Gaussian noise of `noise_multiplier` times the most that one unit can change,
+    among those whom the sampling law draws, `count` times
+
+Releases of everybody and of Poisson samples are composed by privacy loss distributions (PLD) under the adjacency
+add-or-remove-one; cohorts of a fixed size by Renyi differential privacy (Wang et al. 2019, arXiv 1808.00087) under
+replace-one, where one unit changes a sum by twice the clip. An account holds releases of one adjacency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from atoll.errors import AtollError
+
+Sampling = Literal["everyone", "poisson", "uniform"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """One or several releases of the same kind."""
+
+    noise_multiplier: float
+    """Standard deviation of the noise over what one unit can change (add or remove)."""
+    sampling: Sampling = "everyone"
+    rate: float = 1.0
+    """Chance of a unit to be drawn; of a fixed-size cohort, its share of the population."""
+    population: int = 0
+    """Where cohorts have a fixed size."""
+    count: int = 1
+
+    @property
+    def adjacency(self) -> str:
+        """What two neighboring data sets differ by."""
+        return "replace-one" if self.sampling == "uniform" else "add-or-remove-one"
+
+
+def epsilon(releases: Iterable[Release], delta: float) -> float:
+    """The epsilon of all these releases together. Infinite where one of them has no noise.
+
+    >>> round(epsilon([Release(1.0, count=4)], delta=1e-5), 2)
+    10.0
+
+    Raises:
+        AtollError: releases of unlike adjacency, which no number describes.
+    """
+    counts = Counter[Release]()
+    for one in releases:
+        counts[replace(one, count=1)] += one.count
+    kinds = {one.adjacency for one in counts}
+    if len(kinds) > 1:
+        raise AtollError(
+            "these releases cannot be put into one account", found=" and ".join(sorted(kinds)),
+            allowed="releases whose cohorts are all of a fixed size, or none", remedy="account for them one by one",
+        )  # fmt: skip
+    return _epsilon(tuple(sorted(counts.items(), key=repr)), delta)
+
+
+@lru_cache(256)
+def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    if not counts:
+        return 0.0
+    if any(one.noise_multiplier == 0 and one.rate > 0 for one, _ in counts):
+        return math.inf
+    fixed_size = counts[0][0].sampling == "uniform"
+    relations = dp.NeighboringRelation
+    account: Any = RdpAccountant(neighboring_relation=relations.REPLACE_ONE) if fixed_size else PLDAccountant()
+    for one, count in counts:
+        account.compose(_event(one), count)
+    return max(0.0, float(account.get_epsilon(delta)))
+
+
+def _event(one: Release) -> Any:
+    """A release in the terms of dp-accounting."""
+    import dp_accounting as dp
+
+    if one.sampling == "uniform":
+        half = dp.GaussianDpEvent(one.noise_multiplier / 2)
+        return dp.SampledWithoutReplacementDpEvent(one.population, round(one.rate * one.population), half)
+    noise = dp.GaussianDpEvent(one.noise_multiplier)
+    return noise if one.sampling == "everyone" else dp.PoissonSampledDpEvent(one.rate, noise)
+
+
+MOST_NOISE = 1e4
+"""The largest noise multiplier that is tried."""
+
+
+@lru_cache(64)
+def noise_for(wanted: float, delta: float, like: Release) -> float:
+    """The least noise multiplier, to three digits, by which releases `like` this one come to at most `wanted` epsilon.
+
+    >>> noise_for(8.0, 1e-5, Release(1.0, count=4)) < 1.3
+    True
+
+    Raises:
+        AtollError: no noise that is worth its name reaches it.
+    """
+
+    from scipy.optimize import brentq
+
+    def over(log_noise: float) -> float:
+        spent = epsilon([replace(like, noise_multiplier=math.exp(log_noise))], delta)
+        return math.log(max(spent, 1e-9) / wanted)
+
+    if math.isinf(wanted):
+        return 0.0
+    high = 0.0
+    while over(high) > 0:
+        high += 1.0
+        if high > math.log(MOST_NOISE):
+            raise AtollError(
+                "no noise is enough for this budget", where="finetune.privacy.epsilon", found=wanted,
+                remedy="fewer rounds, a larger epsilon, or a larger delta",
+            )  # fmt: skip
+    low = high - 1.0
+    while over(low) < 0:
+        low -= 1.0
+    found = float(brentq(over, low, high, xtol=1e-4))
+    while over(found) > 0:
+        found += 1e-4
+    return math.exp(found)

@@ -1,0 +1,71 @@
+"""The ledger: every release is entered before it happens, and nothing is ever taken out.
+
+One JSON line an entry, flushed to the disk before the round that it speaks of begins. A process that dies between entry and
+release has spent what it entered: the account may say too much, never too little.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from atoll.errors import AtollError
+from atoll.privacy.accounting import Release
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A release that was about to happen."""
+
+    run: str
+    plan: str
+    round: int
+    unit: str
+    """Whose presence the release hides: client or example."""
+    releases: tuple[Release, ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Entries in a file."""
+
+    path: Path
+
+    def enter(self, entry: Entry) -> None:
+        """Writes an entry, and waits until it is on the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("" if whole else "\n") + json.dumps({"time": round(time.time(), 3), **asdict(entry)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All entries. One that a crash cut off was not followed by its release.
+
+        Raises:
+            AtollError: another line is damaged: what was spent is not known then.
+        """
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                yield _entry(json.loads(line))
+            except (ValueError, LookupError, TypeError) as error:
+                if number == len(lines):
+                    return
+                raise AtollError(
+                    "a line of the ledger is damaged", where=f"{self.path}:{number}", found=line[:80],
+                    allowed="an entry as JSON", remedy="put the file back from a copy: what was spent is not known without",
+                ) from error  # fmt: skip
+
+
+def _entry(data: dict[str, object]) -> Entry:
+    releases = tuple(Release(**one) for one in data.pop("releases"))  # type: ignore[attr-defined]
+    data.pop("time")
+    return Entry(**data, releases=releases)  # type: ignore[arg-type]
