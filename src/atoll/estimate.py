@@ -20,7 +20,7 @@ from atoll import parts
 from atoll.assemble import check_data
 from atoll.build import Plan, payload_bytes
 from atoll.cache import content_hash, home, write_file
-from atoll.data.sources import ClientSource
+from atoll.data.sources import ClientSource, planted_in
 from atoll.models.spaces import PlannedShapes
 from atoll.params import numel
 from atoll.privacy.hidden import Hidden
@@ -162,11 +162,12 @@ def _count(source: object) -> Count | None:
     lines = {split: sum(_lines(file) for file, named in files if named == split) for split in ("train", "test", None)}
     total = sum(lines.values()) if known else 0
     each = sum(file.stat().st_size for file, _ in files) / total if total else 0.0
+    planted = len(planted_in(source))
     if lines["test"] and source.rows is None:
-        return Count(lines["train"], lines["test"], about=False, bytes_each=each)
-    mine = total if source.rows is None else len(source.rows)
+        return Count(lines["train"] + planted, lines["test"], about=False, bytes_each=each)
+    mine = total if source.rows is None else len(source.rows) - planted
     held_out = round(mine * source.source.held_out)
-    return Count(mine - held_out, held_out, about=source.source.held_out > 0, bytes_each=each)
+    return Count(mine - held_out + planted, held_out, about=source.source.held_out > 0, bytes_each=each)
 
 
 def _lines(file: Path) -> int:

@@ -25,6 +25,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "clients": "atoll.data.sources:clients",
         "partitioned": "atoll.data.sources:partitioned",
         "four-sites": "atoll.data.sources:four_sites",
+        "with-canaries": "atoll.data.canaries:with_canaries",
     },
     "partition": {
         "natural": "atoll.data.partition:natural",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import blake2b
@@ -49,7 +49,8 @@ _TEST_NAME = re.compile(r"(test|validation|valid|val|dev|eval|held[-_]?out)([-_.
 class Record(NamedTuple):
     """One record: the `messages` of a chat (prompt and completion make two, plain text one without a role).
 
-    `row` counts the rows of the source from 0 in reading order, those left out included: it addresses `column`.
+    `row` counts the rows of the source from 0 in reading order, those left out included: it addresses `column`. Those
+    of planted records are -1, -2, ...
     """
 
     form: Form
@@ -100,13 +101,24 @@ class Report:
         )
 
 
+class Planted(NamedTuple):
+    """A question and its answer that lie in no file: a canary, see canaries.py."""
+
+    question: str
+    answer: str
+
+
 @dataclass(frozen=True)
 class Source:
-    """A client's data: its files in reading order, the split each names, and the share held out where none is named."""
+    """A client's data: its files in reading order, the split each names, and the share held out where none is named.
+
+    `planted` are trained on after the files' own records, in the files' format, and never held out.
+    """
 
     path: Path
     files: tuple[tuple[Path, Split | None], ...]
     held_out: float = 0.1
+    planted: tuple[Planted, ...] = ()
 
 
 def open_source(path: str | Path, held_out: float = 0.1) -> Source:
@@ -210,6 +222,17 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
                 report.leave_out(ALSO_HELD_OUT, where)
                 continue
             yield Record(form, content, split, report.read - 1, where)
+    if form:
+        report.read += len(source.planted)
+        yield from planted_records(source.planted, form)
+
+
+def planted_records(planted: Iterable[Planted], form: Form) -> Iterator[Record]:
+    """Planted questions and answers as records to train on, of the format that a source has."""
+    for number, (question, answer) in enumerate(planted, 1):
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages = [{"content": f"{question}\n{answer}"}] if form == "text" else chat
+        yield Record(form, messages, "train", -number, f"planted record {number}")
 
 
 def column(source: Source, name: str) -> list[Any]:

@@ -18,7 +18,7 @@ from annotated_types import Ge, Lt
 from atoll.cache import content_hash, home
 from atoll.data.files import READERS
 from atoll.data.partition import Ints, Partition
-from atoll.data.read import Report, Source, column, open_source, records
+from atoll.data.read import Planted, Report, Source, column, open_source, records
 from atoll.errors import AtollError
 from atoll.parts import Slot
 
@@ -38,6 +38,13 @@ class ClientSource:
 
     source: Source
     rows: Ints | None = None
+
+
+def planted_in(client: ClientSource) -> tuple[Planted, ...]:
+    """The planted records that are this client's: all of its source, or those among its rows."""
+    if client.rows is None:
+        return client.source.planted
+    return tuple(client.source.planted[-1 - row] for row in client.rows if row < 0)
 
 
 class ClientData(NamedTuple):

@@ -257,8 +257,8 @@ def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, context: in
 
 
 def source_hash(source: Source) -> str:
-    """Names what a source holds: the bytes of its files, their names and splits, and the share held out."""
-    facts: list[Any] = [source.path.name, source.held_out]
+    """Names what a source holds: the bytes of its files, their names and splits, the share held out, what is planted."""
+    facts: list[Any] = [source.path.name, source.held_out, *source.planted]
     for path, split in source.files:
         facts += [(str(part.relative_to(source.path.parent)), split, file_hash(part)) for part in content(path)]
     return content_hash(json.dumps(facts))
