@@ -1,4 +1,7 @@
-"""The card: what a finished run says of itself, in Markdown with plots. Reads the record and nothing else."""
+"""The card: what a finished run says of itself, in Markdown with plots.
+
+Reads the record, what tests of leakage found, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from atoll.record.events import (
     read_events,
 )
 from atoll.record.folder import RunFolder
+from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,10 @@ def write_card(folder: RunFolder) -> None:
         return
     plot_losses(story, folder.path / "loss.svg")
     plot_bytes(story, folder.path / "bytes.svg")
-    folder.card.write_text(markdown(folder.name, story), encoding="utf-8")
+    folder.card.write_text(markdown(folder.name, story, read_findings(folder)), encoding="utf-8")
 
 
-def markdown(name: str, story: Story) -> str:
+def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED) -> str:
     """The card's text."""
     s = story.started
     lines = [
@@ -179,6 +183,7 @@ def markdown(name: str, story: Story) -> str:
         "![bytes](bytes.svg)",
         "",
         *_faults_section(story),
+        *_leakage_section(leaks),
         "## Made with",
         "",
         ", ".join(f"{package} {number}" for package, number in s.versions.items()),
@@ -277,6 +282,16 @@ def _faults_section(story: Story) -> list[str]:
         lines.append(f"- and {len(story.missing) - 20} more replies refused or dropped")
     lines += [f"- warning: {warning}" for warning in story.started.warnings]
     return ["## What went wrong or might", "", *lines, ""] if lines else []
+
+
+def _leakage_section(leaks: Findings) -> list[str]:
+    """What attacks on the result found; nothing where none was made."""
+    if not leaks.rows:
+        return []
+    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    rows = [f"| {' | '.join(cells(row))} |" for row in leaks.rows]
+    notes = [line for name, why in leaks.skipped.items() for line in (f"{name}: {why}", "")]
+    return ["## Leakage", "", *head, *rows, "", *notes]
 
 
 def records_in_words(event: RecordsLeftOut) -> str:

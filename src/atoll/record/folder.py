@@ -8,6 +8,7 @@ runs/quickstart-1/
   clients/                  client state, one file each
   adapter/                  what trained, as `peft` loads it
   baselines/local-clinic/   a baseline's own run, same layout
+  leakage.json              what attacks on the result found, see `atoll leakage`
   card.md, plots            what the run says of itself
 """
 
@@ -72,6 +73,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """What trained, in the ecosystem's format."""
         return self.path / "adapter"
+
+    @property
+    def leakage(self) -> Path:
+        """What attacks on the result found."""
+        return self.path / "leakage.json"
 
     @property
     def card(self) -> Path:

@@ -1,0 +1,169 @@
+"""Update inversion: what one client's update tells whoever sees it, if the client trained on a single sample.
+
+The attacker is the server: it knows the model, the plan and the broadcast, and sees the update of one local step.
+
+    matching    it has candidates, computes the update of each, and takes the one whose direction is nearest: the sample
+                itself if all goes well, where Zhu et al. 2019 (arXiv 1906.08935) search for one by gradient descent
+    tokens      where the token embedding trains, only rows of tokens that occur get a gradient from below: the rows that
+                move spell out the words, in any order, before any search (Balunovic et al. 2022, arXiv 2202.08827, who
+                search text, start from them)
+
+An embedding that is also the head (tied) moves in all rows, and the second attack finds every token there is.
+
+`seen` is what protection leaves of an update on its way to the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atoll.data.sources import ClientData
+from atoll.exchange import Broadcast, Task
+from atoll.keys import key, rng
+from atoll.leakage.membership import ordinary
+from atoll.leakage.scores import Floats, first_of, mean_and_error
+from atoll.leakage.subject import Counting, NotApplicable, Subject
+from atoll.local.work import train
+from atoll.params import Params, global_norm
+from atoll.record.leakage import Finding
+from atoll.round import initial
+from atoll.stream import UPDATE
+
+NAME = "inversion"
+CANDIDATES = 16
+"""Samples that the attacker holds for possible, at most: the true one and others of the same site."""
+
+TRIALS = 4
+"""Samples a site that are attacked, at most: as many updates are in memory at a time."""
+
+Seen = Callable[[Params], Params]
+"""An update -> the same as the server sees it: names and shapes stay."""
+
+
+def in_the_clear(update: Params) -> Params:
+    """No protection: the server sees the update itself."""
+    return update
+
+
+def inversion(subject: Subject, samples: int, seen: Seen = in_the_clear) -> list[Finding]:
+    """Both attacks, on at most `samples` (and `TRIALS`) samples of each site.
+
+    Raises:
+        NotApplicable: no site has two samples to choose between.
+    """
+    pools = {name: pool for name, data in subject.trained.items() if len(pool := candidates(subject, name, data)) > 1}
+    if not pools:
+        raise NotApplicable("no site has two samples to choose between", where="data", remedy="run with more records")
+    trials = {name: min(samples, TRIALS, len(pool)) for name, pool in pools.items()}
+    progress = Counting(
+        subject.say, "inversion: updates", sum(len(pool) + trials[name] for name, pool in pools.items())
+    )
+    hits: list[float] = []
+    tokens: list[tuple[float, float]] = []
+    for name, pool in pools.items():
+        observed = [seen(update) for update in updates(subject, name, pool[: trials[name]], progress)]
+        hits += matched(observed, updates(subject, name, pool, progress))
+        tokens += found_tokens(subject, observed, pool)
+    sizes = [len(pool) for name, pool in pools.items() for _ in range(trials[name])]
+    return [*matching_rows(hits, sizes), *token_rows(tokens)]
+
+
+def candidates(subject: Subject, name: str, data: ClientData) -> list[Any]:
+    """What a site's update may be from: half of it training samples, the rest held out, as far as there are any."""
+    order = rng(subject.plan.recipe.seed, NAME, name)
+    mine = ordinary(data.train)
+    known = [mine[int(i)] for i in order.permutation(len(mine))[:CANDIDATES]]
+    other = [data.test[int(i)] for i in order.permutation(len(data.test))[: CANDIDATES // 2]]
+    return [*known[: CANDIDATES - len(other)], *other]
+
+
+def updates(subject: Subject, name: str, samples: Sequence[Any], progress: Counting) -> Iterator[Params]:
+    """The update that the run's own local work makes of each sample alone, in one local step from the start.
+
+    The learning rate is the recipe's without its schedule, whose warm-up may begin at zero.
+    """
+    local = replace(
+        subject.things.local, rounds=1, batch_size=1, local_steps=1, accumulate=1, rate=lambda done: 1.0
+    )  # fmt: skip
+    params = initial(subject.plan.rounds, subject.base).params
+    task = Task("train", name, subject.plan.hash, Broadcast(0, {}), key(subject.plan.recipe.seed, NAME, name))
+    for sample in samples:
+        yield train(local, params, ClientData([sample], ()), {}, task).updates[UPDATE]
+        progress.more()
+
+
+def matched(observed: Sequence[Params], made: Iterator[Params]) -> list[float]:
+    """For each observed update, of the candidate with the same number: is it the most similar? (1, 0, or a tie's share)"""
+    similar = np.array([[cosine(update, one) for one in observed] for update in made])
+    return [first_of(similar[:, number], number) for number in range(len(observed))]
+
+
+def cosine(one: Params, other: Params) -> float:
+    """Of the angle between two updates, rounded where equal sums in another order would differ; 0 if one is zero."""
+    dot = sum(float((x.double() * other[name].double()).sum()) for name, x in one.items())
+    norms = global_norm(one) * global_norm(other)
+    return round(dot / norms, 9) if norms else 0.0
+
+
+def matching_rows(hits: Sequence[float], sizes: Sequence[int]) -> list[Finding]:
+    """The share of samples that were told from the others."""
+    chance = float(np.mean([1 / size for size in sizes]))
+    of = f"{len(hits)} updates of one sample, {max(sizes)} candidates each"
+    return [Finding(NAME, "matching: true sample first", *mean_and_error(np.array(hits)), chance, of)]
+
+
+def found_tokens(subject: Subject, observed: Sequence[Params], pool: Sequence[Any]) -> list[tuple[float, float]]:
+    """(precision, recall) of the tokens whose rows moved, for each observed update; none if the embedding is frozen."""
+    name = embedding(subject)
+    if name is None:
+        return []
+    before = subject.base[name]
+    return [
+        precision_and_recall(moved_rows(update[name], before), {int(token) for token in ids})
+        for update, (ids, _) in zip(observed, pool, strict=False)
+    ]
+
+
+def embedding(subject: Subject) -> str | None:
+    """The name under which the token embedding travels; None if it does not."""
+    local = subject.things.local
+    module: Any = local.model.get_input_embeddings()  # type: ignore[operator]
+    named = local.space.trainable(local.model).items()
+    return next((name for name, parameter in named if parameter is module.weight), None)
+
+
+def moved_rows(update: Tensor, before: Tensor) -> set[int]:
+    """Rows of [V, D] that moved otherwise than along themselves, which weight decay does to every row."""
+    update, before = update.double(), before.double()
+    along = (update * before).sum(1) / before.square().sum(1).clamp_min(1e-30)
+    rest = (update - along[:, None] * before).norm(dim=1)
+    moved = rest > 1e-3 * rest.max()
+    return {int(row) for row in torch.nonzero(moved).flatten()}
+
+
+def precision_and_recall(found: set[int], true: set[int]) -> tuple[float, float]:
+    """The share of what was found that is true, and the share of what is true that was found.
+
+    >>> precision_and_recall({1, 2, 3, 4}, {1, 2, 5})
+    (0.5, 0.6666666666666666)
+    """
+    right = len(found & true)
+    return right / max(1, len(found)), right / len(true)
+
+
+def token_rows(tokens: Sequence[tuple[float, float]]) -> list[Finding]:
+    """Means over samples; nothing where no embedding trains."""
+    if not tokens:
+        return []
+    columns: Floats = np.array(tokens)
+    of = f"{len(tokens)} updates of one sample"
+    names = ("tokens: precision", "tokens: recall")
+    return [
+        Finding(NAME, name, *mean_and_error(column), None, of) for name, column in zip(names, columns.T, strict=True)
+    ]

@@ -1,0 +1,139 @@
+"""The run as the attacks find it: model, samples, the params before the first round and after the last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from atoll import parts, recipe
+from atoll.assemble import Assembly, assemble
+from atoll.build import POOLED, Plan, choose_model
+from atoll.cache import Say
+from atoll.data.sources import ClientData
+from atoll.errors import AtollError
+from atoll.fleet.inprocess import Elsewhere
+from atoll.leakage.scores import Floats
+from atoll.local.work import EVALUATION_BATCH
+from atoll.models.spaces import write
+from atoll.params import Params
+from atoll.recipe import Recipe
+from atoll.record.checkpoint import load_with_extra
+from atoll.record.folder import RunFolder
+from atoll.result import tuned_params, unfinished
+from atoll.run import plan_again, quiet_libraries
+from atoll.stage import Progress, refuse_changed_data, start_of
+
+
+class NotApplicable(AtollError):
+    """The run has nothing that an attack could work on."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finished run, with what an attacker who measures himself needs: the samples and the truth about them."""
+
+    plan: Plan
+    things: Assembly
+    base: Params
+    """Before the first round."""
+    tuned: Params
+    """After the last."""
+    say: Say
+
+    @property
+    def trained(self) -> Mapping[str, ClientData]:
+        """The clients whose samples the model was trained on."""
+        names = self.plan.clients if self.plan.trainers == [POOLED] else self.plan.trainers
+        return {name: data for name, data in self.things.data.items() if name in names}
+
+    def losses(self, params: Params, samples: Sequence[Any], what: str) -> Floats:
+        """The mean loss of each sample under `params`, float64 [samples]."""
+        local, progress = self.things.local, Counting(self.say, what, len(samples))
+        write(local.space, local.model, params)
+        local.model.eval()
+        each = []
+        with torch.no_grad():
+            for at in range(0, len(samples), EVALUATION_BATCH):
+                batch = samples[at : at + EVALUATION_BATCH]
+                each.append(local.objective.sample_losses(local.model, local.objective.collate(batch)).double().cpu())
+                progress.more(len(batch))
+        return np.asarray(torch.cat(each).numpy(), np.float64)
+
+
+SILENCE_SECONDS = 2.0
+
+
+@dataclass
+class Counting:
+    """Says how far a long count is, whenever nothing was said for 2 seconds."""
+
+    say: Say
+    what: str
+    of: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.last = time.monotonic()
+
+    def more(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        if time.monotonic() - self.last > SILENCE_SECONDS:
+            self.last = time.monotonic()
+            self.say(f"{self.what}: {self.done} of {self.of}")
+
+
+def open_run(folder: RunFolder, say: Say) -> Subject:
+    """Loads the run's model and the samples that it was trained on.
+
+    Raises:
+        AtollError: the run is not finished, its data are elsewhere or have changed, its model is of the user's own factory.
+    """
+    written, _ = recipe.read(str(folder.recipe))
+    refuse_own_model(written, folder)
+    refuse_elsewhere(written, folder)
+    refuse_unfinished(folder)
+    say(f"planning {folder.name}")
+    ready = plan_again(folder)
+    with quiet_libraries():
+        things = assemble(ready, say)
+    _, kept = load_with_extra(folder.checkpoint)
+    refuse_changed_data(Progress(**kept).data, things.digests, folder)
+    base = {name: x.clone() for name, x in start_of(ready, things).items()}
+    return Subject(ready, things, base, tuned_params(folder)[0], say)
+
+
+def refuse_own_model(written: Recipe, folder: RunFolder) -> None:
+    """A model of the user's own has samples of the user's own, and nothing is known of them."""
+    choice = choose_model(written.model)
+    if choice.own_factory:
+        raise AtollError(
+            "the model comes from a factory: attacks read tokens", where=f"{folder.name}: model", found=choice.name,
+            allowed="a run of a named model, a folder, or a hub id",
+            remedy="call atoll.leakage.scores on losses that you have measured",
+        )  # fmt: skip
+
+
+def refuse_elsewhere(written: Recipe, folder: RunFolder) -> None:
+    """Over a network the samples are at the sites, and stay there."""
+    if isinstance(parts.make("fleet", written.fleet, "fleet"), Elsewhere):
+        raise AtollError(
+            "the run's samples are at its sites", where=f"{folder.name}: fleet", found=parts.spec(written.fleet, "").use,
+            allowed="a run whose clients were simulated here",
+            remedy="simulate the same recipe on data of your own: atoll run RECIPE --set fleet=inprocess",
+        )  # fmt: skip
+
+
+def refuse_unfinished(folder: RunFolder) -> None:
+    """What a run has leaked is known when it is over."""
+    _, rounds = tuned_params(folder)
+    if early := unfinished(folder, rounds):
+        raise AtollError(
+            "the run is not finished", where=str(folder.path), found=early, allowed="a finished run",
+            remedy=f"`atoll resume {folder.name}`",
+        )  # fmt: skip
