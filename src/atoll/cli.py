@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from atoll.commands import learn, look, network, use, work
+from atoll.commands import leak, learn, look, network, use, work
 from atoll.commands.output import Crashed, mendable, write_traceback
 from atoll.errors import AtollError, Interrupted
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "card": (look.card, "atoll card quickstart-1"),
     "chat": (use.chat, 'atoll chat quickstart-1 "What is a reef?"'),
     "export": (use.export, "atoll export quickstart-1 --to adapter --out ./adapter"),
+    "leakage": (leak.leakage, "atoll leakage quickstart-1 --attack membership"),
     "data": (learn.data, "atoll data ./clinic --show 2"),
     "methods": (learn.methods, "atoll methods"),
     "parts": (learn.parts, "atoll parts transform"),
