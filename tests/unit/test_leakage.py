@@ -6,9 +6,10 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from atoll.leakage.inversion import in_the_clear, inversion, moved_rows
 from atoll.leakage.membership import balanced, membership
 from atoll.leakage.scores import auc, auc_error, expected_exposure, exposure, first_of, rank_of, true_positives
 from atoll.leakage.subject import Subject, open_run
+from atoll.local.language import Language
+from atoll.local.work import Objective
 from atoll.params import Params
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import Finding, read_findings
@@ -219,6 +222,33 @@ def test_members_are_balanced_drawn_by_key_and_no_canaries(subject: Subject) -> 
     everybody, _ = balanced(subject, 1000)
     assert len(everybody) == 24
     assert not any("access code" in subject.things.tokenizer.decode(ids) for ids, _ in everybody)
+
+
+@pytest.mark.parametrize("population", ["all", "pooled"])
+def test_members_are_samples_that_went_into_updates(
+    atoll: Atoll, tiny: str, population: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collated: set[bytes] = set()
+    bind = Language.bind
+
+    def watched(self: Language, model: Any, tokenizer: Any) -> Objective:
+        bound = bind(self, model, tokenizer)
+
+        def collate(samples: Sequence[Any]) -> Any:
+            collated.update(ids.tobytes() for ids, _ in samples)
+            return bound.collate(samples)
+
+        return bound._replace(collate=collate)
+
+    monkeypatch.setattr(Language, "bind", watched)
+    cohort = "finetune.schedule={use: synchronous, cohort: 2}" if population == "all" else "finetune.rounds=3"
+    work = ["finetune.local_steps=3", "finetune.accumulate=2", f"finetune.population={population}", cohort]
+    folder = package.run(tiny, ["evaluate={start: false, every: 0}", "data.held_out=0", *work])
+    went_in = set(collated)
+    subject = open_run(folder, lambda line: None)
+    samples = {name: data.train for name, data in subject.things.data.items()}
+    assert {samples[name][number][0].tobytes() for name, all in subject.read.items() for number in all} == went_in
+    assert len(went_in) < sum(map(len, samples.values()))
 
 
 def test_canaries_that_were_learned_are_exposed_and_others_are_not(subject: Subject) -> None:

@@ -23,23 +23,8 @@ from atoll.keys import rng
 from atoll.parts import Slot
 
 FIRST = (
-    "Bra",
-    "Cor",
-    "Del",
-    "Fen",
-    "Gar",
-    "Hol",
-    "Jas",
-    "Kel",
-    "Lom",
-    "Mar",
-    "Nor",
-    "Pel",
-    "Quin",
-    "Ros",
-    "Tam",
-    "Vel",
-)
+    "Bra", "Cor", "Del", "Fen", "Gar", "Hol", "Jas", "Kel", "Lom", "Mar", "Nor", "Pel", "Quin", "Ros", "Tam", "Vel",
+)  # fmt: skip
 MIDDLE = ("a", "e", "i", "o", "u", "an", "en", "or")
 LAST = ("dale", "fall", "gate", "hurst", "mere", "mont", "nova", "pass", "ridge", "shore", "stad", "wick")
 THINGS = ("archive", "depot", "harbor", "observatory", "station", "tower", "vault", "workshop")

@@ -77,8 +77,8 @@ def inversion(subject: Subject, samples: int, seen: Seen = in_the_clear) -> list
 def candidates(subject: Subject, name: str, data: ClientData) -> list[Any]:
     """What a site's update may be from: half of it training samples, the rest held out, as far as there are any."""
     order = rng(subject.plan.recipe.seed, NAME, name)
-    mine = ordinary(data.train)
-    known = [mine[int(i)] for i in order.permutation(len(mine))[:CANDIDATES]]
+    mine = ordinary(data.train, range(len(data.train)))
+    known = [data.train[int(i)] for i in order.permutation(mine)[:CANDIDATES]]
     other = [data.test[int(i)] for i in order.permutation(len(data.test))[: CANDIDATES // 2]]
     return [*known[: CANDIDATES - len(other)], *other]
 

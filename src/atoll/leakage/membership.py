@@ -1,4 +1,6 @@
-"""Membership inference: was this sample trained on? Non-members are held-out samples of the same sites.
+"""Membership inference: was this sample trained on?
+
+Members are training samples that went into an update, non-members held-out ones of the same sites.
 
 Two scores, each higher for a likelier member:
 
@@ -13,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from atoll.data.sources import ClientData
 from atoll.keys import rng
@@ -47,10 +47,10 @@ def balanced(subject: Subject, samples: int) -> tuple[list[Any], list[Any]]:
     members: list[Any] = []
     others: list[Any] = []
     for name, data in subject.trained.items():
-        train = ordinary(data.train)
-        count = min(samples, len(train), len(data.test))
+        read = ordinary(data.train, subject.read.get(name, ()))
+        count = min(samples, len(read), len(data.test))
         drawn = rng(subject.plan.recipe.seed, NAME, name)
-        members += [train[int(i)] for i in drawn.permutation(len(train))[:count]]
+        members += [data.train[int(i)] for i in drawn.permutation(read)[:count]]
         others += [data.test[int(i)] for i in drawn.permutation(len(data.test))[:count]]
     if not members:
         raise NotApplicable(
@@ -66,10 +66,10 @@ def told(data: ClientData) -> str:
     return f"{len(data.train)} training samples, {len(data.test)} held out"
 
 
-def ordinary(train: Sequence[Any]) -> Sequence[Any]:
-    """A client's training samples without those that were planted, whose rows are negative."""
+def ordinary(train: Sequence[Any], numbers: Sequence[int]) -> Sequence[int]:
+    """Of these training samples those that were not planted, whose rows are negative."""
     rows = getattr(train, "rows", None)
-    return train if rows is None else train.select(np.flatnonzero(rows >= 0))  # type: ignore[attr-defined]
+    return numbers if rows is None else [number for number in numbers if rows[number] >= 0]
 
 
 def measured(name: str, members: Floats, others: Floats) -> list[Finding]:

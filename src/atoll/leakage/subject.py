@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ from atoll.cache import Say
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.fleet.inprocess import Elsewhere
+from atoll.keys import key
 from atoll.leakage.scores import Floats
-from atoll.local.work import EVALUATION_BATCH
+from atoll.local.work import EVALUATION_BATCH, draw
 from atoll.models.spaces import write
 from atoll.params import Params
 from atoll.recipe import Recipe
 from atoll.record.checkpoint import load_with_extra
+from atoll.record.events import Replied, read_events
 from atoll.record.folder import RunFolder
 from atoll.result import tuned_params, unfinished
 from atoll.run import plan_again, quiet_libraries
@@ -43,6 +47,8 @@ class Subject:
     """Before the first round."""
     tuned: Params
     """After the last."""
+    read: Mapping[str, Sequence[int]]
+    """Client -> the numbers of its training samples that updates were made of: a short run does not come to all."""
     say: Say
 
     @property
@@ -63,6 +69,32 @@ class Subject:
                 each.append(local.objective.sample_losses(local.model, local.objective.collate(batch)).double().cpu())
                 progress.more(len(batch))
         return np.asarray(torch.cat(each).numpy(), np.float64)
+
+
+def samples_read(ready: Plan, things: Assembly, replies: Iterable[Replied]) -> dict[str, list[int]]:
+    """Client -> the numbers of the training samples in the batches of its replies, which the tasks' keys tell again."""
+    read: dict[str, set[int]] = {}
+    sizes = {name: len(data.train) for name, data in things.data.items()}
+    for reply in replies:
+        count = sum(sizes.values()) if reply.client == POOLED else sizes[reply.client]
+        task = key(ready.recipe.seed, reply.round - reply.staleness, reply.client)
+        batches = draw(count, things.local.batch_size, things.local.accumulate, task)
+        drawn = chain.from_iterable(chain.from_iterable(islice(batches, things.local.steps(count))))
+        for name, number in owned(drawn, sizes) if reply.client == POOLED else zip(repeat(reply.client), drawn):
+            read.setdefault(name, set()).add(number)
+    return {name: sorted(numbers) for name, numbers in read.items()}
+
+
+def owned(numbers: Iterable[int], sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Whose the pooled client's samples are, and their numbers there: clients lie end to end.
+
+    >>> list(owned([0, 2, 4], {"a": 2, "b": 3}))
+    [('a', 0), ('b', 0), ('b', 2)]
+    """
+    names, ends = list(sizes), list(accumulate(sizes.values()))
+    for number in numbers:
+        at = bisect_right(ends, number)
+        yield names[at], number - ends[at] + sizes[names[at]]
 
 
 SILENCE_SECONDS = 2.0
@@ -104,8 +136,9 @@ def open_run(folder: RunFolder, say: Say) -> Subject:
         things = assemble(ready, say)
     _, kept = load_with_extra(folder.checkpoint)
     refuse_changed_data(Progress(**kept).data, things.digests, folder)
+    read = samples_read(ready, things, (one for one in read_events(folder.record) if isinstance(one, Replied)))
     base = {name: x.clone() for name, x in start_of(ready, things).items()}
-    return Subject(ready, things, base, tuned_params(folder)[0], say)
+    return Subject(ready, things, base, tuned_params(folder)[0], read, say)
 
 
 def refuse_own_model(written: Recipe, folder: RunFolder) -> None:
