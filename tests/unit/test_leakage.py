@@ -270,6 +270,14 @@ def test_a_model_that_has_learned_nothing_exposes_nothing(untrained: Subject, mo
         assert row.value == pytest.approx(expected_exposure(32), abs=0.9)
 
 
+def test_it_is_told_how_often_canaries_were_read(subject: Subject) -> None:
+    read = by_measure(canaries(subject, 2))["exposure in bits"].of
+    times = sum("access code" in subject.things.tokenizer.decode(subject.things.data[name].train[number][0])
+                for name, numbers in subject.read.items() for number in numbers)  # fmt: skip
+    assert times > 3 * 8
+    assert f"read {times / 3:.1f} times each" in read
+
+
 def test_canaries_are_those_of_the_recipe(subject: Subject) -> None:
     assert inserted_in(subject) == draw(3, 5, 0)
     others = other_codes(Planted("?", "12345"), 200)

@@ -45,17 +45,24 @@ def canaries(subject: Subject, codes: int) -> list[Finding]:
             remedy="rank fewer, or run again with more data.digits",
         )  # fmt: skip
     control = draw(len(inserted), digits, subject.plan.recipe.seed, "control")
+    count, most = len(inserted), f"among {codes} codes: at most {exposure(1, codes):.1f}"
+    read = f"{count} canaries, read {times_read(subject) / count:.1f} times each, {most}"
     cases = {
-        "exposure in bits": (subject.tuned, inserted),
-        "exposure in bits, not inserted": (subject.tuned, control),
-        "exposure in bits, base model": (subject.base, inserted),
+        "exposure in bits": (subject.tuned, inserted, read),
+        "exposure in bits, not inserted": (subject.tuned, control, f"{count} canaries, {most}"),
+        "exposure in bits, base model": (subject.base, inserted, f"{count} canaries, {most}"),
     }
     rows = []
-    for measure, (params, found) in cases.items():
+    for measure, (params, found, of) in cases.items():
         bits = [one_exposure(subject, params, canary, codes, measure) for canary in found]
-        of = f"{len(found)} canaries, {codes} codes: at most {exposure(1, codes):.1f}"
         rows.append(Finding(NAME, measure, *mean_and_error(np.array(bits)), expected_exposure(codes), of))
     return rows
+
+
+def times_read(subject: Subject) -> int:
+    """How often a planted sample was in a batch: a short run may never come to one."""
+    rows: dict[str, Any] = {name: data.train.rows for name, data in subject.trained.items()}  # type: ignore[attr-defined]
+    return sum(int((rows[name][numbers] < 0).sum()) for name, numbers in subject.read.items())
 
 
 def inserted_in(subject: Subject) -> list[Planted]:

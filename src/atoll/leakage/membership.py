@@ -47,7 +47,7 @@ def balanced(subject: Subject, samples: int) -> tuple[list[Any], list[Any]]:
     members: list[Any] = []
     others: list[Any] = []
     for name, data in subject.trained.items():
-        read = ordinary(data.train, subject.read.get(name, ()))
+        read = ordinary(data.train, sorted(set(subject.read.get(name, ()))))
         count = min(samples, len(read), len(data.test))
         drawn = rng(subject.plan.recipe.seed, NAME, name)
         members += [data.train[int(i)] for i in drawn.permutation(read)[:count]]

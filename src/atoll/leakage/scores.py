@@ -87,6 +87,10 @@ def first_of(similarities: Floats, true: int) -> float:
 
 
 def mean_and_error(values: Floats) -> tuple[float, float | None]:
-    """A mean and its standard error, of which one value says nothing."""
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    """A mean and its standard error, of which equal values say nothing.
+
+    >>> mean_and_error(np.array([1.0, 1.0])), mean_and_error(np.array([0.0, 2.0]))
+    ((1.0, None), (1.0, 1.0))
+    """
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(np.unique(values)) > 1 else None
     return float(values.mean()), error

@@ -39,7 +39,7 @@ class NotApplicable(AtollError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A finished run, with what an attacker who measures himself needs: the samples and the truth about them."""
+    """A finished run, with what it takes to attack it and to say how well that went: samples, and the truth about them."""
 
     plan: Plan
     things: Assembly
@@ -48,7 +48,7 @@ class Subject:
     tuned: Params
     """After the last."""
     read: Mapping[str, Sequence[int]]
-    """Client -> the numbers of its training samples that updates were made of: a short run does not come to all."""
+    """Client -> the numbers of its training samples in the batches of its updates, each as often as it was read."""
     say: Say
 
     @property
@@ -73,7 +73,7 @@ class Subject:
 
 def samples_read(ready: Plan, things: Assembly, replies: Iterable[Replied]) -> dict[str, list[int]]:
     """Client -> the numbers of the training samples in the batches of its replies, which the tasks' keys tell again."""
-    read: dict[str, set[int]] = {}
+    read: dict[str, list[int]] = {}
     sizes = {name: len(data.train) for name, data in things.data.items()}
     for reply in replies:
         count = sum(sizes.values()) if reply.client == POOLED else sizes[reply.client]
@@ -81,8 +81,8 @@ def samples_read(ready: Plan, things: Assembly, replies: Iterable[Replied]) -> d
         batches = draw(count, things.local.batch_size, things.local.accumulate, task)
         drawn = chain.from_iterable(chain.from_iterable(islice(batches, things.local.steps(count))))
         for name, number in owned(drawn, sizes) if reply.client == POOLED else zip(repeat(reply.client), drawn):
-            read.setdefault(name, set()).add(number)
-    return {name: sorted(numbers) for name, numbers in read.items()}
+            read.setdefault(name, []).append(number)
+    return read
 
 
 def owned(numbers: Iterable[int], sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
