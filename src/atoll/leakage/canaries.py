@@ -38,7 +38,7 @@ def canaries(subject: Subject, codes: int) -> list[Finding]:
         AtollError: there are fewer codes than are to be ranked.
     """
     inserted = inserted_in(subject)
-    digits = len(inserted[0].answer)
+    digits = min(len(one.answer) for one in inserted)
     if codes > 10**digits:
         raise AtollError(
             "more codes to rank than there are", where="--candidates", found=codes, allowed=f"2 to {10**digits}",
