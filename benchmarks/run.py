@@ -11,7 +11,7 @@ from types import ModuleType
 
 from benchmarks.harness import Failed, commit, measure
 
-CLAIMS = ("cli", "mean", "overhead", "simulation", "training", "gpu", "tuning", "network")
+CLAIMS = ("cli", "mean", "overhead", "simulation", "training", "gpu", "tuning", "network", "masks")
 
 
 def claim(name: str) -> ModuleType:
