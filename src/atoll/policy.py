@@ -3,6 +3,8 @@
 models: [smollm2-135m, HuggingFaceTB/*]     # names, with * and ?; all by default
 objectives: [sft]
 spaces: [lora]
+exchanges: [secure-aggregation]             # all by default; this one: the operator sees no update of this site alone
+privacy: {epsilon: 8, delta: 1e-5}          # what all runs together may spend of this site's data; none: not limited
 metrics: [loss, steps]                      # that may leave, beside what a round needs
 minimum_cohort: 3                           # fewest clients whose updates are put together
 code: []                                    # module:factory parts that may run here; none by default
@@ -26,6 +28,15 @@ NEEDED = frozenset({"seconds_in_steps", "samples", "standard_error", "loss"})
 """Metrics by which rounds and evaluations are counted."""
 
 
+class Budget(BaseModel):
+    """Of differential privacy, over everything that is ever done with a site's data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
 class Policy(BaseModel):
     """See the module's text. Everything that ships is allowed by default, and no code of anybody's own."""
 
@@ -34,6 +45,8 @@ class Policy(BaseModel):
     models: list[str] = ["*"]
     objectives: list[str] = ["*"]
     spaces: list[str] = ["*"]
+    exchanges: list[str] = ["*"]
+    privacy: Budget | None = None
     metrics: list[str] = ["*"]
     minimum_cohort: int = Field(default=1, ge=1)
     code: list[str] = []
@@ -46,6 +59,7 @@ class Policy(BaseModel):
             "models": parts.spec(recipe.model, "model").use,
             "objectives": parts.spec(stage.objective, "finetune.objective").use,
             "spaces": parts.spec(stage.space, "finetune.space").use,
+            "exchanges": parts.spec(stage.exchange, "finetune.exchange").use,
         }
         broken = [
             f"{key} {name}; this site allows {', '.join(getattr(self, key)) or 'none'}"
@@ -59,6 +73,8 @@ class Policy(BaseModel):
             )  # a site makes nothing else of a recipe
             if not allows(self.code, name)
         ]
+        if self.privacy and parts.spec(stage.privacy, "finetune.privacy").use == "none":
+            broken.append("privacy none; this site gives no update without differential privacy")
         correction = parts.spec(stage.correction, "finetune.correction").use
         if self.require and correction != "none":
             broken.append(f"correction {correction}, whose own stream leaves without what this site requires")

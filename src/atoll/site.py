@@ -25,14 +25,16 @@ from atoll.assemble import Assembly, assemble, clients
 from atoll.audit import AuditLog
 from atoll.build import Plan, build
 from atoll.cache import Say
-from atoll.client import Client
+from atoll.client import Client, Side
 from atoll.data.files import rows
 from atoll.data.read import open_source
 from atoll.data.sources import ClientData, ClientSource, digest
 from atoll.errors import AtollError
 from atoll.local.work import Tick
 from atoll.policy import Policy
-from atoll.privacy.party import Memory
+from atoll.privacy.accounting import epsilon
+from atoll.privacy.ledger import Ledger
+from atoll.privacy.party import Memory, Party
 from atoll.recipe import validate
 from atoll.record.folder import RunFolder
 from atoll.talk import envelope, opened
@@ -210,6 +212,8 @@ class Site:
         self._now = (run, task.id)
         self._still_wanted()
         self.say(f"round {task.broadcast.round}: {task.kind}")
+        if task.kind == "train":
+            self.spend(run, ready.plan, task.broadcast.round)
         reply = self.client(run, ready).handle(task)
         event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))
         self.audit.wrote(run, task.plan, task.id, event)
@@ -218,6 +222,25 @@ class Site:
             while len(self._done) > KEPT:
                 self._done.popitem(last=False)
         return [envelope("event"), event]
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent of the privacy of this site's data, by all runs together."""
+        return Ledger(self.folder / "ledger.jsonl")
+
+    def spend(self, run: str, plan: Plan, round: int) -> None:
+        """Enters a private release before the work for it. Raises Unwilling where it would pass the owner's budget."""
+        if plan.protection is None:
+            return
+        entry, budget = plan.protection.entry(run, plan.hash, round), self.policy.privacy
+        if budget:
+            releases = [one for entered in (*self.ledger, entry) for one in entered.releases]
+            if (spent := epsilon(releases, budget.delta)) > budget.epsilon:
+                raise Unwilling(
+                    f"this site's privacy budget is spent: another round would make epsilon {spent:.4g} at delta"
+                    f" {budget.delta:g}; its policy allows {budget.epsilon:g}"
+                )
+        self.ledger.enter(entry)
 
     def _still_wanted(self, tick: Tick | None = None) -> None:
         """Asked before work and at each of its steps: what nobody waits for is not gone on with."""
@@ -230,7 +253,14 @@ class Site:
             raise Unwilling(f"a run named {run!r}")
         folder = RunFolder(self.folder / "runs" / run)
         made = clients(ready.plan, ready.things, folder, self._memories.setdefault(run, {}))(ready.name)
-        return replace(made, outward=self.kept_here)
+        return replace(made, outward=self.kept_here, side=self.careful(made.side))
+
+    def careful(self, side: Side | None) -> Side | None:
+        """Under masks the owner's minimum cohort is the site's own to keep: it gives no share for a sum of fewer."""
+        if not isinstance(side, Party):
+            return side
+        least = max(side.terms.survivors, self.policy.minimum_cohort)
+        return replace(side, terms=side.terms._replace(survivors=least))
 
 
 def replaced(task: tuple[str, str], by: tuple[str, str]) -> bool:

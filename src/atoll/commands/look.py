@@ -1,4 +1,4 @@
-"""Commands that look at runs: runs, show, compare, card. They read records alone and answer at once."""
+"""Commands that look at runs: runs, show, compare, card, ledger. They read records alone and answer at once."""
 
 from __future__ import annotations
 
@@ -58,6 +58,28 @@ def compare(
         show_json(data)
     else:
         show(tables.comparison(data))
+
+
+def ledger(
+    where: Annotated[
+        list[str], typer.Argument(metavar="RUN|FILE...", help="Runs, or ledgers of sites (ledger.jsonl).")
+    ],
+    delta: Annotated[float, typer.Option(min=1e-300, max=0.5, help="The delta that epsilon is said at.")] = 1e-5,
+    as_json: AsJson = False,
+) -> None:
+    """Add up what was spent of privacy: over all rounds of all the runs that used the same data."""
+    from pathlib import Path
+
+    from atoll.privacy.ledger import Ledger, spending
+    from atoll.record import tables
+    from atoll.record.folder import find
+
+    files = {name: Path(name) if Path(name).is_file() else find(name).ledger for name in where}
+    rows = spending({name: list(Ledger(path)) for name, path in files.items()}, delta)
+    if as_json:
+        show_json(rows)
+    else:
+        show(tables.spending(rows, delta))
 
 
 def card(run: RunName = "latest") -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from atoll.errors import AtollError
-from atoll.privacy.accounting import Release
+from atoll.privacy.accounting import Release, epsilon
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,19 @@ def _entry(data: dict[str, object]) -> Entry:
     releases = tuple(Release(**one) for one in data.pop("releases"))  # type: ignore[attr-defined]
     data.pop("time")
     return Entry(**data, releases=releases)  # type: ignore[arg-type]
+
+
+def spending(ledgers: Mapping[str, Sequence[Entry]], delta: float) -> list[dict[str, Any]]:
+    """What each ledger comes to, and all of them together: what they have spent if they used the same data."""
+    together = [entry for entries in ledgers.values() for entry in entries]
+    named = {**ledgers, **({"together": together} if len(ledgers) > 1 else {})}
+    return [
+        {
+            "ledger": name,
+            "releases": len(entries),
+            "unit": " and ".join(sorted({entry.unit for entry in entries})) or "-",
+            "epsilon": epsilon((one for entry in entries for one in entry.releases), delta),
+            "delta": delta,
+        }
+        for name, entries in named.items()
+    ]

@@ -209,3 +209,11 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "up": lambda run: human_bytes(run["bytes_up"]),
     "time": lambda run: human_seconds(run["seconds"]),
 }
+
+
+def spending(rows: Sequence[Mapping[str, Any]], delta: float) -> RenderableType:
+    """Ledgers, and what they come to."""
+    table = plain_table("ledger", "releases", "unit", f"epsilon at delta {delta:g}")
+    for row in rows:
+        table.add_row(row["ledger"], str(row["releases"]), row["unit"], f"{row['epsilon']:.4g}")
+    return table

@@ -200,7 +200,8 @@ class Flower:
         """Cut and named once for all who get it."""
         if self._last is None or self._last[0] is not broadcast:
             self._last = (broadcast, part(messages.pack_broadcast(broadcast)))
-            self.federation.limit(LARGEST_REPLY * self._last[1].size + (64 << 20))
+            if broadcast.payloads:  # later phases of a round carry none, and answer with as much
+                self.federation.limit(LARGEST_REPLY * self._last[1].size + (64 << 20))
         return self._last[1]
 
     def _hear(self, wait: float) -> None:
