@@ -17,7 +17,7 @@ from atoll.aggregate.mean import share
 from atoll.client import Client, Done, MemoryStore
 from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused
 from atoll.fleet.inprocess import InProcess
-from atoll.keys import generator, key
+from atoll.keys import key, rng
 from atoll.privacy import graph, party
 from atoll.privacy.graph import threshold
 from atoll.privacy.hidden import range_at, rung
@@ -151,7 +151,7 @@ def test_words_are_summed_without_any_error():
     totals = {name: how.inner.alone(given[name], {"all": 1.0}) for name in NAMES}
     scale = how.scale(range_at(rung(max(map(how.largest, totals.values())))))
     plan = masked_plan(aggregation, NAMES)
-    words = [how.words(totals[n], scale, generator(key(plan.seed, 0, n), "ring", UPDATE)) for n in NAMES]
+    words = [how.words(totals[n], scale, rng(key(plan.seed, 0, n), "ring", UPDATE)) for n in NAMES]
     levels = sum(how.ring.centered(one) for one in words)
     params, _ = masked_round(aggregation, given)
     flat = how.open(
@@ -506,13 +506,13 @@ def test_a_range_that_is_none_of_counts_ends_the_round():
 def test_a_value_beyond_the_scale_is_not_sent():
     how = secure_aggregation(bits=8).hide(Stream(), 3).aggregate
     with pytest.raises(ValueError, match="beyond the scale"):
-        how.words({"w": torch.tensor([2.0])}, how.scale(1.0), generator(0))
+        how.words({"w": torch.tensor([2.0])}, how.scale(1.0), rng(0))
 
 
 def test_a_weight_that_no_ring_holds_is_not_sent():
     how = secure_aggregation(bits=8).hide(Stream(), 3).aggregate
     with pytest.raises(ValueError, match="a weight of"):
-        how.words({"#weight/all": torch.tensor(1e9)}, 1.0, generator(0))
+        how.words({"#weight/all": torch.tensor(1e9)}, 1.0, rng(0))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -50,7 +50,8 @@ class Mean:
 
     def alone(self, vector: Params, weights: Weights) -> Params:
         """weight * vector, and the weights."""
-        return {name: x * weights[self.group_of(name)] for name, x in vector.items()} | self._entries(weights)
+        weighed = {name: x if (w := weights[self.group_of(name)]) == 1 else x * w for name, x in vector.items()}
+        return weighed | self._entries(weights)
 
     def _entries(self, weights: Weights) -> Params:
         """A total's entries for weights; by a fixed denominator nobody asks what they sum up to."""

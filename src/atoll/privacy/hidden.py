@@ -4,6 +4,8 @@ What one client adds to a total (its weighted update, and its weights) becomes o
 
     [ round(weight x value / scale) for every value | the digits of each weight in fixed point ]        modulo 2^bits
 
+Rounding is stochastic, as in QSGD (Alistarh et al. 2017, arXiv 1610.02132): the mean of a level is value / scale.
+
 The scale is common to all clients of a round, so that words may be summed; it is either public (a clip and noise bound
 the values) or agreed upon in the round, by a masked sum of its own (see masks.py). Weights are exact: their digits are so
 small that a sum of them cannot overflow.
@@ -15,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +27,15 @@ from torch import Tensor
 from atoll.aggregate.base import WEIGHT, Summable, Weights
 from atoll.params import Params, nested, under
 from atoll.privacy.noise import uniform
-from atoll.privacy.ring import Ring, Words, headroom, stochastic
+from atoll.privacy.ring import Ring, Words, headroom
 
 RING, SCALE, LIKE = "ring", "scale", "like"
 
 Range = Callable[[Mapping[str, Params]], float]
 """What the broadcast says (params per stream) -> the largest value that a client's total has."""
+
+FLOAT_BITS = 16
+"""Up to so many bits, float32 has enough digits for a level and its fraction."""
 
 WEIGHT_BITS = 32
 WEIGHT_UNIT = 2.0**-8
@@ -116,26 +122,34 @@ class Hidden:
         """What a level stands for, if no value is larger than this."""
         return max(largest, float(np.finfo(np.float32).tiny)) / self.top
 
-    def words(self, total: Params, scale: float, draw: torch.Generator) -> Words:
+    def words(self, total: Params, scale: float, draw: np.random.Generator) -> Words:
         """One client's total as words. Raises ValueError for a value beyond the scale: a sum would be wrong by far."""
-        return self.ring.of(np.concatenate(list(self._levels(total, scale, draw)) or [np.zeros(0, np.int64)]))
+        words, at = np.empty(self.count(total), self.ring.word), 0
+        for levels in self._levels(total, scale, draw):
+            words[at : at + len(levels)] = self.ring.of(levels)
+            at += len(levels)
+        return words
 
-    def _levels(self, total: Params, scale: float, draw: torch.Generator) -> Iterator[NDArray[np.int64]]:
+    def _levels(self, total: Params, scale: float, draw: np.random.Generator) -> Iterator[NDArray[Any]]:
         for name in _in_order(total):
             if name.startswith(WEIGHT):
                 yield self._digits(float(total[name]))
                 continue
-            values = total[name].detach().double().reshape(-1).numpy()
-            if not self.private_rounding and values.size and not np.abs(values).max() <= scale * self.top * (1 + 1e-9):
-                raise ValueError(
-                    f"'{name}' has values beyond the scale: {np.abs(values).max():g} of {scale * self.top:g}"
-                )
-            yield stochastic(values, scale, self._uniform(len(values), draw))
+            yield self._rounded(name, total[name].detach().reshape(-1).numpy(), scale, draw)
 
-    def _uniform(self, count: int, draw: torch.Generator) -> NDArray[np.float64]:
+    def _rounded(self, name: str, values: NDArray[Any], scale: float, draw: np.random.Generator) -> NDArray[Any]:
+        """Levels: the value over the scale, up with the probability that keeps the mean. Noise is rounded in secret."""
         if self.private_rounding:
-            return uniform(count)
-        return torch.rand(count, generator=draw, dtype=torch.float32).double().numpy()
+            return np.floor(values.astype(np.float64) / scale + uniform(len(values))).astype(np.int64)
+        exact = np.float32 if self.bits <= FLOAT_BITS else np.float64
+        levels = draw.random(len(values), dtype=exact)
+        levels += values * exact(1 / scale)
+        np.floor(levels, out=levels)
+        if len(levels) and not max(levels.max(), -levels.min()) <= self.top:
+            raise ValueError(
+                f"'{name}' has values beyond the scale: {levels.min():g} to {levels.max():g} of {self.top} levels"
+            )
+        return levels.astype(np.int32 if self.bits < 32 else np.int64)
 
     def _digits(self, weight: float) -> NDArray[np.int64]:
         """A weight in fixed point, the lowest digit first."""
@@ -144,7 +158,7 @@ class Hidden:
             raise ValueError(f"a weight of {weight:g}; from 0 to {WEIGHT_UNIT * 2**WEIGHT_BITS:g} can be hidden")
         return np.array([fixed // base**i % base for i in range(self.digits)], np.int64)
 
-    def _weight(self, digits: NDArray[np.int64]) -> Tensor:
+    def _weight(self, digits: NDArray[Any]) -> Tensor:
         """The sum of weights, from the sums of their digits."""
         fixed = sum(int(digit) << (i * (self.bits - 1)) for i, digit in enumerate(digits))
         return torch.tensor(fixed * WEIGHT_UNIT, dtype=torch.float64)
@@ -160,8 +174,9 @@ def _shapes(like: Params) -> Params:
     return {name: torch.empty_like(x, device="meta") for name, x in like.items()}
 
 
-def _values(levels: NDArray[np.int64], scale: Tensor, like: Tensor) -> Tensor:
-    return (torch.from_numpy(levels).double() * scale).reshape(like.shape).to(like.dtype)
+def _values(levels: NDArray[Any], scale: Tensor, like: Tensor) -> Tensor:
+    exact = torch.promote_types(like.dtype, torch.float64 if levels.itemsize > 4 else torch.float32)
+    return torch.from_numpy(levels).to(exact).mul_(float(scale)).reshape(like.shape).to(like.dtype)
 
 
 def _signed(ring: Ring) -> str:

@@ -427,7 +427,7 @@ class Masks:
             for other in self.members.intersection(lost.neighbors):
                 public = self.before[other].public
                 words = mask(pair.agree(public.masks[self.purpose], pair_purpose(stream)), count, ring)
-                total = total + words if public.number < lost.public.number else total - words
+                (np.add if public.number < lost.public.number else np.subtract)(total, words, out=total)
         return total
 
 

@@ -18,11 +18,12 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping, Seque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from atoll.aggregate.base import Weights
 from atoll.exchange import Task, WorkFailed
-from atoll.keys import generator
+from atoll.keys import rng
 from atoll.params import Params
 from atoll.privacy.crypto import KEY_BYTES, KeyPair, derive, mask, new_key, seal, unseal
 from atoll.privacy.graph import degree, threshold
@@ -240,7 +241,7 @@ class Party:
             how, total, scale = hidden(stream), attempt.totals[stream.name], float(scales[stream.name])
             if how.public is not None and scale != how.scale(how.public(attempt.received)):
                 raise ValueError(f"the scale {scale:g} for '{stream.name}' is not the plan's")
-            words = how.words(total, scale, generator(attempt.key, "ring", stream.name))
+            words = how.words(total, scale, rng(attempt.key, "ring", stream.name))
             words += self._masks(attempt, UPDATE_SUM, stream.name, peers, len(words), how.ring)
             main = {RING: torch.from_numpy(how.ring.pack(words)), SCALE: torch.tensor(scale, dtype=torch.float64)}
             payloads[stream.name] = Payload(main)
@@ -255,7 +256,7 @@ class Party:
             if name != self.name:
                 other = attempt.roster[name]
                 words = mask(own.mask.agree(other.masks[sum], pair_purpose(purpose)), count, ring)
-                total = total + words if mine < other.number else total - words
+                (np.add if mine < other.number else np.subtract)(total, words, out=total)
         return total
 
     def unmask(self, attempt: Attempt, task: Task) -> dict[str, Any]:

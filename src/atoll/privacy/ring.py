@@ -3,7 +3,7 @@
     values -> levels = round(value / scale), stochastically -> words modulo 2^bits -> packed bytes, `bits` to a value
 
 Sums of words are exact as long as the sum of the levels stays within [-2^(bits-1), 2^(bits-1)): `headroom` gives the bits
-for a number of clients. Stochastic rounding as in QSGD (Alistarh et al. 2017, arXiv 1610.02132): E[level] = value / scale.
+for a number of clients.
 """
 
 from __future__ import annotations
@@ -60,18 +60,20 @@ class Ring:
         words, at = np.zeros(count, self.word), 0
         for width, shift in self._planes():
             size = -(-count * width // 8)
-            words |= _wide(data[at : at + size], width, count).astype(self.word) << self.word.type(shift)
+            plane = _wide(data[at : at + size], width, count).astype(self.word)
+            words |= np.left_shift(plane, self.word.type(shift), out=plane)
             at += size
         return words
 
-    def of(self, levels: NDArray[np.int64]) -> Words:
+    def of(self, levels: NDArray[Any]) -> Words:
         """Signed integers as words: their bits in two's complement, cut off."""
         return levels.astype(self.word)
 
-    def centered(self, words: Words) -> NDArray[np.int64]:
-        """The representative of each word in [-2^(bits-1), 2^(bits-1))."""
-        lowest = words.astype(np.uint64) & np.uint64((1 << self.bits) - 1)
-        return (lowest.astype(np.int64) ^ (1 << (self.bits - 1))) - (1 << (self.bits - 1))
+    def centered(self, words: Words) -> NDArray[Any]:
+        """The representative of each word in [-2^(bits-1), 2^(bits-1)): the ring's highest bit is made the sign."""
+        unused = 8 * self.word.itemsize - self.bits
+        signed: NDArray[Any] = words.view(f"i{self.word.itemsize}")
+        return (signed << unused) >> unused
 
     def _planes(self) -> Iterator[tuple[int, int]]:
         """(width, shift) of each plane."""
@@ -87,10 +89,11 @@ def _narrow(values: Words, width: int) -> NDArray[np.uint8]:
     if width >= 8:
         return values.astype(f"<u{width // 8}").view(np.uint8)
     each = 8 // width
-    rows = np.zeros(-(-len(values) // each) * each, np.uint8)
-    rows[: len(values)] = values
-    columns = rows.reshape(-1, each) << (np.arange(each, dtype=np.uint8) * width)
-    packed: NDArray[np.uint8] = np.bitwise_or.reduce(columns, axis=1)
+    filled = np.zeros(-(-len(values) // each) * each, np.uint8)
+    filled[: len(values)] = values
+    packed = filled[::each].copy()
+    for i in range(1, each):
+        packed |= filled[i::each] << np.uint8(i * width)
     return packed
 
 
@@ -99,10 +102,7 @@ def _wide(data: NDArray[np.uint8], width: int, count: int) -> Words:
     if width >= 8:
         return np.frombuffer(data.tobytes(), f"<u{width // 8}")
     each = 8 // width
-    columns = (data[:, None] >> (np.arange(each, dtype=np.uint8) * width)) & ((1 << width) - 1)
-    return columns.reshape(-1)[:count]
-
-
-def stochastic(values: NDArray[np.float64], scale: float, uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Each value over `scale`, rounded to one of its two neighbors; up with the probability that keeps the mean."""
-    return np.floor(values / scale + uniform).astype(np.int64)
+    values = np.empty(len(data) * each, np.uint8)
+    for i in range(each):
+        np.bitwise_and(data >> np.uint8(i * width), np.uint8((1 << width) - 1), out=values[i::each])
+    return values[:count]
