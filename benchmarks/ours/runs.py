@@ -18,7 +18,7 @@ from benchmarks.worker import Measure, peak_rss_bytes, serve
 
 def prepare(config: Mapping[str, Any]) -> Measure:
     """Writes the recipe; each measurement is a run."""
-    return {"simulation": simulation, "overhead": overhead}[config["what"]](config)
+    return {"simulation": simulation, "overhead": overhead, "rounds": whole_rounds}[config["what"]](config)
 
 
 class Ends:
@@ -109,6 +109,16 @@ def overhead(config: Mapping[str, Any]) -> Measure:
     return measure
 
 
+def whole_rounds(config: Mapping[str, Any]) -> Measure:
+    """Seconds of a round, all included, by the record; the first is left out."""
+
+    def measure() -> Mapping[str, Any]:
+        rounds = rounds_of(lora_recipe(config))
+        return {"round_s": median(event.seconds for _, event in rounds[1:])}
+
+    return measure
+
+
 def lora_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     """20 clients of which some work each round, on 4 x 128 tokens a local step."""
     data = {
@@ -123,6 +133,7 @@ def lora_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": 4,
         "local_steps": config["steps"],
         "schedule": {"use": "synchronous", "cohort": config["cohort"]},
+        **config.get("finetune", {}),
     }
     return {**common("overhead"), "model": config["model"], "data": data, "finetune": finetune}
 
