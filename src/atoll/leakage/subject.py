@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice, repeat
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from atoll import parts, recipe
 from atoll.assemble import Assembly, assemble
-from atoll.build import POOLED, Plan, choose_model
+from atoll.build import POOLED, Plan, build, choose_model
 from atoll.cache import Say
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
@@ -26,7 +26,7 @@ from atoll.models.spaces import write
 from atoll.params import Params
 from atoll.recipe import Recipe
 from atoll.record.checkpoint import load_with_extra
-from atoll.record.events import Replied, read_events
+from atoll.record.events import EVERYBODY, Event, Missing, Replied, read_events
 from atoll.record.folder import RunFolder
 from atoll.result import tuned_params, unfinished
 from atoll.run import plan_again, quiet_libraries
@@ -69,6 +69,13 @@ class Subject:
                 each.append(local.objective.sample_losses(local.model, local.objective.collate(batch)).double().cpu())
                 progress.more(len(batch))
         return np.asarray(torch.cat(each).numpy(), np.float64)
+
+
+def replies_that_count(events: Sequence[Event], clients: Collection[str]) -> Iterator[Replied]:
+    """Without those of rounds that were abandoned: masks that stay on leave nothing of them in the model."""
+    missing = [one for one in events if isinstance(one, Missing) and one.client not in clients]
+    abandoned = {one.round for one in missing if one.client == EVERYBODY}
+    return (one for one in events if isinstance(one, Replied) and one.round not in abandoned)
 
 
 def samples_read(ready: Plan, things: Assembly, replies: Iterable[Replied]) -> dict[str, list[int]]:
@@ -134,9 +141,10 @@ def open_run(folder: RunFolder, say: Say) -> Subject:
     ready = plan_again(folder)
     with quiet_libraries():
         things = assemble(ready, say)
+        ready = build(ready.recipe, ready.tree, left_out=things.left_out)
     _, kept = load_with_extra(folder.checkpoint)
     refuse_changed_data(Progress(**kept).data, things.digests, folder)
-    read = samples_read(ready, things, (one for one in read_events(folder.record) if isinstance(one, Replied)))
+    read = samples_read(ready, things, replies_that_count(list(read_events(folder.record)), things.data.keys()))
     base = {name: x.clone() for name, x in start_of(ready, things).items()}
     return Subject(ready, things, base, tuned_params(folder)[0], read, say)
 
