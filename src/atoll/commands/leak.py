@@ -36,7 +36,7 @@ def leakage(
     table = plain_table(*COLUMNS)
     for row in found.rows:
         table.add_row(*cells(row))
-    for column in table.columns[1::3]:
+    for column in (*table.columns[1:3], table.columns[5]):
         column.justify = "left"
     show(table)
     for name, why in found.skipped.items():

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field
 from atoll.cache import write_file
 from atoll.record.folder import RunFolder
 
+MODEL = "the model"
+"""What everybody sees who may ask a released model, and who has it."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -24,6 +27,8 @@ class Finding:
     """What guessing comes to."""
     of: str
     """What it rests on: `256 members, 256 non-members`."""
+    sees: str = MODEL
+    """What the attacker sees: the model, or of updates `one update, clipped, masked`."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,11 @@ class Findings:
     """Attack -> why it does not apply to the run, and what to do."""
 
     def over(self, before: Findings) -> Findings:
-        """These findings, beside those `before` of other attacks."""
-        now = {row.attack for row in self.rows} | self.skipped.keys()
-        rows = [row for row in before.rows if row.attack not in now]
-        skipped = {name: why for name, why in before.skipped.items() if name not in now}
+        """These findings, beside those `before` of other attacks, and of attackers who see something else."""
+        now = {(row.attack, row.sees) for row in self.rows}
+        rows = [row for row in before.rows if (row.attack, row.sees) not in now and row.attack not in self.skipped]
+        made = {row.attack for row in self.rows}
+        skipped = {name: why for name, why in before.skipped.items() if name not in made}
         return Findings([*rows, *self.rows], {**skipped, **self.skipped})
 
 
@@ -62,11 +68,12 @@ def cells(row: Finding) -> list[str]:
     """A finding as people read it, in the columns of `COLUMNS`.
 
     >>> cells(Finding("membership", "AUC of the loss", 0.512, 0.025, 0.5, "256 members, 256 non-members"))
-    ['membership', 'AUC of the loss', '0.512 ± 0.025', '0.500', '256 members, 256 non-members']
+    ['membership', 'the model', 'AUC of the loss', '0.512 ± 0.025', '0.500', '256 members, 256 non-members']
     """
     value = "-" if row.value is None else f"{row.value:.3f}"
     return [
         row.attack,
+        row.sees,
         row.measure,
         value if row.error is None else f"{value} ± {row.error:.3f}",
         "-" if row.chance is None else f"{row.chance:.3f}",
@@ -74,4 +81,4 @@ def cells(row: Finding) -> list[str]:
     ]
 
 
-COLUMNS = ("attack", "measure", "found", "by chance", "of")
+COLUMNS = ("attack", "sees", "measure", "found", "by chance", "of")
