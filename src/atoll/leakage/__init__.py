@@ -4,6 +4,7 @@
     membership.py   was this sample trained on?
     canaries.py     has the model learned a secret that a few records hold?
     inversion.py    which sample is this update from?
+    seen.py         what the server sees of updates, under the run's own masks and noise
     subject.py      the run as the attacks find it
     scores.py       how well an attack does
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError, closest
 from atoll.leakage.canaries import canaries
-from atoll.leakage.inversion import Seen, in_the_clear, inversion
+from atoll.leakage.inversion import Seen, inversion
 from atoll.leakage.membership import membership
 from atoll.leakage.subject import NotApplicable, Subject, open_run
 from atoll.record.card import write_card
@@ -23,7 +23,7 @@ def attack(
     samples: int = 64,
     codes: int = 512,
     say: Say = quiet,
-    seen: Seen = in_the_clear,
+    seen: Seen | None = None,
 ) -> Findings:
     """Attacks a finished run, and keeps what was found.
 
@@ -33,7 +33,7 @@ def attack(
         samples: the most of each site.
         codes: how many a canary's code is ranked among, its own included.
         say: told what is going on.
-        seen: what protection leaves of an update on its way to the server.
+        seen: what a protection of your own leaves of an update on its way to the server; rows of its own tell of it.
 
     Raises:
         AtollError: the run cannot be attacked, or a named attack does not apply to it.

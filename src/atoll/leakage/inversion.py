@@ -10,17 +10,20 @@ The attacker is the server: it knows the model, the plan and the broadcast, and 
 
 An embedding that is also the head (tied) moves in all rows, and the second attack finds every token there is.
 
-`seen` is what protection leaves of an update on its way to the server.
+Both are made on the update in the clear and, where the run has masks or noise of clients, on what the server sees under
+its plan (seen.py): the update as it is sent, and the sum that it is in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atoll.data.sources import ClientData
@@ -28,9 +31,11 @@ from atoll.exchange import Broadcast, Task
 from atoll.keys import key, rng
 from atoll.leakage.membership import ordinary
 from atoll.leakage.scores import Floats, first_of, mean_and_error
+from atoll.leakage.seen import IN_THE_CLEAR, is_protected, of_one_sample, overheard
 from atoll.leakage.subject import Counting, NotApplicable, Subject
 from atoll.local.work import train
-from atoll.params import Params, global_norm
+from atoll.params import Params, global_norm, nested, under
+from atoll.record.folder import RunFolder
 from atoll.record.leakage import Finding
 from atoll.round import initial
 from atoll.stream import UPDATE
@@ -43,16 +48,11 @@ TRIALS = 4
 """Samples a site that are attacked, at most: as many updates are in memory at a time."""
 
 Seen = Callable[[Params], Params]
-"""An update -> the same as the server sees it: names and shapes stay."""
+"""An update -> the same under a protection of the user's own: names and shapes stay."""
 
 
-def in_the_clear(update: Params) -> Params:
-    """No protection: the server sees the update itself."""
-    return update
-
-
-def inversion(subject: Subject, samples: int, seen: Seen = in_the_clear) -> list[Finding]:
-    """Both attacks, on at most `samples` (and `TRIALS`) samples of each site.
+def inversion(subject: Subject, samples: int, seen: Seen | None = None) -> list[Finding]:
+    """Both attacks, on at most `samples` (and `TRIALS`) samples of each site, on everything that may be seen of an update.
 
     Raises:
         NotApplicable: no site has two samples to choose between.
@@ -60,18 +60,56 @@ def inversion(subject: Subject, samples: int, seen: Seen = in_the_clear) -> list
     pools = {name: pool for name, data in subject.trained.items() if len(pool := candidates(subject, name, data)) > 1}
     if not pools:
         raise NotApplicable("no site has two samples to choose between", where="data", remedy="run with more records")
-    trials = {name: min(samples, TRIALS, len(pool)) for name, pool in pools.items()}
-    progress = Counting(
-        subject.say, "inversion: updates", sum(len(pool) + trials[name] for name, pool in pools.items())
-    )
-    hits: list[float] = []
-    tokens: list[tuple[float, float]] = []
-    for name, pool in pools.items():
-        observed = [seen(update) for update in updates(subject, name, pool[: trials[name]], progress)]
-        hits += matched(observed, updates(subject, name, pool, progress))
-        tokens += found_tokens(subject, observed, pool)
-    sizes = [len(pool) for name, pool in pools.items() for _ in range(trials[name])]
-    return [*matching_rows(hits, sizes), *token_rows(tokens)]
+    attacked = {name: pool[: min(samples, TRIALS)] for name, pool in pools.items()}
+    with TemporaryDirectory(prefix="atoll-") as folder:
+        listened = listen(subject, attacked, Path(folder))
+        count = sum(len(pool) + len(attacked[name]) for name, pool in pools.items())
+        progress = Counting(subject.say, "inversion: updates", count)
+        hits: dict[str, list[float]] = {}
+        tokens: dict[str, list[tuple[float, float]]] = {}
+        for name, pool in pools.items():
+            clear = list(updates(subject, name, attacked[name], progress))
+            views = {IN_THE_CLEAR: clear, **gathered(listened[name])}
+            if seen is not None:
+                views[f"one update, {getattr(seen, '__name__', type(seen).__name__)}"] = list(map(seen, clear))
+            for view, found in matched(views, updates(subject, name, pool, progress)).items():
+                hits.setdefault(view, []).extend(found)
+                tokens.setdefault(view, []).extend(found_tokens(subject, views[view], pool))
+    sizes = [len(pool) for name, pool in pools.items() for _ in attacked[name]]
+    return [row for view in hits for row in (*matching_rows(view, hits[view], sizes), *token_rows(view, tokens[view]))]
+
+
+def listen(subject: Subject, attacked: Mapping[str, Sequence[Any]], folder: Path) -> dict[str, list[Path]]:
+    """Site -> a file of what the server sees of each attacked sample; none without protection. Memory would not hold all."""
+    files: dict[str, list[Path]] = {name: [] for name in attacked}
+    if not is_protected(subject.plan):
+        return files
+    rounds = max(map(len, attacked.values()))
+    progress = Counting(subject.say, "inversion: rounds as the server sees them", rounds)
+    for trial in range(rounds):
+        chosen = {name: nth(attacked.get(name) or data.train, trial) for name, data in subject.trained.items()}
+        for number, (name, views) in enumerate(overheard(subject, chosen, RunFolder(folder))):
+            if trial < len(attacked.get(name, ())):
+                flat = {at: x.contiguous() for view, seen in views.items() for at, x in nested(view, seen).items()}
+                files[name].append(folder / f"{trial}-{number}")
+                save_file(flat, files[name][-1])
+        progress.more()
+    return files
+
+
+def nth(samples: Sequence[Any], number: int) -> Any:
+    """This sample, or the last one."""
+    return samples[min(number, len(samples) - 1)]
+
+
+def gathered(files: Sequence[Path]) -> dict[str, list[Params]]:
+    """What `listen` has kept of a site, by view."""
+    found: dict[str, list[Params]] = {}
+    for file in files:
+        flat = load_file(file)
+        for view in dict.fromkeys(name.partition("/")[0] for name in flat):
+            found.setdefault(view, []).append(under(view, flat))
+    return found
 
 
 def candidates(subject: Subject, name: str, data: ClientData) -> list[Any]:
@@ -84,24 +122,25 @@ def candidates(subject: Subject, name: str, data: ClientData) -> list[Any]:
 
 
 def updates(subject: Subject, name: str, samples: Sequence[Any], progress: Counting) -> Iterator[Params]:
-    """The update that the run's own local work makes of each sample alone, in one local step from the start.
-
-    The learning rate is the recipe's without its schedule, whose warm-up may begin at zero.
-    """
-    local = replace(
-        subject.things.local, rounds=1, batch_size=1, local_steps=1, accumulate=1, rate=lambda done: 1.0
-    )  # fmt: skip
+    """The update that the run's own local work makes of each sample alone, in the first round; the server gives its key."""
+    local = of_one_sample(subject)
     params = initial(subject.plan.rounds, subject.base).params
-    task = Task("train", name, subject.plan.hash, Broadcast(0, {}), key(subject.plan.recipe.seed, NAME, name))
+    task = Task("train", name, subject.plan.hash, Broadcast(0, {}), key(subject.plan.recipe.seed, 0, name))
     for sample in samples:
         yield train(local, params, ClientData([sample], ()), {}, task).updates[UPDATE]
         progress.more()
 
 
-def matched(observed: Sequence[Params], made: Iterator[Params]) -> list[float]:
-    """For each observed update, of the candidate with the same number: is it the most similar? (1, 0, or a tie's share)"""
-    similar = np.array([[cosine(update, one) for one in observed] for update in made])
-    return [first_of(similar[:, number], number) for number in range(len(observed))]
+def matched(views: Mapping[str, Sequence[Params]], made: Iterator[Params]) -> dict[str, list[float]]:
+    """For each update in each view, of the candidate with the same number: is it the most similar? (1, 0, a tie's share)"""
+    similar: dict[str, list[list[float]]] = {view: [] for view in views}
+    for candidate in made:
+        for view, observed in views.items():
+            similar[view].append([cosine(one, candidate) for one in observed])
+    return {
+        view: [first_of(column, number) for number, column in enumerate(np.array(rows).T)]
+        for view, rows in similar.items()
+    }
 
 
 def cosine(one: Params, other: Params) -> float:
@@ -111,11 +150,11 @@ def cosine(one: Params, other: Params) -> float:
     return round(dot / norms, 9) if norms else 0.0
 
 
-def matching_rows(hits: Sequence[float], sizes: Sequence[int]) -> list[Finding]:
+def matching_rows(view: str, hits: Sequence[float], sizes: Sequence[int]) -> list[Finding]:
     """The share of samples that were told from the others."""
     chance = float(np.mean([1 / size for size in sizes]))
     of = f"{len(hits)} updates of one sample, {max(sizes)} candidates each"
-    return [Finding(NAME, "matching: true sample first", *mean_and_error(np.array(hits)), chance, of)]
+    return [Finding(NAME, "matching: true sample first", *mean_and_error(np.array(hits)), chance, of, view)]
 
 
 def found_tokens(subject: Subject, observed: Sequence[Params], pool: Sequence[Any]) -> list[tuple[float, float]]:
@@ -157,7 +196,7 @@ def precision_and_recall(found: set[int], true: set[int]) -> tuple[float, float]
     return right / max(1, len(found)), right / len(true)
 
 
-def token_rows(tokens: Sequence[tuple[float, float]]) -> list[Finding]:
+def token_rows(view: str, tokens: Sequence[tuple[float, float]]) -> list[Finding]:
     """Means over samples; nothing where no embedding trains."""
     if not tokens:
         return []
@@ -165,5 +204,6 @@ def token_rows(tokens: Sequence[tuple[float, float]]) -> list[Finding]:
     of = f"{len(tokens)} updates of one sample"
     names = ("tokens: precision", "tokens: recall")
     return [
-        Finding(NAME, name, *mean_and_error(column), None, of) for name, column in zip(names, columns.T, strict=True)
+        Finding(NAME, name, *mean_and_error(column), None, of, view)
+        for name, column in zip(names, columns.T, strict=True)
     ]
