@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from atoll.errors import AtollError
 from atoll.estimate import counts
 from atoll.leakage.attack import attack
 from atoll.leakage.canaries import canaries, inserted_in, other_codes
-from atoll.leakage.inversion import in_the_clear, inversion, moved_rows
+from atoll.leakage.inversion import inversion, moved_rows, updates
 from atoll.leakage.membership import balanced, membership
 from atoll.leakage.scores import auc, auc_error, expected_exposure, exposure, first_of, rank_of, true_positives
-from atoll.leakage.subject import Subject, open_run
+from atoll.leakage.seen import overheard
+from atoll.leakage.subject import Counting, NotApplicable, Subject, open_run, replies_that_count
 from atoll.local.language import Language
 from atoll.local.work import Objective
 from atoll.params import Params
+from atoll.record.events import EVERYBODY, Missing, Replied, read_events
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import Finding, read_findings
 from support import Atoll
@@ -316,8 +318,6 @@ def test_clipping_hides_nothing(subject: Subject) -> None:
         return {name: x * 1e-3 for name, x in update.items()}
 
     assert by_measure(inversion(subject, 1, seen=clipped))["matching: true sample first"].value == 1.0
-    update: Params = {"w": torch.ones(1)}
-    assert in_the_clear(update) is update
 
 
 def test_weight_decay_moves_no_row() -> None:
@@ -326,6 +326,161 @@ def test_weight_decay_moves_no_row() -> None:
     update[2] += torch.tensor([0.1, 0.0, -0.1, 0.1])
     assert moved_rows(update, before) == {2}
     assert moved_rows(torch.zeros(6, 4), before) == set()
+
+
+# What the server sees under a run's own protection, beside the same in the clear.
+
+MASKS = "finetune.exchange=secure-aggregation"
+SHARES = "finetune.privacy={use: distributed, clip: 0.2, delta: 0.05, noise_multiplier: 20}"
+MATCHING = "matching: true sample first"
+
+
+@pytest.fixture
+def protected(atoll: Atoll, tmp_path: Path, words: Path) -> Callable[..., Subject]:
+    """A run of one round under some protection, to attack."""
+
+    def opened(*settings: str) -> Subject:
+        path = tmp_path / "protected.yaml"
+        path.write_text(OVERFIT.format(path=words))
+        short = ["finetune.rounds=1", "finetune.local_steps=2", "finetune.weighting=uniform"]
+        return open_run(package.run(path, [*short, *settings]), lambda line: None)
+
+    return opened
+
+
+def by_view(rows: Sequence[Finding], measure: str = MATCHING) -> dict[str, Finding]:
+    """The rows of one measure by what the attacker sees; each view once."""
+    chosen = [row for row in rows if row.measure == measure]
+    assert len({row.sees for row in chosen}) == len(chosen)
+    return {row.sees: row for row in chosen}
+
+
+@pytest.fixture
+def more_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All candidates are attacked, so that chance can be told from anything else."""
+    monkeypatch.setattr("atoll.leakage.inversion.TRIALS", 16)
+
+
+@pytest.mark.usefixtures("more_trials")
+def test_masks_hide_an_update_and_not_the_sum(protected: Callable[..., Subject]) -> None:
+    rows = inversion(protected(MASKS), 64)
+    found = by_view(rows)
+    assert list(found) == ["one update, in the clear", "one update, masked", "the sum of 2 updates"]
+    clear, masked, together = found.values()
+    assert clear.value == 1.0
+    assert masked.of == "32 updates of one sample, 16 candidates each"
+    assert masked.value <= 9 / 32  # type: ignore[operator]  # a guess has more once in 20000 times
+    assert together.value > 0.9  # type: ignore[operator]
+    tokens = by_view(rows, "tokens: precision")
+    assert tokens["one update, in the clear"].value == 1.0
+    assert tokens["one update, masked"].value < 0.2  # type: ignore[operator]
+    assert 0.4 < tokens["the sum of 2 updates"].value < 1.0  # type: ignore[operator]
+
+
+def test_a_share_of_noise_is_under_the_masks(protected: Callable[..., Subject]) -> None:
+    found = by_view(inversion(protected(MASKS, SHARES), 64))
+    clear, masked, together = found.values()
+    assert list(found)[1:] == ["one update, clipped, noised, masked", "the sum of 2 updates, noised"]
+    assert clear.value == 1.0
+    assert masked.value <= 0.5  # type: ignore[operator]
+    assert together.value <= 0.5  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("more_trials")
+def test_local_noise_hides_an_update_if_there_is_enough_of_it(protected: Callable[..., Subject]) -> None:
+    subject = protected("finetune.privacy={use: local, clip: 0.2, delta: 0.05, noise_multiplier: 50}")
+    clear, noised = by_view(inversion(subject, 64)).values()
+    assert (clear.value, noised.sees) == (1.0, "one update, clipped, noised")
+    assert noised.value <= 9 / 32  # type: ignore[operator]
+    mechanism = subject.plan.protection
+    assert mechanism is not None
+    little = replace(subject, plan=replace(subject.plan, protection=replace(mechanism, noise_multiplier=0.01)))
+    assert by_view(inversion(little, 64))["one update, clipped, noised"].value == 1.0
+
+
+def test_a_server_that_adds_the_noise_sees_updates(protected: Callable[..., Subject]) -> None:
+    found = by_view(inversion(protected("finetune.privacy={use: central, clip: 0.01, delta: 0.05, noise_multiplier: 1}"), 64))
+    assert {view: row.value for view, row in found.items()} == {
+        "one update, in the clear": 1.0,
+        "one update, clipped": 1.0,
+    }
+
+
+def test_the_sum_is_that_of_the_samples(protected: Callable[..., Subject], tmp_path: Path) -> None:
+    """What is overheard under masks is no update, and sums up to the mean of the updates."""
+    subject = protected(MASKS)
+    samples = {name: data.train[0] for name, data in subject.trained.items()}
+    views = dict(overheard(subject, samples, RunFolder(tmp_path)))
+    each = [next(updates(subject, name, [sample], Counting(print, "", 1))) for name, sample in samples.items()]
+    largest = max(float(x.abs().max()) for update in each for x in update.values())
+    for view in views.values():
+        opened = view["the sum of 2 updates"]
+        assert opened.keys() == each[0].keys() == view["one update, masked"].keys()
+        for name, x in opened.items():
+            assert torch.allclose(x, (each[0][name] + each[1][name]) / 2, atol=2 * largest / 2**14)
+        assert max(float(x.abs().max()) for x in view["one update, masked"].values()) > 1.5 * largest
+
+
+@pytest.mark.parametrize("law", ["{use: synchronous, cohort: 2}", "{use: poisson, rate: 0.7}"])
+def test_cohorts_are_as_large_as_the_runs(atoll: Atoll, tiny: str, law: str) -> None:
+    folder = package.run(tiny, [MASKS, f"finetune.schedule={law}", "finetune.rounds=1"])
+    found = by_view(attack(folder, ["inversion"], samples=2).rows)
+    assert found["the sum of 2 updates"].of.startswith("6 updates of one sample")
+
+
+def test_members_under_masks_are_samples_of_sums_that_were_opened(atoll: Atoll, tiny: str) -> None:
+    """Replies bring no metrics there, tasks are named by attempts; an abandoned round leaves nothing in the model."""
+    settings = [MASKS, "data.held_out=0.25", "finetune.local_steps=1"]
+    folder = package.run(tiny, settings)
+    read = {name: len(all) for name, all in open_run(folder, lambda line: None).read.items()}
+    assert read == dict.fromkeys(("north", "south", "west"), 2 * 4)
+    plain = package.run(tiny, settings[1:])
+    assert open_run(plain, lambda line: None).read == open_run(folder, lambda line: None).read
+    events = list(read_events(folder.record))
+    lost = [
+        *events,
+        Missing(1, EVERYBODY, "the masks stay on", refused=False),
+        Missing(0, "north", "late", refused=False),
+    ]
+    kept = [one for one in events if isinstance(one, Replied) and one.round == 0]
+    assert list(replies_that_count(lost, read.keys())) == kept
+    assert len(kept) == 3
+
+
+def test_a_round_that_comes_to_nothing_is_told(
+    protected: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atoll.leakage.seen.cohorts", lambda names, size: [names[:1]])
+    with pytest.raises(NotApplicable, match="came to nothing") as told:
+        inversion(protected(MASKS), 1)
+    assert "a sum of fewer than 2 is not opened" in told.value.details["found"]
+
+
+def test_rows_of_a_protection_of_ones_own_stand_beside_the_others(copied: RunFolder, shared_home: Path) -> None:
+    def halved(update: Params) -> Params:
+        return {name: x / 2 for name, x in update.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATOLL_HOME", str(shared_home))
+        attack(copied, ["inversion"], samples=1, seen=halved)
+        attack(copied, ["inversion"], samples=2)
+    kept = by_view(read_findings(copied).rows)
+    assert {view: row.of[:1] for view, row in kept.items()} == {
+        "one update, halved": "2",
+        "one update, in the clear": "4",
+    }
+
+
+def test_card_and_table_have_rows_of_both_kinds(atoll: Atoll, tiny: str) -> None:
+    folder = package.run(tiny, [MASKS, "finetune.rounds=1"])
+    said = atoll("leakage", "--attack", "inversion", "--samples", "1")
+    assert said.status == 0, said.err
+    views = ("one update, in the clear", "one update, masked", "the sum of 3 updates")
+    assert list(by_view(read_findings(folder).rows)) == list(views)
+    card = atoll("card").out
+    for view in views:
+        assert any(view in line and MATCHING in line for line in said.out.splitlines())
+        assert f"| inversion | {view} | {MATCHING} | " in card
 
 
 # The command.
@@ -340,7 +495,7 @@ def copied(overfit: RunFolder, tmp_path: Path) -> RunFolder:
 def test_command_shows_and_keeps_what_was_found(atoll: Atoll, copied: RunFolder) -> None:
     said = atoll("leakage", "latest", "--samples", "6", "--candidates", "8")
     assert said.status == 0, said.err
-    assert said.out.splitlines()[0].split() == ["attack", "measure", "found", "by", "chance", "of"]
+    assert said.out.splitlines()[0].split() == ["attack", "sees", "measure", "found", "by", "chance", "of"]
     assert {line.split()[0] for line in said.out.splitlines()[1:]} == {"membership", "canaries", "inversion"}
     before = read_findings(copied)
     assert len(before.rows) == 4 + 3 + 3
@@ -352,7 +507,7 @@ def test_command_shows_and_keeps_what_was_found(atoll: Atoll, copied: RunFolder)
     ]
     card = atoll("card").out
     assert "## Leakage" in card
-    assert "| membership | loss: AUC | 1.000" in card
+    assert "| membership | the model | loss: AUC | 1.000" in card
     assert "6 members, 6 non-members" in card
 
 
