@@ -399,7 +399,9 @@ def test_local_noise_hides_an_update_if_there_is_enough_of_it(protected: Callabl
 
 
 def test_a_server_that_adds_the_noise_sees_updates(protected: Callable[..., Subject]) -> None:
-    found = by_view(inversion(protected("finetune.privacy={use: central, clip: 0.01, delta: 0.05, noise_multiplier: 1}"), 64))
+    found = by_view(
+        inversion(protected("finetune.privacy={use: central, clip: 0.01, delta: 0.05, noise_multiplier: 1}"), 64)
+    )
     assert {view: row.value for view, row in found.items()} == {
         "one update, in the clear": 1.0,
         "one update, clipped": 1.0,
