@@ -103,20 +103,13 @@ def one_round(subject: Subject, samples: Mapping[str, Any], folder: RunFolder) -
     """One round of these sites, as the server sees it."""
     plan, opened, wrong = subject.plan, list[Params](), list[str]()
 
-    def listening(stream: Stream) -> Stream:
-        def release(total: Params, params: Mapping[str, Params]) -> Params:
-            opened.append({name: x.clone() for name, x in total.items()})
-            return total
-
-        return replace(stream, release=release) if stream.name == UPDATE else stream
-
     def observe(verdict: Verdict) -> None:
         if isinstance(verdict, Abandoned | Dropped | Refused):
             wrong.append(verdict.reason)
 
     rounds = replace(
         plan.rounds,
-        streams=tuple(map(listening, plan.rounds.streams)),
+        streams=tuple(listened_to(stream, opened) for stream in plan.rounds.streams),
         schedule=synchronous(),
         population=frozenset(samples),
     )
@@ -137,6 +130,16 @@ def one_round(subject: Subject, samples: Mapping[str, Any], folder: RunFolder) -
         return views
     together = {sum_view(plan, state.params, len(data)): stream.aggregate.finish(opened[0], stream.up.decode_sum)}
     return {name: view | together for name, view in views.items()}
+
+
+def listened_to(stream: Stream, opened: list[Params]) -> Stream:
+    """A stream whose opened total is kept, before the server does anything to it."""
+
+    def release(total: Params, params: Mapping[str, Params]) -> Params:
+        opened.append({name: x.clone() for name, x in total.items()})
+        return total
+
+    return replace(stream, release=release) if stream.name == UPDATE else stream
 
 
 @dataclass
