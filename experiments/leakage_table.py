@@ -34,8 +34,11 @@ PROTECTED: dict[str, list[str]] = {
     ],
 }
 
-CODES = 128
-"""That a canary's is ranked among: 7 bits at most."""
+SAMPLES = 24
+"""Of each site that membership looks at: an attack shall take minutes on two cores."""
+
+CODES = 64
+"""That a canary's is ranked among: 6 bits at most."""
 
 
 def say(line: str) -> None:
@@ -78,7 +81,7 @@ def main(named: list[str]) -> None:
         folder = finished(name)
         for one in ATTACKS:
             if one not in {row.attack for row in read_findings(folder).rows}:
-                attack(folder, [one], codes=CODES, say=say)
+                attack(folder, [one], SAMPLES, CODES, say)
     attacked = {name: folder for name in PROTECTED if (folder := existing(name)) and folder.leakage.exists()}
     print("\n".join(table({name: list(read_findings(folder).rows) for name, folder in attacked.items()})))
 
