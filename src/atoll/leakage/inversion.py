@@ -45,7 +45,7 @@ CANDIDATES = 16
 """Samples that the attacker holds for possible, at most: the true one and others of the same site."""
 
 TRIALS = 4
-"""Samples a site that are attacked, at most: as many updates are in memory at a time."""
+"""Samples a site that are attacked, at most: as many updates are in memory at a time, of each view."""
 
 Seen = Callable[[Params], Params]
 """An update -> the same under a protection of the user's own: names and shapes stay."""
