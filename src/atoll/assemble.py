@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from atoll import parts
-from atoll.build import POOLED, Plan, build, plan_hash
+from atoll.build import POOLED, Plan, build, plan_hash, samples
 from atoll.cache import Say, quiet
 from atoll.client import Client, FileStore, Work
 from atoll.data import sources
@@ -58,6 +58,9 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
     loaded = load_data(plan, tokenizer, say)
     left_out = useless(loaded)
     usable = {name: one for name, one in loaded.items() if name not in left_out}
+    if plan.protection:
+        counts = {name: len(one.data.train) for name, one in usable.items()}
+        plan.protection.fits(samples(plan, counts))
     say("preparing the model")
     model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
     if not plan.model.own_factory:
@@ -142,6 +145,7 @@ def make_local(plan: Plan, model: nn.Module, tokenizer: Any, report: Report) -> 
         accumulate=stage.accumulate,
         clip_norm=stage.clip_norm,
         weighting=stage.weighting,
+        gradients=plan.gradients,
         report=report,
     )
 

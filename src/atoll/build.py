@@ -26,16 +26,19 @@ from atoll.errors import AtollError, closest, placed
 from atoll.fleet.inprocess import Elsewhere, MakeFleet, inprocess
 from atoll.local.corrections import Correction
 from atoll.local.optimizers import MakeOptimizer, Rate
-from atoll.local.work import BindObjective
+from atoll.local.private import private
+from atoll.local.work import BindObjective, Gradients, optimizer_steps, plain
 from atoll.models.shapes import Shapes
 from atoll.models.shapes import shapes as shapes_of_model
 from atoll.models.spaces import LoRA, PlannedShapes, Space
 from atoll.outer import Outer
 from atoll.params import Params
 from atoll.privacy.accounting import Release
+from atoll.privacy.examples import OfExamples
 from atoll.privacy.masks import SecureAggregation
-from atoll.privacy.mechanisms import Cohorts, Mechanism, Protection, in_a_ring, protect
+from atoll.privacy.mechanisms import Cohorts, in_a_ring, protect
 from atoll.privacy.party import Memory
+from atoll.privacy.protection import Mechanism, Protection, Samples
 from atoll.recipe import Finetune, Recipe, Tree
 from atoll.round import RoundPlan
 from atoll.schedule import Schedule
@@ -88,6 +91,8 @@ class Plan:
     optimizer: MakeOptimizer
     rate: Rate
     correction: Correction
+    gradients: Gradients
+    """Of a local step: plain, or private."""
     exchange: SecureAggregation | None
     """None: the server sees single updates."""
     protection: Protection | None
@@ -188,7 +193,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     refuse_names(list(sources))
     refuse_schedule(made.schedule, size)
     trains = made.space.plan(shapes) if shapes else None
-    protection = protected(made, recipe.finetune.rounds, size, trains)
+    protection = protected(made, recipe.finetune, size, trains)
     notes = (*warnings(made, size), *(f"without {name}: {why}" for name, why in unwilling.items()))
     return Plan(
         recipe=recipe,
@@ -201,6 +206,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
         optimizer=made.optimizer,
         rate=made.rate,
         correction=made.correction,
+        gradients=gradients(protection),
         exchange=made.exchange,
         protection=protection,
         fleet=fleet,
@@ -233,11 +239,10 @@ def round_plan(
     plan = RoundPlan(digest, recipe.seed, streams, made.schedule, population=sampled, least=least)
     if made.exchange is None:
         return plan
-    noised = protection is not None and protection.mechanism.where != "central" and protection.noise_multiplier > 0
     asked, most = cohort_sizes(made.schedule, size)
+    ranges = [protection.range(s.name) if protection else None for s in streams]
     hidden = tuple(
-        made.exchange.hide(s, most, partial(protection.largest, s.name) if protection and noised else None, noised)
-        for s in streams
+        made.exchange.hide(s, most, one, noised=one is not None) for s, one in zip(streams, ranges, strict=True)
     )
     return replace(
         plan,
@@ -254,21 +259,44 @@ def cohort_sizes(schedule: Schedule, population: int) -> tuple[int, int]:
     return asked, asked if schedule.law.kind == "uniform" else population
 
 
-def protected(made: Made, rounds: int, size: int, trains: PlannedShapes | None) -> Protection | None:
+def protected(made: Made, stage: Finetune, size: int, trains: PlannedShapes | None) -> Protection | None:
     """The plan's privacy with its noise. Raises AtollError where the population or the bits do not carry it."""
     if made.privacy is None:
         return None
+    if made.privacy.unit == "client":
+        return of_clients(made, made.privacy, stage.rounds, size, trains)
+    assert made.privacy.noise_multiplier is not None
+    batch = stage.batch_size * stage.accumulate
+    steps = partial(optimizer_steps, local_steps=stage.local_steps, epochs=stage.epochs, samples_a_step=batch)
+    return OfExamples(made.privacy, made.privacy.noise_multiplier, batch, steps)
+
+
+def gradients(protection: Protection | None) -> Gradients:
+    """How local steps get their gradients."""
+    if protection is None or protection.mechanism.unit == "client":
+        return plain
+    return private(protection.mechanism.clip, protection.noise_multiplier)
+
+
+def samples(plan: Plan, counts: Mapping[str, int]) -> Samples:
+    """How many those train on who may be asked, from how many everybody has."""
+    known = {**counts, POOLED: sum(counts.values())} if counts else {}
+    return {name: known[name] for name in plan.trainers if name in known}
+
+
+def of_clients(made: Made, mechanism: Mechanism, rounds: int, size: int, trains: PlannedShapes | None) -> Protection:
+    """The privacy of whole clients. Raises AtollError where the population or the bits do not carry it."""
     asked, _ = cohort_sizes(made.schedule, size)
-    if made.privacy.delta > 1 / size:
+    if mechanism.delta > 1 / size:
         raise AtollError(
-            "delta is larger than 1 / population", where="finetune.privacy.delta", found=made.privacy.delta,
+            "delta is larger than 1 / population", where="finetune.privacy.delta", found=mechanism.delta,
             allowed=f"at most 1 / {size} clients = {1 / size:.3g}; 1 / population^1.1 or less is usual",
             remedy="such a delta would allow to publish one client's data as they are",
         )  # fmt: skip
     noisy = made.exchange.least(asked) - made.exchange.colluding if made.exchange else 1
     expected = made.schedule.law.answers(size)
     cohorts = Cohorts(seen(made, size), expected, noisy, rounds)
-    protection = protect(made.privacy, cohorts)
+    protection = protect(mechanism, cohorts)
     if made.exchange is None:
         return protection
     coordinates = sum(math.prod(shape) for shape in trains.values()) if trains else UNKNOWN_SIZE
@@ -458,11 +486,38 @@ def fleets_of(written: Any) -> list[str]:
 
 
 def refuse_private(recipe: Recipe, made: Made) -> None:
-    """What would break the bound on a client's part in a sum, or show what noise is to hide."""
+    """What would break the bound on a unit's part in a sum, or show what noise is to hide."""
     if made.privacy is None:
         return
-    stage = recipe.finetune
-    wrong = {
+    unit = made.privacy.unit
+    wrong = wrong_for_clients(recipe.finetune, made) if unit == "client" else wrong_for_examples(recipe.finetune)
+    for key, (fits, found, allowed) in wrong.items():
+        if not fits:
+            raise AtollError(
+                f"this does not go with differential privacy of {unit}s", where=f"finetune.{key}", found=found,
+                allowed=allowed, remedy=f"--set finetune.{key}={allowed.split(':')[0].split(',')[0]}",
+            )  # fmt: skip
+
+
+Wrong = dict[str, tuple[bool, object, str]]
+"""By key of the stage: whether it fits, what it says, and what would do, with the reason."""
+
+
+def wrong_for_examples(stage: Finetune) -> Wrong:
+    """All else that a stage may say works on what is private already, streams of a correction's own too."""
+    return {
+        "weighting": (
+            stage.weighting == "uniform",
+            stage.weighting,
+            "uniform: a weight by examples is their number, told without noise",
+        ),
+    }
+
+
+def wrong_for_clients(stage: Finetune, made: Made) -> Wrong:
+    """One client changes a sum by no more than the clip, and everything that leaves it has noise."""
+    assert made.privacy is not None
+    return {
         "correction": (
             not made.correction.streams,
             stage.correction,
@@ -484,12 +539,6 @@ def refuse_private(recipe: Recipe, made: Made) -> None:
             "secure-aggregation: a share of the noise protects nobody whose update is seen by itself",
         ),
     }
-    for key, (fits, found, allowed) in wrong.items():
-        if not fits:
-            raise AtollError(
-                "this does not go with differential privacy of clients", where=f"finetune.{key}", found=found,
-                allowed=allowed, remedy=f"--set finetune.{key}={allowed.split(':')[0].split(',')[0]}",
-            )  # fmt: skip
 
 
 def refuse_down(down: Chain) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from atoll import parts
 from atoll.assemble import check_data
-from atoll.build import Plan, payload_bytes
+from atoll.build import Plan, payload_bytes, samples
 from atoll.cache import content_hash, home, write_file
 from atoll.data.sources import ClientSource, planted_in
 from atoll.models.spaces import PlannedShapes
@@ -208,6 +208,7 @@ def speed_note(plan: Plan) -> Path:
     """Where the speed of this kind of work is noted: same model, space, objective and context."""
     stage = plan.recipe.finetune
     kind = [plan.recipe.model, stage.space, stage.objective, stage.context, os.cpu_count()]
+    kind += ["one by one"] if plan.protection and plan.protection.mechanism.unit == "example" else []
     identity = plan.shapes.identity if plan.shapes else ""
     return home() / "speed" / f"{content_hash(identity, json.dumps(kind, sort_keys=True))}.json"
 
@@ -321,10 +322,16 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "speed": asdict(speed) if speed else None,
         "clients": {name: asdict(one) if one else None for name, one in records.items()},
         "population": plan.trainers,
-        "privacy": statement(plan),
+        "privacy": statement(plan, known_samples(plan, records), about=True),
         "baselines": list(plan.recipe.baselines),
         "warnings": list(plan.warnings),
     }
+
+
+def known_samples(plan: Plan, records: Mapping[str, Count | None]) -> Mapping[str, int]:
+    """How many those train on who may be asked; empty if that is not known of one of them."""
+    known = {name: one.train for name, one in records.items() if one and one.train}
+    return samples(plan, known) if len(known) == len(records) else {}
 
 
 def _local_work(plan: Plan) -> str:

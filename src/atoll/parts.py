@@ -80,6 +80,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "central": "atoll.privacy.mechanisms:central",
         "local": "atoll.privacy.mechanisms:local",
         "distributed": "atoll.privacy.mechanisms:distributed",
+        "examples": "atoll.privacy.examples:examples",
     },
     "fleet": {
         "inprocess": "atoll.fleet.inprocess:inprocess",

@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 from atoll import parts
 from atoll.assemble import Assembly, Rebuild, clients
-from atoll.build import POOLED, Plan, baseline_names
+from atoll.build import POOLED, Plan, baseline_names, samples
 from atoll.data.read import Report
 from atoll.data.sources import one_a_line
 from atoll.errors import AtollError, Interrupted
@@ -26,7 +26,7 @@ from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
-from atoll.privacy.mechanisms import Protection
+from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
 from atoll.record.checkpoint import load_with_extra, save_state
 from atoll.record.events import (
     EVERYBODY,
@@ -201,7 +201,7 @@ def introduce(at: Stage) -> None:
             baselines=baseline_names(ready),
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
             warnings=ready.warnings,
-            privacy=statement(ready),
+            privacy=statement(ready, samples_of(at)),
             recipe=ready.recipe.model_dump(include={"model", "reference", "data", "finetune", "evaluate"}),
         )
     )
@@ -271,20 +271,25 @@ def enter(at: Stage, round: int) -> None:
     protection = at.ready.protection
     if protection is None:
         return
-    entry = next_entry(at, protection, round)
-    spent = spent_after(at, protection, entry)
-    Ledger(at.folder.ledger).enter(entry)
+    coming = next_entry(at, protection, round)
+    spent = spent_after(at, protection, coming)
+    Ledger(at.folder.ledger).enter(coming)
     at.record(Spent(round, spent, protection.mechanism.delta))
 
 
 def next_entry(at: Stage, protection: Protection, round: int) -> Entry:
     """What the next release will be."""
-    return protection.entry(at.folder.id, at.ready.hash, round)
+    return entry(protection, at.folder.id, at.ready.hash, round, samples_of(at))
 
 
-def spent_after(at: Stage, protection: Protection, entry: Entry) -> float:
+def samples_of(at: Stage) -> Samples:
+    """How many those train on who may be asked."""
+    return samples(at.ready, {name: len(data.train) for name, data in at.things.data.items()})
+
+
+def spent_after(at: Stage, protection: Protection, coming: Entry) -> float:
     """Epsilon after one more release."""
-    return protection.epsilon_of([*Ledger(at.folder.ledger), entry])
+    return epsilon_of(protection, [*Ledger(at.folder.ledger), coming])
 
 
 def stop_if_asked(folder: RunFolder) -> None:

@@ -5,47 +5,57 @@ from __future__ import annotations
 from typing import Any
 
 from atoll.build import Plan, cohort_sizes
-from atoll.privacy.mechanisms import Protection
+from atoll.privacy.protection import Protection, Samples, promise
+from atoll.stream import UPDATE
 
 
-def statement(plan: Plan) -> dict[str, Any]:
-    """As plain data, for `atoll plan --json`, the record and the card."""
-    return {"server_sees": server_sees(plan), "guarantee": guarantee(plan.protection, plan.recipe.finetune.rounds)}
+def statement(plan: Plan, samples: Samples, about: bool = False) -> dict[str, Any]:
+    """As plain data, for `atoll plan --json`, the record and the card.
+
+    `samples` are empty where they are not known; `about`: they are records, of which some may make no sample or several.
+    """
+    promised = guarantee(plan.protection, plan.recipe.finetune.rounds, samples)
+    if promised and plan.protection and plan.protection.mechanism.unit == "example":
+        promised["about"] = about
+    return {"server_sees": server_sees(plan), "guarantee": promised}
 
 
 def server_sees(plan: Plan) -> str:
     """What becomes known to an honest but curious server."""
-    noised = plan.protection is not None and plan.protection.mechanism.where == "local"
+    noised = plan.protection is not None and plan.protection.mechanism.where in ("local", "examples")
     if plan.exchange is None:
         return "every update by itself" + (", noised by its client" if noised else "")
     asked, _ = cohort_sizes(plan.rounds.schedule, len(plan.trainers))
     apart = f" and, with clients who collude, up to {plan.exchange.colluding}" if plan.exchange.colluding else ""
     allowed = f"; of single clients also {', '.join(plan.exchange.metrics)}" if plan.exchange.metrics else ""
-    ranges = "" if plan.protection and plan.protection.noise_multiplier else ", and where their largest values stand"
+    ranged = plan.protection is not None and plan.protection.range(UPDATE) is not None
+    ranges = "" if ranged else ", and where their largest values stand"
     return (
         f"who takes part, and sums of at least {plan.exchange.least(asked)} updates{apart}{ranges}{allowed};"
         " held-out losses are each client's"
     )
 
 
-def guarantee(protection: Protection | None, rounds: int) -> dict[str, Any] | None:
+def guarantee(protection: Protection | None, rounds: int, samples: Samples) -> dict[str, Any] | None:
     """The promise of differential privacy, if all rounds are run; None where there is none."""
     if protection is None:
         return None
-    mechanism, release = protection.mechanism, protection.release
+    mechanism, told = protection.mechanism, promise(protection, rounds, samples)
     return {
-        "unit": "client",
+        "unit": mechanism.unit,
         "mechanism": mechanism.where,
-        "adjacency": release.adjacency,
+        "adjacency": told.release.adjacency if told else "add-or-remove-one",
         "holds_against": HOLDS_AGAINST[mechanism.where],
-        "epsilon": protection.epsilon(rounds),
+        "not_covered": NOT_COVERED[mechanism.unit],
+        "epsilon": told.epsilon if told else None,
+        "most_told_of": told.client if told else "",
         "delta": mechanism.delta,
         "budget": mechanism.epsilon,
         "rounds": rounds,
         "clip": mechanism.clip,
         "noise_multiplier": protection.noise_multiplier,
-        "sampling": release.sampling,
-        "rate": release.rate,
+        "sampling": told.release.sampling if told else "poisson",
+        "rate": told.release.rate if told else None,
     }
 
 
@@ -53,4 +63,13 @@ HOLDS_AGAINST = {
     "central": "everybody but the server, as long as nobody is told who took part in which round",
     "local": "everybody, the server included",
     "distributed": "everybody, the server included, as far as it follows the protocol",
+    "examples": "everybody, the server included, as long as it asks each client for no more rounds than these",
+}
+
+NOT_COVERED = {
+    "client": "",
+    "example": (
+        "held-out losses, how many samples a client holds, and how long it works; a text that was cut into several"
+        " samples is several examples"
+    ),
 }

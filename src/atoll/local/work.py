@@ -64,12 +64,27 @@ def unwatched(tick: Tick) -> None:
     """The `Report` that nobody reads."""
 
 
+def optimizer_steps(count: int, local_steps: int | None, epochs: int, samples_a_step: int) -> int:
+    """Optimizer steps a round for a client with `count` samples."""
+    return epochs * math.ceil(count / samples_a_step) if local_steps is None else local_steps
+
+
 class BindObjective(Protocol):
     """What a recipe's `objective` is: an objective that does not know its model yet."""
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model; `tokenizer` is None for models without one."""
         ...
+
+
+Gradients = Callable[["Local", Sequence[Any], int], Iterator[float | None]]
+"""(local work, the client's samples, key) -> for each local step, with its gradient in `.grad`, the loss; None: not told."""
+
+
+def plain(local: Local, samples: Sequence[Any], key: int) -> Iterator[float]:
+    """Gradients of the mean loss over batches that the key draws."""
+    for batches in draw(len(samples), local.batch_size, local.accumulate, key):
+        yield backward(local, [local.objective.collate([samples[i] for i in batch]) for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -91,12 +106,11 @@ class Local:
     clip_norm: float | None = None
     weighting: Literal["examples", "uniform"] = "examples"
     report: Report = unwatched
+    gradients: Gradients = plain
 
     def steps(self, count: int) -> int:
         """Optimizer steps a round for a client with `count` samples."""
-        if self.local_steps is not None:
-            return self.local_steps
-        return self.epochs * math.ceil(count / (self.batch_size * self.accumulate))
+        return optimizer_steps(count, self.local_steps, self.epochs, self.batch_size * self.accumulate)
 
     def reporter(self, task: Task, of: int) -> Callable[[int, float], None]:
         """Reports (done, loss) of this task; says at once that it begins."""
@@ -117,15 +131,14 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
     base_rates = [group["lr"] for group in optimizer.param_groups]
     start = Start(params, state)
     steps = local.steps(len(data.train))
-    batches = draw(len(data.train), local.batch_size, local.accumulate, task.key)
+    gradients = local.gradients(local, data.train, task.key)
     report = local.reporter(task, steps)
     local.model.train()
     torch.manual_seed(task.key)  # for dropout
     losses, moved, started = [], 0.0, time.perf_counter()
     for step in range(steps):
-        micro = [local.objective.collate([data.train[i] for i in batch]) for batch in next(batches)]
-        loss = backward(local, micro)
-        if not math.isfinite(loss):
+        loss = next(gradients)
+        if loss is not None and not math.isfinite(loss):
             raise WorkFailed(f"the loss is {loss} at local step {step + 1} of {steps}")
         losses.append(loss)
         local.correction.adjust(trainable, start)
@@ -136,8 +149,10 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
         )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report(step + 1, loss)
-    metrics = {"loss": sum(losses) / steps, "steps": float(steps), "seconds_in_steps": time.perf_counter() - started}
+        report(step + 1, math.nan if loss is None else loss)
+    told = [loss for loss in losses if loss is not None]
+    metrics = {"loss": sum(told) / steps} if told else {}
+    metrics |= {"steps": float(steps), "seconds_in_steps": time.perf_counter() - started}
     after = read(local.space, local.model)
     extra, new_state = local.correction.conclude(after, start, moved)
     weight = float(len(data.train)) if local.weighting == "examples" else 1.0

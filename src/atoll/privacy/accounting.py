@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -60,6 +60,30 @@ def epsilon(releases: Iterable[Release], delta: float) -> float:
             allowed="releases whose cohorts are all of a fixed size, or none", remedy="account for them one by one",
         )  # fmt: skip
     return _epsilon(tuple(sorted(counts.items(), key=repr)), delta)
+
+
+def worst(histories: Mapping[str, Sequence[Release]], delta: float) -> tuple[str, float]:
+    """Whose data are told of most, and their epsilon; a history is the releases of one client's data, in order.
+
+    One whose every release draws as rarely or rarer than another's, as often or less, under the same noise, cannot be the
+    worst and costs no computation.
+    """
+    front: dict[tuple[Release, ...], str] = {}
+    names = {tuple(history): name for name, history in histories.items()}
+    for history in sorted(names, key=lambda h: [(-one.rate, -one.count) for one in h]):
+        if not any(_within(history, other) for other in front):
+            front[history] = names[history]
+    return max(
+        ((name, epsilon(one, delta)) for one, name in front.items()), key=lambda pair: pair[1], default=("", 0.0)
+    )
+
+
+def _within(history: Sequence[Release], other: Sequence[Release]) -> bool:
+    """Whether each release tells no more than the other history's in its place."""
+    return len(history) == len(other) and all(
+        a == replace(b, rate=a.rate, count=a.count) and a.rate <= b.rate and a.count <= b.count
+        for a, b in zip(history, other, strict=True)
+    )
 
 
 @lru_cache(256)

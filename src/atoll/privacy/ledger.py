@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from atoll.errors import AtollError
-from atoll.privacy.accounting import Release, epsilon
+from atoll.privacy.accounting import Release, worst
+
+ANY = ""
+"""In the place of a client's name: what is released is of all clients' data alike."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,18 @@ class Entry:
     unit: str
     """Whose presence the release hides: client or example."""
     releases: tuple[Release, ...]
+    clients: tuple[str, ...] = ()
+    """Of whose data each release is; empty: of all clients' alike."""
+
+
+def spent(entries: Iterable[Entry], delta: float) -> float:
+    """Epsilon of all entries together, of the client that is told most of: releases of two clients' data do not add up."""
+    histories: dict[str, list[Release]] = {}
+    for entry in entries:
+        for client, release in zip(entry.clients or [ANY] * len(entry.releases), entry.releases, strict=True):
+            histories.setdefault(client, []).append(release)
+    of_all = histories.pop(ANY, [])
+    return worst({name: [*own, *of_all] for name, own in histories.items()} or {ANY: of_all}, delta)[1]
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,11 @@ class Ledger:
                 ) from error  # fmt: skip
 
 
-def _entry(data: dict[str, object]) -> Entry:
-    releases = tuple(Release(**one) for one in data.pop("releases"))  # type: ignore[attr-defined]
+def _entry(data: dict[str, Any]) -> Entry:
+    releases = tuple(Release(**one) for one in data.pop("releases"))
+    clients = tuple(data.pop("clients", ()))
     data.pop("time")
-    return Entry(**data, releases=releases)  # type: ignore[arg-type]
+    return Entry(**data, releases=releases, clients=clients)
 
 
 def spending(ledgers: Mapping[str, Sequence[Entry]], delta: float) -> list[dict[str, Any]]:
@@ -81,7 +97,7 @@ def spending(ledgers: Mapping[str, Sequence[Entry]], delta: float) -> list[dict[
             "ledger": name,
             "releases": len(entries),
             "unit": " and ".join(sorted({entry.unit for entry in entries})) or "-",
-            "epsilon": epsilon((one for entry in entries for one in entry.releases), delta),
+            "epsilon": spent(entries, delta),
             "delta": delta,
         }
         for name, entries in named.items()

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -26,11 +27,11 @@ from atoll.outer import Outer
 from atoll.params import Params, global_norm
 from atoll.privacy.accounting import Release, epsilon, noise_for
 from atoll.privacy.aliasing import slack
-from atoll.privacy.ledger import Entry
+from atoll.privacy.ledger import ANY
 from atoll.privacy.noise import with_noise
+from atoll.privacy.protection import Mechanism, Samples, Where
 from atoll.stream import UPDATE, Stream
 
-Where = Literal["central", "local", "distributed"]
 CLIP = "clip"
 """The stream of the adaptive clip."""
 
@@ -42,18 +43,6 @@ CLIP_RATE = 0.2
 
 TAILS = 6.0
 """Standard deviations of a client's share of the noise that the ring has room for; beyond, it wraps around, rarely."""
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """What a recipe says of privacy; see `central`, `local`, `distributed`."""
-
-    where: Where
-    clip: float
-    delta: float
-    epsilon: float | None
-    noise_multiplier: float | None
-    quantile: float | None
 
 
 @dataclass(frozen=True)
@@ -70,8 +59,8 @@ class Cohorts:
 
 
 @dataclass(frozen=True)
-class Protection:
-    """A mechanism in a plan: its noise is known."""
+class OfClients:
+    """A mechanism in a plan: its noise is known. See protection.py."""
 
     mechanism: Mechanism
     cohorts: Cohorts
@@ -89,14 +78,12 @@ class Protection:
         delta = self.mechanism.delta - rounds * self.slack
         return epsilon([replace(self.release, count=rounds)], delta) if rounds else 0.0
 
-    def epsilon_of(self, entries: Sequence[Entry]) -> float:
-        """Of what a ledger holds."""
-        releases = [release for entry in entries for release in entry.releases]
-        return epsilon(releases, self.mechanism.delta - len(entries) * self.slack)
+    def releases(self, samples: Samples) -> dict[str, Release]:
+        """One of all clients alike: how many samples they hold changes nothing."""
+        return {ANY: self.release}
 
-    def entry(self, run: str, plan: str, round: int) -> Entry:
-        """For the ledger."""
-        return Entry(run, plan, round, "client", (self.release,))
+    def fits(self, samples: Samples) -> None:
+        """Whatever the data are, they do: the plan was checked against the population."""
 
     @property
     def unit_noise(self) -> float:
@@ -125,6 +112,12 @@ class Protection:
         """A bound on every value of a client's contribution, but for the noise's far tails; for the ring's scale."""
         bound = 0.5 if stream == CLIP else self.norm(params)
         return bound + TAILS * self.share_std(stream, params)
+
+    def range(self, stream: str) -> Callable[[Mapping[str, Params]], float] | None:
+        """Where clients add noise, the bound on what they send with it: how large an update was must not be told."""
+        if self.mechanism.where == "central" or self.noise_multiplier == 0:
+            return None
+        return partial(self.largest, stream)
 
     def streams(self, streams: Sequence[Stream]) -> tuple[Stream, ...]:
         """With the public denominator, what the server does to sums, and the adaptive clip's own stream."""
@@ -178,7 +171,7 @@ def clip_stream(mechanism: Mechanism) -> Stream:
     return Stream(CLIP, outer=Outer(lambda params: {}, step), initial=lambda params: dict(start), ages=False)
 
 
-def protect(mechanism: Mechanism, cohorts: Cohorts) -> Protection:
+def protect(mechanism: Mechanism, cohorts: Cohorts) -> OfClients:
     """The mechanism with the noise that its budget takes, or that it names.
 
     Raises:
@@ -190,7 +183,7 @@ def protect(mechanism: Mechanism, cohorts: Cohorts) -> Protection:
         noise = noise_for(
             mechanism.epsilon, mechanism.delta * (1 - SLACK_SHARE), replace(cohorts.release, count=cohorts.rounds)
         )
-    made = Protection(mechanism, cohorts, noise)
+    made = OfClients(mechanism, cohorts, noise)
     if mechanism.epsilon is not None and made.epsilon(1) > mechanism.epsilon:
         raise AtollError(
             "the first round would pass the budget", where="finetune.privacy.noise_multiplier", found=noise,
@@ -204,7 +197,7 @@ SLACK_SHARE = 1e-3
 """Of delta, what the rounding of noise may take over a whole run."""
 
 
-def in_a_ring(made: Protection, coordinates: int, bits: int) -> Protection:
+def in_a_ring(made: OfClients, coordinates: int, bits: int) -> OfClients:
     """With what rounding to a ring costs. Raises AtollError where the noise is too small for so few bits."""
     mechanism = made.mechanism
     if mechanism.where != "distributed" or made.noise_multiplier == 0:

@@ -43,6 +43,6 @@ def with_noise(params: Params, std: float) -> Params:
     if std == 0:
         return params
     return {
-        name: (x.double() + std * torch.from_numpy(gaussian(x.numel())).reshape(x.shape)).to(x.dtype)
+        name: (x.double() + std * torch.from_numpy(gaussian(x.numel())).reshape(x.shape).to(x.device)).to(x.dtype)
         for name, x in params.items()
     }

@@ -211,14 +211,22 @@ def privacy_in_words(said: Mapping[str, Any]) -> list[str]:
     promise = said["guarantee"]
     if promise is None:
         return [sees, "no differential privacy: what is released may tell of any one's data"]
-    amplified = f", rate {promise['rate']:g}" if promise["sampling"] != "everyone" else ""
-    return [
+    known = promise["epsilon"] is not None
+    about = "by the number of records about " if promise.get("about") else ""
+    epsilon = f"{about}epsilon {promise['epsilon']:.3g}" if known else "epsilon, known once the data are read,"
+    of = f", the most of any client, {promise['most_told_of']}" if promise.get("most_told_of") else ""
+    amplified = f", rate {promise['rate']:.3g}" if known and promise["sampling"] != "everyone" else ""
+    lines = [
         sees,
-        f"epsilon {promise['epsilon']:.3g} at delta {promise['delta']:g} after {promise['rounds']} rounds, of a whole"
-        f" {promise['unit']} ({promise['adjacency']}); against {promise['holds_against']}",
+        f"{epsilon} at delta {promise['delta']:g} after {promise['rounds']} rounds, of"
+        f" {UNITS[promise['unit']]} ({promise['adjacency']}){of}; against {promise['holds_against']}",
         f"{promise['mechanism']}: clip {promise['clip']:g}, noise multiplier {promise['noise_multiplier']:.3g};"
         f" sampling: {promise['sampling']}{amplified}",
     ]
+    return [*lines, f"not covered: {promise['not_covered']}"] if promise.get("not_covered") else lines
+
+
+UNITS = {"client": "a whole client", "example": "one example of a client"}
 
 
 def _recipe_section(recipe: Mapping[str, Any]) -> list[str]:
