@@ -32,9 +32,9 @@ from atoll.data.sources import ClientData, ClientSource, digest
 from atoll.errors import AtollError
 from atoll.local.work import Tick
 from atoll.policy import Policy
-from atoll.privacy.accounting import epsilon
-from atoll.privacy.ledger import Ledger
+from atoll.privacy.ledger import Ledger, spent
 from atoll.privacy.party import Memory, Party
+from atoll.privacy.protection import entry
 from atoll.recipe import validate
 from atoll.record.folder import RunFolder
 from atoll.talk import envelope, opened
@@ -213,7 +213,7 @@ class Site:
         self._still_wanted()
         self.say(f"round {task.broadcast.round}: {task.kind}")
         if task.kind == "train":
-            self.spend(run, ready.plan, task.broadcast.round)
+            self.spend(run, ready, task.broadcast.round)
         reply = self.client(run, ready).handle(task)
         event = messages.pack_event(replace(reply, metrics=self.policy.may_leave(reply.metrics)))
         self.audit.wrote(run, task.plan, task.id, event)
@@ -228,19 +228,21 @@ class Site:
         """What was spent of the privacy of this site's data, by all runs together."""
         return Ledger(self.folder / "ledger.jsonl")
 
-    def spend(self, run: str, plan: Plan, round: int) -> None:
+    def spend(self, run: str, ready: Ready, round: int) -> None:
         """Enters a private release before the work for it. Raises Unwilling where it would pass the owner's budget."""
-        if plan.protection is None:
+        protection, budget = ready.plan.protection, self.policy.privacy
+        if protection is None:
             return
-        entry, budget = plan.protection.entry(run, plan.hash, round), self.policy.privacy
-        if budget:
-            releases = [one for entered in (*self.ledger, entry) for one in entered.releases]
-            if (spent := epsilon(releases, budget.delta)) > budget.epsilon:
-                raise Unwilling(
-                    f"this site's privacy budget is spent: another round would make epsilon {spent:.4g} at delta"
-                    f" {budget.delta:g}; its policy allows {budget.epsilon:g}"
-                )
-        self.ledger.enter(entry)
+        samples = {ready.name: len(ready.things.data[ready.name].train)}
+        comes = replace(
+            entry(protection, run, ready.plan.hash, round, samples), clients=()
+        )  # a site's data are one client's
+        if budget and (would := spent([*self.ledger, comes], budget.delta)) > budget.epsilon:
+            raise Unwilling(
+                f"this site's privacy budget is spent: another round would make epsilon {would:.4g} at delta"
+                f" {budget.delta:g}; its policy allows {budget.epsilon:g}"
+            )
+        self.ledger.enter(comes)
 
     def _still_wanted(self, tick: Tick | None = None) -> None:
         """Asked before work and at each of its steps: what nobody waits for is not gone on with."""
