@@ -14,7 +14,11 @@ not all equal,
 
     |aliases(t)| <= (sum_m a_m)^n - sum_m a_m^n,   a_m = exp(-s^2 (t + 2 pi m)^2 / 2)
 
-With s = 2 levels and 4 clients this is below 1e-24. It is added to delta, for every coordinate and round.
+With s = 2 levels and 4 clients this is below 1e-24. Such a distance counts for every coordinate and round, and twice: the
+hockey-stick divergence of two neighbors' sums, each of which differs by at most `slack` from one that is epsilon-delta, is
+at most delta + (1 + exp(epsilon)) slack. What more clients than n add is independent of these: post-processing again.
+
+The argument is one of real numbers: noise stays in float64 until it is rounded, whose steps are 2^-20 of a level or less.
 
 The discrete Gaussian and Skellam mechanisms (Kairouz et al. 2021, arXiv 2102.06387; Agarwal et al. 2021, arXiv 2110.04995)
 round first and pay for it by a sensitivity that grows by sqrt(coordinates) / 2 levels: at 8 bits and a million coordinates
@@ -27,10 +31,10 @@ import math
 
 import numpy as np
 
-WINDOW = 12
-"""Standard deviations beyond which neither distribution has mass that matters: exp(-72)."""
+WINDOW = 20
+"""Standard deviations beyond which neither distribution has mass that matters: exp(-200)."""
 
-TAIL = 1e-30
+TAIL = 1e-80
 """Of both beyond the window."""
 
 
@@ -48,7 +52,11 @@ def slack(levels: float, clients: int, coordinates: int) -> float:
     squares = np.stack([(t + 2 * math.pi * m) ** 2 for m in (0, -1, 1, -2, 2)])
     log_a = -(levels**2) * squares / 2
     others = np.exp(log_a[1:] - log_a[0])  # against the largest
-    crossed = np.expm1(clients * np.log1p(others.sum(axis=0))) - (others**clients).sum(axis=0)
-    aliases = float(np.max(np.exp(clients * log_a[0]) * np.maximum(crossed, 0.0)))
+    log_all = clients * np.log1p(
+        others.sum(axis=0)
+    )  # of (sum_m a_m)^n over the largest; more than a float holds at times
+    crossed = np.expm1(np.minimum(log_all, 600)) - (others**clients).sum(axis=0)
+    log_crossed = np.where(log_all < 600, np.log(np.maximum(crossed, 1e-300)), log_all)
+    aliases = float(np.exp(np.minimum(np.max(clients * log_a[0] + log_crossed), 0.0)))
     window = 2 * WINDOW * (levels + 1) * math.sqrt(clients)
     return min(1.0, coordinates * (window * aliases + TAIL))

@@ -29,7 +29,7 @@ from atoll.privacy.accounting import Release, epsilon, noise_for
 from atoll.privacy.aliasing import slack
 from atoll.privacy.ledger import ANY
 from atoll.privacy.noise import with_noise
-from atoll.privacy.protection import Mechanism, Samples, Where
+from atoll.privacy.protection import SLACK_SHARE, Mechanism, Samples, Where, beside_rounding
 from atoll.stream import UPDATE, Stream
 
 CLIP = "clip"
@@ -66,7 +66,7 @@ class OfClients:
     cohorts: Cohorts
     noise_multiplier: float
     slack: float = 0.0
-    """Of delta, in a round: by how much the rounding of noise makes a sum differ; see aliasing.py."""
+    """In total variation, in a round: by how much the rounding of noise makes a sum differ; see aliasing.py."""
 
     @property
     def release(self) -> Release:
@@ -75,8 +75,8 @@ class OfClients:
 
     def epsilon(self, rounds: int) -> float:
         """After so many rounds."""
-        delta = self.mechanism.delta - rounds * self.slack
-        return epsilon([replace(self.release, count=rounds)], delta) if rounds else 0.0
+        made = [replace(self.release, count=rounds)] if rounds else []
+        return beside_rounding(self, rounds, lambda delta: epsilon(made, delta))
 
     def releases(self, samples: Samples) -> dict[str, Release]:
         """One of all clients alike: how many samples they hold changes nothing."""
@@ -147,6 +147,8 @@ class OfClients:
             if self.mechanism.quantile:
                 within = float(global_norm(done.updates[UPDATE]) <= norm)
                 updates[CLIP] = {"log": torch.tensor([0.5 - within])}
+            if self.mechanism.where == "distributed":  # what is rounded to a ring must not have been rounded before
+                updates = {name: {n: x.double() for n, x in update.items()} for name, update in updates.items()}
             noised = {name: with_noise(update, self.share_std(name, params)) for name, update in updates.items()}
             return done._replace(updates=noised)
 
@@ -193,10 +195,6 @@ def protect(mechanism: Mechanism, cohorts: Cohorts) -> OfClients:
     return made
 
 
-SLACK_SHARE = 1e-3
-"""Of delta, what the rounding of noise may take over a whole run."""
-
-
 def in_a_ring(made: OfClients, coordinates: int, bits: int) -> OfClients:
     """With what rounding to a ring costs. Raises AtollError where the noise is too small for so few bits."""
     mechanism = made.mechanism
@@ -204,14 +202,14 @@ def in_a_ring(made: OfClients, coordinates: int, bits: int) -> OfClients:
         return made
     share_of_clip = made.unit_noise / math.sqrt(made.cohorts.noisy)
     levels = share_of_clip / (1 + TAILS * share_of_clip) * ((1 << (bits - 1)) - 1)
-    cost = slack(levels, made.cohorts.noisy, coordinates)
-    if cost * made.cohorts.rounds > SLACK_SHARE * mechanism.delta:
+    rounded = replace(made, slack=slack(levels, made.cohorts.noisy, coordinates))
+    if math.isinf(rounded.epsilon(made.cohorts.rounds)):
         raise AtollError(
             "too few bits for so little noise", where="finetune.exchange.bits", found=bits,
             allowed="a client's noise of about 2 levels or more; here it is " + f"{levels:.2g}",
             remedy="more bits, or more noise (a smaller epsilon)",
         )  # fmt: skip
-    return replace(made, slack=cost)
+    return rounded
 
 
 Clip = Annotated[float, Gt(0)]
@@ -224,7 +222,8 @@ Quantile = Annotated[float, Gt(0), Lt(1)] | None
 def _mechanism(where: Where, clip: float, delta: float, *rest: float | None) -> Mechanism:
     if rest[0] is None and rest[1] is None:
         raise AtollError(
-            f"'{where}' lacks epsilon or noise_multiplier", where="finetune.privacy", allowed="one of the two, or both",
+            f"'{where}' lacks epsilon or noise_multiplier", where="finetune.privacy", found="neither",
+            allowed="one of the two, or both",
             remedy=f"write {{use: {where}, clip: {clip:g}, delta: {delta:g}, epsilon: 8}}",
         )  # fmt: skip
     return Mechanism(where, clip, delta, *rest)

@@ -6,6 +6,7 @@ epsilon of what was entered, epsilon of rounds to come.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -82,9 +83,23 @@ def entry(protection: Protection, run: str, plan: str, round: int, samples: Samp
     return Entry(run, plan, round, protection.mechanism.unit, tuple(of.values()), tuple(of))
 
 
+SLACK_SHARE = 1e-3
+"""Of delta, what the rounding of noise may take over a whole run."""
+
+
+def beside_rounding(protection: Protection, rounds: int, at: Callable[[float], float]) -> float:
+    """Epsilon `at` what is left of delta beside rounding, which takes (1 + exp(epsilon)) slack a round; infinite if more."""
+    delta = protection.mechanism.delta
+    if not protection.slack:
+        return at(delta)
+    found = at(delta * (1 - SLACK_SHARE))
+    taken = rounds * protection.slack * (1 + math.exp(min(found, 700.0)))
+    return found if taken <= SLACK_SHARE * delta else math.inf
+
+
 def epsilon_of(protection: Protection, entries: Sequence[Entry]) -> float:
     """Of what a ledger holds."""
-    return spent(entries, protection.mechanism.delta - len(entries) * protection.slack)
+    return beside_rounding(protection, len(entries), lambda delta: spent(entries, delta))
 
 
 class Promise(NamedTuple):
@@ -103,5 +118,6 @@ def promise(protection: Protection, rounds: int, samples: Samples) -> Promise | 
     if not of:
         return None
     all_rounds = {name: [replace(one, count=rounds * one.count)] for name, one in of.items()}
-    client, largest = worst(all_rounds, protection.mechanism.delta - rounds * protection.slack)
+    client, _ = worst(all_rounds, protection.mechanism.delta)
+    largest = beside_rounding(protection, rounds, lambda delta: worst(all_rounds, delta)[1])
     return Promise(largest, client, of[client])
