@@ -81,7 +81,7 @@ def write_file(path: Path, content: bytes) -> None:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
             partial.write_bytes(content)
-            _sync(partial)
+            sync(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
         unfinished.unlink(missing_ok=True)
         said = re.search(r"os error (\d+)", str(error))
         raise OSError(int(said[1]) if said else errno.EIO, str(error), str(path)) from error
-    _sync(unfinished)
+    sync(unfinished)
     os.replace(unfinished, path)
 
 
@@ -181,7 +181,7 @@ def _filled(target: Path) -> Iterator[Path]:
             if not target.is_dir():
                 _sync_tree(partial)
                 partial.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -193,10 +193,11 @@ def _close_to_others(folder: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -137,6 +137,8 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
             now = {**progress.data, **{name: held for name, held in now.items() if name in progress.data}}
         refuse_changed_data(progress.data, now, folder)
         refuse_short_record(progress.record_bytes, folder)
+        if ready.protection:
+            refuse_short_ledger(state.round, folder)
         return state, progress
     return initial(ready.rounds, start_of(ready, things)), Progress(ready.hash, things.digests)
 
@@ -162,6 +164,16 @@ def refuse_short_record(written: int, folder: RunFolder) -> None:
         raise AtollError(
             "the record is shorter than when the run left it", where=str(folder.record), found=f"{size} bytes",
             allowed=f"{written} bytes", remedy="put the file back from a copy, or run again",
+        )  # fmt: skip
+
+
+def refuse_short_ledger(rounds: int, folder: RunFolder) -> None:
+    """Every round has an entry; with fewer of them a run would spend a budget twice."""
+    entries = sum(1 for _ in Ledger(folder.ledger))
+    if entries < rounds:
+        raise AtollError(
+            "the ledger has fewer entries than the run has rounds", where=str(folder.ledger), found=entries,
+            allowed=f"{rounds} or more", remedy="put the file back from a copy: what was spent is not known without",
         )  # fmt: skip
 
 

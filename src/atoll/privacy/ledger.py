@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from atoll.cache import sync
 from atoll.errors import AtollError
 from atoll.privacy.accounting import Release, worst
 
@@ -54,11 +55,23 @@ class Ledger:
     def enter(self, entry: Entry) -> None:
         """Writes an entry, and waits until it is on the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("" if whole else "\n") + json.dumps({"time": round(time.time(), 3), **asdict(entry)}) + "\n")
+        with self.path.open("a+b") as file:
+            end = self._without_cut_line(file)
+            line = json.dumps({"time": round(time.time(), 3), **asdict(entry)}).encode() + b"\n"
+            file.write(b"\n" + line if end else line)
             file.flush()
             os.fsync(file.fileno())
+        sync(self.path.parent)
+
+    def _without_cut_line(self, file: BinaryIO) -> bool:
+        """Takes off what a crash left of a line, which was no entry yet; whether a whole one lacks its end."""
+        file.seek(0)
+        last = file.read().split(b"\n")[-1]
+        try:
+            return bool(last and _entry(json.loads(last)))
+        except NO_ENTRY:
+            file.truncate(file.seek(0, os.SEEK_END) - len(last))
+            return False
 
     def __iter__(self) -> Iterator[Entry]:
         """All entries. One that a crash cut off was not followed by its release.
@@ -66,19 +79,24 @@ class Ledger:
         Raises:
             AtollError: another line is damaged: what was spent is not known then.
         """
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         for number, line in enumerate(lines, 1):
             if not line:
                 continue
             try:
                 yield _entry(json.loads(line))
-            except (ValueError, LookupError, TypeError) as error:
+            except NO_ENTRY as error:
                 if number == len(lines):
                     return
+                shown = line[:80].decode(errors="replace")
                 raise AtollError(
-                    "a line of the ledger is damaged", where=f"{self.path}:{number}", found=line[:80],
+                    "a line of the ledger is damaged", where=f"{self.path}:{number}", found=shown,
                     allowed="an entry as JSON", remedy="put the file back from a copy: what was spent is not known without",
                 ) from error  # fmt: skip
+
+
+NO_ENTRY = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading a line raises that is no entry."""
 
 
 def _entry(data: dict[str, Any]) -> Entry:
