@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +42,7 @@ from atoll.privacy.party import Memory
 from atoll.privacy.protection import Mechanism, Protection, Samples
 from atoll.recipe import Finetune, Recipe, Tree
 from atoll.round import RoundPlan
-from atoll.schedule import Schedule
+from atoll.schedule import Sample, Schedule
 from atoll.stream import Stream
 from atoll.transforms.chain import Chain
 from atoll.transforms.noise import GaussianNoise
@@ -192,6 +193,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
     refuse_schedule(made.schedule, size)
+    refuse_alone(made, size)
     trains = made.space.plan(shapes) if shapes else None
     protection = protected(made, recipe.finetune, size, trains)
     notes = (*warnings(made, size), *(f"without {name}: {why}" for name, why in unwilling.items()))
@@ -236,7 +238,10 @@ def round_plan(
     streams = (first, *extra_streams(made.correction, size))
     if protection:
         streams = protection.streams(streams)
-    plan = RoundPlan(digest, recipe.seed, streams, made.schedule, population=sampled, least=least)
+    schedule = made.schedule
+    if protection and protection.release.sampling != "everyone":
+        schedule = replace(schedule, sample=unforeseen(schedule.sample))
+    plan = RoundPlan(digest, recipe.seed, streams, schedule, population=sampled, least=least)
     if made.exchange is None:
         return plan
     asked, most = cohort_sizes(made.schedule, size)
@@ -251,6 +256,11 @@ def round_plan(
         attempt=made.exchange.attempt,
         least=max(least, made.exchange.least(asked)),
     )
+
+
+def unforeseen(sample: Sample) -> Sample:
+    """Cohorts that nobody can work out from the recipe's seed, where it counts that nobody knows who was drawn."""
+    return lambda population, busy, key: sample(population, busy, secrets.randbits(63))
 
 
 def cohort_sizes(schedule: Schedule, population: int) -> tuple[int, int]:
@@ -310,11 +320,12 @@ UNKNOWN_SIZE = 10**10
 def seen(made: Made, population: int) -> Release:
     """A round's release as those see it from whom it protects: the server knows whom it asked, so sampling hides nobody.
 
-    Only where the server is trusted, and adds the noise itself, does the sampling count, to all who see what comes of it.
+    Only where the server is trusted, and adds the noise itself, does the sampling count, to all who see what comes of it;
+    and not where a reply may count in another round than the one that its client was drawn for.
     """
     law = made.schedule.law
     assert made.privacy is not None
-    if made.privacy.where != "central" or law.kind == "everyone" or law.kind == "idle":
+    if made.privacy.where != "central" or law.kind == "everyone" or law.kind == "idle" or made.schedule.keeps_late:
         return Release(1.0)
     rate = law.answers(population) / population
     return Release(1.0, law.kind, rate, population if law.kind == "uniform" else 0)
@@ -538,6 +549,11 @@ def wrong_for_clients(stage: Finetune, made: Made) -> Wrong:
             stage.exchange,
             "secure-aggregation: a share of the noise protects nobody whose update is seen by itself",
         ),
+        "up": (
+            made.privacy.where != "distributed" or all(one.traits.linear for one in made.up.transforms),
+            stage.up,
+            "[]: what one client does to its noised update is not done to the sum (privacy.clip clips it before)",
+        ),
     }
 
 
@@ -566,6 +582,22 @@ def refuse_schedule(schedule: Schedule, population: int) -> None:
         raise AtollError(
             "more clients asked than there are", where="finetune.schedule", found=schedule.law.least,
             allowed=f"1 to {population}", remedy="lower the cohort, or leave it out to ask everybody",
+        )  # fmt: skip
+
+
+def refuse_alone(made: Made, population: int) -> None:
+    """A sum that may be opened needs more clients than a round can have: every round would come to nothing."""
+    if made.exchange is None:
+        return
+    asked, most = cohort_sizes(made.schedule, population)
+    least = made.exchange.least(asked)
+    if least > most:
+        wanted = {".survivors": made.exchange.survivors or 0, ".colluding": made.exchange.colluding + 2}
+        blamed = next((key for key, value in wanted.items() if value > max(most, 2)), "")
+        raise AtollError(
+            "no round has so many clients as a sum needs to be opened", where=f"finetune.exchange{blamed}", found=least,
+            allowed=f"2 to {most}, the clients of a round" if most > 1 else "plain: a round has one client",
+            remedy="a larger cohort, fewer survivors, or `exchange: plain`, which shows the server single updates",
         )  # fmt: skip
 
 

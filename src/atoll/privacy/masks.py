@@ -91,7 +91,8 @@ class SecureAggregation:
         """A stream with its totals in a ring with room for so many clients."""
         assert stream.aggregate.summable
         inner: Any = stream.aggregate
-        return replace(stream, aggregate=Hidden(inner, self.bits, clients, public, private_rounding=noised))
+        how = Hidden(inner, self.bits, clients, public, private_rounding=noised)
+        return replace(stream, aggregate=how, bound=None)  # nobody can hold a reply to a bound that nobody can read
 
     def least(self, cohort: int) -> int:
         """The fewest clients whose sum may be opened, of a cohort of this size: no client's update is a sum."""
