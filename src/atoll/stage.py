@@ -137,7 +137,7 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
             now = {**progress.data, **{name: held for name, held in now.items() if name in progress.data}}
         refuse_changed_data(progress.data, now, folder)
         refuse_short_record(progress.record_bytes, folder)
-        if ready.protection:
+        if accounted(ready):
             refuse_short_ledger(state.round, folder)
         return state, progress
     return initial(ready.rounds, start_of(ready, things)), Progress(ready.hash, things.digests)
@@ -280,13 +280,18 @@ def why_spent(at: Stage) -> str:
 
 def enter(at: Stage, round: int) -> None:
     """The ledger's entry for the round that comes, before anything of it is released; no resume takes it out."""
-    protection = at.ready.protection
+    protection = accounted(at.ready)
     if protection is None:
         return
     coming = next_entry(at, protection, round)
     spent = spent_after(at, protection, coming)
     Ledger(at.folder.ledger).enter(coming)
     at.record(Spent(round, spent, protection.mechanism.delta))
+
+
+def accounted(ready: Plan) -> Protection | None:
+    """What is accounted for: without noise there is nothing to add up."""
+    return ready.protection if ready.protection and ready.protection.noise_multiplier else None
 
 
 def next_entry(at: Stage, protection: Protection, round: int) -> Entry:

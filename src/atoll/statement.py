@@ -37,8 +37,8 @@ def server_sees(plan: Plan) -> str:
 
 
 def guarantee(protection: Protection | None, rounds: int, samples: Samples) -> dict[str, Any] | None:
-    """The promise of differential privacy, if all rounds are run; None where there is none."""
-    if protection is None:
+    """The promise of differential privacy, if all rounds are run; None where there is none, as without noise."""
+    if protection is None or protection.noise_multiplier == 0:
         return None
     mechanism, told = protection.mechanism, promise(protection, rounds, samples)
     return {
