@@ -161,6 +161,14 @@ def test_words_are_summed_without_any_error():
         assert torch.allclose(params[n], flat[n] / len(NAMES), atol=scale / 1000), "a level is a thousand times that"
 
 
+def test_words_are_held_to_no_bound_that_is_one_of_values():
+    """The server bounds replies where it adds the noise; behind masks it would scale words that it cannot read."""
+    given = updates("abcd")
+    aggregation = secure_aggregation(bits=16)
+    params, _ = masked_round(aggregation, given, streams=(Stream(bound=lambda params: 0.5),))
+    assert close(params, exact(given, given), step_of(aggregation, given))
+
+
 def test_two_streams_have_a_scale_each():
     given = updates("abcd", size=1e-4)
     aggregation = secure_aggregation(bits=12)
