@@ -37,7 +37,7 @@ from atoll.params import Params
 from atoll.privacy.accounting import Release
 from atoll.privacy.examples import OfExamples
 from atoll.privacy.masks import SecureAggregation
-from atoll.privacy.mechanisms import Cohorts, in_a_ring, protect
+from atoll.privacy.mechanisms import Cohorts, OfClients, in_a_ring, protect
 from atoll.privacy.party import Memory
 from atoll.privacy.protection import Mechanism, Protection, Samples
 from atoll.recipe import Finetune, Recipe, Tree
@@ -239,7 +239,7 @@ def round_plan(
     if protection:
         streams = protection.streams(streams)
     schedule = made.schedule
-    if protection and protection.release.sampling != "everyone":
+    if isinstance(protection, OfClients) and protection.release.sampling != "everyone":
         schedule = replace(schedule, sample=unforeseen(schedule.sample))
     plan = RoundPlan(digest, recipe.seed, streams, schedule, population=sampled, least=least)
     if made.exchange is None:
@@ -548,6 +548,11 @@ def wrong_for_clients(stage: Finetune, made: Made) -> Wrong:
             made.privacy.where != "distributed" or made.exchange is not None,
             stage.exchange,
             "secure-aggregation: a share of the noise protects nobody whose update is seen by itself",
+        ),
+        "privacy": (
+            made.privacy.where != "central" or made.exchange is None,
+            stage.privacy,
+            "distributed, local: before a server's noise, rounding to a ring would add to what one client changes",
         ),
         "up": (
             made.privacy.where != "distributed" or all(one.traits.linear for one in made.up.transforms),

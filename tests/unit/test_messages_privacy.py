@@ -41,6 +41,7 @@ MISTAKES = {
         "privacy.noise_multiplier", "1.0", "epsilon of at most 0.5; one round takes 2.32",
     ),
     "shares without masks": ([DISTRIBUTED], "finetune.exchange", "plain", "secure-aggregation"),
+    "a server's noise under masks": ([CENTRAL, MASKS], "finetune.privacy", "central", "distributed, local"),
     "scaffold": (
         [CENTRAL, "finetune.correction=scaffold", "finetune.optimizer=sgd", "finetune.clip_norm=null"],
         "finetune.correction", "scaffold", "none, proximal",

@@ -47,7 +47,7 @@ def single_view(plan: Plan, params: Mapping[str, Params]) -> str:
     """What the server sees of one client, in words: `one update, clipped, noised, masked`."""
     did = {
         "clipped": plan.protection is not None,
-        "noised": noised(plan, params),
+        "noised": noised(plan),
         "masked": plan.exchange is not None,
     }
     return ", ".join(["one update", *(word for word, holds in did.items() if holds)])
@@ -55,12 +55,13 @@ def single_view(plan: Plan, params: Mapping[str, Params]) -> str:
 
 def sum_view(plan: Plan, params: Mapping[str, Params], size: int) -> str:
     """What masks leave, in words: `the sum of 4 updates, noised`."""
-    return f"the sum of {size} updates" + (", noised" if noised(plan, params) else "")
+    return f"the sum of {size} updates" + (", noised" if noised(plan) else "")
 
 
-def noised(plan: Plan, params: Mapping[str, Params]) -> bool:
+def noised(plan: Plan) -> bool:
     """Whether clients add noise; what the server adds itself hides nothing from it."""
-    return plan.protection is not None and plan.protection.share_std(UPDATE, params) > 0
+    protection = plan.protection
+    return protection is not None and protection.mechanism.where != "central" and protection.noise_multiplier > 0
 
 
 def of_one_sample(subject: Subject) -> Local:
