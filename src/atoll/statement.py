@@ -44,7 +44,7 @@ def guarantee(protection: Protection | None, rounds: int, samples: Samples) -> d
     return {
         "unit": mechanism.unit,
         "mechanism": mechanism.where,
-        "adjacency": told.release.adjacency if told else "add-or-remove-one",
+        "adjacency": ADJACENCY.get(mechanism.where) or (told.release.adjacency if told else "add-or-remove-one"),
         "holds_against": HOLDS_AGAINST[mechanism.where],
         "not_covered": NOT_COVERED[mechanism.unit],
         "epsilon": told.epsilon if told else None,
@@ -58,6 +58,9 @@ def guarantee(protection: Protection | None, rounds: int, samples: Samples) -> d
         "rate": told.release.rate if told else None,
     }
 
+
+ADJACENCY = dict.fromkeys(("local", "distributed"), "zero-out: what it sends, not that it takes part")
+"""Where the server is among those whom a promise holds against: it knows whom it asked and who answered."""
 
 HOLDS_AGAINST = {
     "central": "everybody but the server, as long as nobody is told who took part in which round",

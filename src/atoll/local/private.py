@@ -1,9 +1,9 @@
 """Gradients that hide single samples: DP-SGD's, for any model.
 
-    each sample i is drawn with probability q = B / n, by itself;     g = (sum_i clip_C(g_i) + N(0, sigma^2 C^2 I)) / B
+    each sample i is drawn with probability q = B / n, by itself;     g = (sum_i clip_C(g_i) + N(0, z^2 C^2 I)) / B
 
 Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1; our batch_size * accumulate is their L = B, noise_multiplier
-their sigma, clip their C. g_i is the gradient of a sample's own mean loss over all that trains, from a pass of its own: no
+their z, clip their C. g_i is the gradient of a sample's own mean loss over all that trains, from a pass of its own: no
 layer needs to be known, which vectorized clipping by hooks (Opacus) does need. Departs from it for a client with less than
 B samples, which draws all it has and divides by B still.
 

@@ -90,7 +90,7 @@ def examples(clip: Clip, delta: Delta, noise_multiplier: Annotated[float, Ge(0)]
     Args:
         clip: the largest Euclidean norm of a sample's gradient; their C.
         delta: at most 1 / the samples of the client that holds most.
-        noise_multiplier: the noise's standard deviation over the clip; their sigma. Rates depend on how much data each
+        noise_multiplier: the noise's standard deviation over the clip. Rates depend on how much data each
             client holds, so it is not found from epsilon: `atoll plan` says what epsilon a noise_multiplier comes to.
         epsilon: the budget of the run, which stops before any client's is passed.
     """
