@@ -5,7 +5,7 @@ objectives: [sft]
 spaces: [lora]
 exchanges: [secure-aggregation]             # all by default; this one: the operator sees no update of this site alone
 privacy: {epsilon: 8, delta: 1e-5}          # what all runs together may spend of this site's data; none: not limited
-metrics: [loss, steps]                      # that may leave, beside what a round needs
+metrics: [loss, standard_error]             # that may leave, beside what a round needs
 minimum_cohort: 3                           # fewest clients whose updates are put together
 code: []                                    # module:factory parts that may run here; none by default
 require: [{use: clip, norm: 1.0}]           # transforms that must be in the up chain; numbers are the most they may be
@@ -24,8 +24,8 @@ from atoll import parts
 from atoll.errors import AtollError, closest
 from atoll.recipe import Recipe, load
 
-NEEDED = frozenset({"seconds_in_steps", "samples", "standard_error", "loss"})
-"""Metrics by which rounds and evaluations are counted."""
+NEEDED = frozenset({"seconds_in_steps", "samples"})
+"""Metrics by which rounds are counted: none of what the data are like."""
 
 
 class Budget(BaseModel):

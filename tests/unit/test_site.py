@@ -330,8 +330,8 @@ def test_a_policy_lets_named_code_and_a_clipped_chain_through():
 
 
 def test_metrics_that_may_not_leave_stay():
-    heard = Policy(metrics=["steps"]).may_leave({"loss": 1.0, "steps": 2.0, "patients": 7.0})
-    assert heard == {"loss": 1.0, "steps": 2.0}
+    heard = Policy(metrics=["steps"]).may_leave({"loss": 1.0, "samples": 4.0, "steps": 2.0, "patients": 7.0})
+    assert heard == {"samples": 4.0, "steps": 2.0}, "a held-out loss is a metric like any other"
 
 
 def test_a_policy_with_a_word_that_is_none_is_named(tmp_path):
