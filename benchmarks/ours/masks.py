@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from atoll import wire
-from atoll.client import Client, Done
-from atoll.exchange import Dropped, Opened, Reply, Task
+from atoll.client import Client
+from atoll.exchange import Done, Dropped, Opened, Reply, Task
 from atoll.privacy import graph
 from atoll.privacy.graph import threshold
 from atoll.privacy.masks import SecureAggregation
+from atoll.privacy.party import Memory
 from atoll.round import RoundPlan, broadcast, converse, initial, receive
 from atoll.stream import UPDATE, Stream
 from benchmarks.masked import Measured, Setting, report, rounds, updates
@@ -72,7 +73,7 @@ def client(plan: RoundPlan, masks: SecureAggregation, name: str, given: Mapping[
         return Done({UPDATE: given[name]}, {"all": 1.0}, {}, {})
 
     return Client(
-        name, plan.hash, plan.streams, {"train": work}, None, side=masks.party(name, plan.streams, len(given), {})
+        name, plan.hash, plan.streams, {"train": work}, None, side=masks.party(name, plan.streams, len(given), Memory())
     )
 
 

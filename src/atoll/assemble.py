@@ -171,7 +171,7 @@ def clients(
 
     def client(name: str) -> Client:
         data = pooled(assembly.data) if name == POOLED else assembly.data[name]
-        side = plan.side(name, memories.setdefault(name, {}))
+        side = plan.side(name, memories.setdefault(name, Memory()))
         return Client(name, plan.hash, plan.rounds.streams, works, data, FileStore(folder.client(name)), side)
 
     return client

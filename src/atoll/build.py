@@ -194,6 +194,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     refuse_names(list(sources))
     refuse_schedule(made.schedule, size)
     refuse_alone(made, size)
+    refuse_telling_size(made, least)
     trains = made.space.plan(shapes) if shapes else None
     protection = protected(made, recipe.finetune, size, trains)
     notes = (*warnings(made, size), *(f"without {name}: {why}" for name, why in unwilling.items()))
@@ -472,7 +473,7 @@ def refuse_under_masks(recipe: Recipe, made: Made) -> None:
             found=parts.spec(stage.aggregate, "").use, allowed="mean",
             remedy="`exchange: plain` shows the server single updates",
         )  # fmt: skip
-    if made.schedule.law.kind == "idle" or stage_takes_late(stage):
+    if made.schedule.law.kind == "idle" or made.schedule.keeps_late:
         raise AtollError(
             "masks are agreed on by the clients of one round: none may answer in a later one", where="finetune.schedule",
             found=str(parts.spec(stage.schedule, "")), allowed="synchronous without `late: take`, or poisson",
@@ -485,15 +486,26 @@ def refuse_under_masks(recipe: Recipe, made: Made) -> None:
         )  # fmt: skip
 
 
-def stage_takes_late(stage: Finetune) -> bool:
-    """Whether late replies count in later rounds."""
-    return bool(parts.spec(stage.schedule, "").arguments.get("late") == "take")
+def waits_for_some(stage: Finetune, schedule: Schedule) -> bool:
+    """Whether one client's answer, or its lateness, decides whose else are in a round."""
+    quorum = parts.spec(stage.schedule, "").arguments.get("quorum", 1)
+    return schedule.law.kind == "idle" or schedule.keeps_late or quorum != 1
 
 
 def fleets_of(written: Any) -> list[str]:
     """A fleet's name, and those of the fleets inside it."""
     part = parts.spec(written, "fleet")
     return [part.use, *(fleets_of(part.arguments["inner"]) if part.arguments.get("inner") else [])]
+
+
+def refuse_telling_size(made: Made, least: int) -> None:
+    """A round that comes to nothing for want of clients tells how many were drawn, without noise."""
+    central = made.privacy is not None and made.privacy.where == "central"
+    if central and least > 1 and made.schedule.law.kind == "poisson":
+        raise AtollError(
+            "a site's minimum_cohort and a cohort of random size tell who was drawn", where="finetune.schedule",
+            found="poisson", allowed="synchronous", remedy="a fixed cohort, or `privacy: distributed`",
+        )  # fmt: skip
 
 
 def refuse_private(recipe: Recipe, made: Made) -> None:
@@ -553,6 +565,11 @@ def wrong_for_clients(stage: Finetune, made: Made) -> Wrong:
             made.privacy.where != "central" or made.exchange is None,
             stage.privacy,
             "distributed, local: before a server's noise, rounding to a ring would add to what one client changes",
+        ),
+        "schedule": (
+            made.privacy.where != "central" or not waits_for_some(stage, made.schedule),
+            stage.schedule,
+            "synchronous, poisson: without quorum and late replies, whom a round takes hangs on nobody's speed",
         ),
         "up": (
             made.privacy.where != "distributed" or all(one.traits.linear for one in made.up.transforms),

@@ -15,28 +15,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
 from atoll.aggregate.base import Weights
 from atoll.cache import replace_tensors
 from atoll.errors import AtollError
-from atoll.exchange import Reply, Task, WorkFailed
+from atoll.exchange import Done, Reply, Task, WorkFailed
 from atoll.keys import key
 from atoll.params import Params, nested, under
 from atoll.stream import Stream
 from atoll.transforms.chain import Payload
-
-
-class Done(NamedTuple):
-    """What a client's work comes to."""
-
-    updates: Mapping[str, Params]
-    weights: Weights
-    metrics: Mapping[str, float]
-    state: Params
-
 
 Work = Callable[[Mapping[str, Params], Any, Params, Task], Done]
 """(params per stream, the client's data, its state, the task) -> Done. Pure but for the model it trains in."""

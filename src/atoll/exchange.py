@@ -95,6 +95,15 @@ class Reply:
         return sum(wire.size(payload) for payload in self.payloads.values())
 
 
+class Done(NamedTuple):
+    """What a client's work comes to."""
+
+    updates: Mapping[str, Params]
+    weights: Weights
+    metrics: Mapping[str, float]
+    state: Params
+
+
 class WorkFailed(Exception):
     """A client cannot do its task: the reason goes to the server as a refusal."""
 

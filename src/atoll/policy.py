@@ -28,6 +28,10 @@ NEEDED = frozenset({"seconds_in_steps", "samples"})
 """Metrics by which rounds are counted: none of what the data are like."""
 
 
+SEEN_BY_THE_OPERATOR = frozenset({"none", "central"})
+"""Mechanisms under which an update leaves its site as it is."""
+
+
 class Budget(BaseModel):
     """Of differential privacy, over everything that is ever done with a site's data."""
 
@@ -73,8 +77,9 @@ class Policy(BaseModel):
             )  # a site makes nothing else of a recipe
             if not allows(self.code, name)
         ]
-        if self.privacy and parts.spec(stage.privacy, "finetune.privacy").use == "none":
-            broken.append("privacy none; this site gives no update without differential privacy")
+        private = parts.spec(stage.privacy, "finetune.privacy").use
+        if self.privacy and private in SEEN_BY_THE_OPERATOR:
+            broken.append(f"privacy {private}; this site gives the operator no update without differential privacy")
         correction = parts.spec(stage.correction, "finetune.correction").use
         if self.require and correction != "none":
             broken.append(f"correction {correction}, whose own stream leaves without what this site requires")

@@ -32,7 +32,8 @@ from atoll.data.sources import ClientData, ClientSource, digest
 from atoll.errors import AtollError
 from atoll.local.work import Tick
 from atoll.policy import Policy
-from atoll.privacy.ledger import Ledger, spent
+from atoll.privacy.accounting import Release
+from atoll.privacy.ledger import Entry, Ledger, spent
 from atoll.privacy.party import Memory, Party
 from atoll.privacy.protection import entry
 from atoll.recipe import validate
@@ -44,6 +45,9 @@ Message = list[list[Buffer]]
 
 WARM = 2
 """Plans whose model stays in memory."""
+
+REMEMBERED = 8
+"""Runs whose secrets between the phases of a round are kept."""
 
 KEPT = 2
 """Replies that are kept in memory for an operator who asks again."""
@@ -84,7 +88,7 @@ class Site:
     """The one that is being worked on."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     """Messages are looked at in one thread and worked on in another."""
-    _memories: dict[str, dict[str, Memory]] = field(default_factory=dict)
+    _memories: OrderedDict[str, dict[str, Memory]] = field(default_factory=OrderedDict)
     """By run: what its client knows between the phases of a round."""
     _done: OrderedDict[tuple[str, str], list[Buffer]] = field(default_factory=OrderedDict)
 
@@ -233,10 +237,10 @@ class Site:
         protection, budget = ready.plan.protection, self.policy.privacy
         if protection is None:
             return
+        if not protection.noise_multiplier:
+            return
         samples = {ready.name: len(ready.things.data[ready.name].train)}
-        comes = replace(
-            entry(protection, run, ready.plan.hash, round, samples), clients=()
-        )  # a site's data are one client's
+        comes = for_one_who_was_asked(entry(protection, run, ready.plan.hash, round, samples))
         if budget and (would := spent([*self.ledger, comes], budget.delta)) > budget.epsilon:
             raise Unwilling(
                 f"this site's privacy budget is spent: another round would make epsilon {would:.4g} at delta"
@@ -254,7 +258,10 @@ class Site:
         if not run.isalnum():
             raise Unwilling(f"a run named {run!r}")
         folder = RunFolder(self.folder / "runs" / run)
-        made = clients(ready.plan, ready.things, folder, self._memories.setdefault(run, {}))(ready.name)
+        memories = self._memories.setdefault(run, {})
+        while len(self._memories) > REMEMBERED:
+            self._memories.popitem(last=False)
+        made = clients(ready.plan, ready.things, folder, memories)(ready.name)
         return replace(made, outward=self.kept_here, side=self.careful(made.side))
 
     def careful(self, side: Side | None) -> Side | None:
@@ -263,6 +270,13 @@ class Site:
             return side
         least = max(side.terms.survivors, self.policy.minimum_cohort)
         return replace(side, terms=side.terms._replace(survivors=least))
+
+
+def for_one_who_was_asked(comes: Entry) -> Entry:
+    """An entry of a round in a site's own ledger: it holds the rounds that it is asked in, so being drawn hides nothing."""
+    if comes.unit == "client":
+        comes = replace(comes, releases=tuple(Release(one.noise_multiplier, count=one.count) for one in comes.releases))
+    return replace(comes, clients=())
 
 
 def replaced(task: tuple[str, str], by: tuple[str, str]) -> bool:

@@ -17,6 +17,10 @@ def statement(plan: Plan, samples: Samples, about: bool = False) -> dict[str, An
     promised = guarantee(plan.protection, plan.recipe.finetune.rounds, samples)
     if promised and plan.protection and plan.protection.mechanism.unit == "example":
         promised["about"] = about
+    if promised and plan.recipe.start:
+        promised["not_covered"] += (
+            f"; what {plan.recipe.start}, where it starts from, has spent (`atoll ledger` adds up)"
+        )
     return {"server_sees": server_sees(plan), "guarantee": promised}
 
 
@@ -70,7 +74,7 @@ HOLDS_AGAINST = {
 }
 
 NOT_COVERED = {
-    "client": "",
+    "client": "held-out losses, which each client tells, and whatever is decided by them, such as when to stop",
     "example": (
         "held-out losses, how many samples a client holds, and how long it works; a text that was cut into several"
         " samples is several examples"

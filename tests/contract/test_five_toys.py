@@ -21,8 +21,8 @@ import torch.multiprocessing as mp
 from toys import SITES, START, descend, fedavg_work, gradient, line, rounds, toy_fleet, toy_plan
 
 from atoll.aggregate.mean import mean, share
-from atoll.client import Client, Done, FileStore, MemoryStore
-from atoll.exchange import Abandoned, Accepted, Contribution, Dropped, Reply, Send, Wait
+from atoll.client import Client, FileStore, MemoryStore
+from atoll.exchange import Abandoned, Accepted, Contribution, Done, Dropped, Reply, Send, Wait
 from atoll.fleet.faults import FaultFleet
 from atoll.fleet.inprocess import InProcess
 from atoll.keys import generator

@@ -10,8 +10,7 @@ import torch
 from test_tasks import over
 from toys import SITES, START, fedavg_work, remade, rounds, toy_clients, toy_fleet, toy_plan
 
-from atoll.client import Done
-from atoll.exchange import Dropped, Refused, Reply
+from atoll.exchange import Done, Dropped, Refused, Reply
 from atoll.fleet.faults import FaultFleet
 from atoll.fleet.processes import processes
 from atoll.outer import sgd

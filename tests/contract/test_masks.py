@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from toys import rounds, toy_plan
 
 from atoll.aggregate.mean import share
-from atoll.client import Client, Done, MemoryStore
-from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused
+from atoll.client import Client, MemoryStore
+from atoll.exchange import Abandoned, Accepted, Done, Dropped, Opened, Refused
 from atoll.fleet.inprocess import InProcess
 from atoll.keys import key, rng
 from atoll.privacy import graph, party
 from atoll.privacy.graph import threshold
 from atoll.privacy.hidden import range_at, rung
 from atoll.privacy.masks import secure_aggregation
+from atoll.privacy.party import Memory
 from atoll.round import initial
 from atoll.stream import UPDATE, Stream
 
@@ -59,7 +60,7 @@ def masked_plan(settings, names, streams=PLAIN):
 
 
 def masked_clients(plan, settings, given, weights=None, memories=None):
-    memories = memories if memories is not None else {name: {} for name in given}
+    memories = memories if memories is not None else {name: Memory() for name in given}
 
     def client(name):
         def work(params, data, state, task):
@@ -185,7 +186,7 @@ def test_two_streams_have_a_scale_each():
         side = aggregation.party(name, plan.streams, 4, memories[name])
         return Client(name, plan.hash, plan.streams, {"train": work}, None, MemoryStore(), side)
 
-    memories = {name: {} for name in given}
+    memories = {name: Memory() for name in given}
     state = rounds(plan, InProcess(list(given), client), 1, initial(plan, LIKE))
     assert close(state.params[UPDATE], exact(given, given), step_of(aggregation, given))
     summed = {n: x / 2 for n, x in exact(big, big).items()}
@@ -399,14 +400,28 @@ def test_keys_of_an_attempt_are_of_no_use_for_another():
     given = updates("abc")
     aggregation = secure_aggregation()
     plan = masked_plan(aggregation, list(given))
-    memories = {name: {} for name in given}
+    memories = {name: Memory() for name in given}
     make = masked_clients(plan, aggregation, given, memories=memories)
     rounds(plan, InProcess(list(given), make), 1, initial(plan, LIKE))
-    before = next(iter(memories["a"].values()))
-    rounds(plan, InProcess(list(given), make), 1, initial(plan, LIKE))
-    (after,) = memories["a"].values()
+    before = next(iter(memories["a"].attempts.values()))
+    rounds(plan, InProcess(list(given), make), 1, initial(plan, LIKE, round=1))
+    (after,) = memories["a"].attempts.values()
     assert after.sealing.private != before.sealing.private
     assert after.sums["update"].seed != before.sums["update"].seed
+
+
+def test_a_round_whose_sum_was_opened_is_not_summed_again():
+    """A server that lost the sum asks again, and without one client: the difference would be that client's update."""
+    given = updates("abcd")
+    aggregation = secure_aggregation()
+    plan = masked_plan(aggregation, list(given))
+    make = masked_clients(plan, aggregation, given, memories={name: Memory() for name in given})
+    rounds(plan, InProcess(list(given), make), 1, initial(plan, LIKE))
+    heard = []
+    again = rounds(plan, InProcess(list(given), make), 1, initial(plan, LIKE), heard.append)
+    assert all("was opened before" in one.reason for one in heard if isinstance(one, Refused))
+    assert any(isinstance(one, Abandoned) for one in heard)
+    assert not again.params[UPDATE]["w"].any()
 
 
 # What clients that do not follow the protocol can do ---------------------------------------------------------------------

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from atoll.client import Client, Done, MemoryStore, Store, Work
-from atoll.exchange import Task, Verdict
+from atoll.client import Client, MemoryStore, Store, Work
+from atoll.exchange import Done, Task, Verdict
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import InProcess
 from atoll.params import Params, subtract

@@ -99,5 +99,5 @@ def test_a_site_whose_budget_is_spent_takes_no_part(federation):
     done = federation.run("run", "mine.yaml", "--fleet", federation.address, *MASKS, *NOISE, "--set", "name=more")
     assert "privacy budget is spent" in done.stderr
     clear = federation.run("run", "mine.yaml", "--fleet", federation.address, "--set", "name=clear")
-    assert "privacy none; this site gives no update without differential privacy" in clear.stderr
+    assert "privacy none; this site gives the operator no update without differential privacy" in clear.stderr
     assert "exchanges plain; this site allows secure-aggregation" in clear.stderr

@@ -17,7 +17,8 @@ from scipy.stats import beta, norm
 from test_masks import Losing, masked_clients
 from toys import rounds, toy_plan
 
-from atoll.client import Client, Done, MemoryStore
+from atoll.client import Client, MemoryStore
+from atoll.exchange import Done
 from atoll.fleet.inprocess import InProcess
 from atoll.privacy import mechanisms
 from atoll.privacy.accounting import Release, epsilon, noise_for

@@ -46,6 +46,11 @@ MISTAKES = {
         [CENTRAL, "finetune.correction=scaffold", "finetune.optimizer=sgd", "finetune.clip_norm=null"],
         "finetune.correction", "scaffold", "none, proximal",
     ),
+    "late replies": ([CENTRAL, schedule("synchronous, late: take")], "finetune.schedule", "late=take", "synchronous, poisson"),
+    "a quorum": ([CENTRAL, schedule("synchronous, quorum: 0.5")], "finetune.schedule", "quorum=0.5", "synchronous, poisson"),
+    "a buffer": (
+        [CENTRAL, schedule("buffered, concurrency: 2, buffer: 1")], "finetune.schedule", "buffered", "synchronous, poisson",
+    ),
     "weights": ([CENTRAL, "finetune.weighting=examples"], "finetune.weighting", "examples", "uniform"),
     "a transform after the noise": (
         [DISTRIBUTED, MASKS, "finetune.up=[{use: clip, norm: 1}]"], "finetune.up", "clip", "[]: what one client does",
@@ -117,8 +122,6 @@ def sampling(tiny: str, *settings: str) -> str:
 def test_sampling_counts_where_the_server_is_trusted_and_every_reply_is_of_its_round(tiny: str) -> None:
     assert sampling(tiny, CENTRAL, schedule("poisson, rate: 0.5")) == "poisson"
     assert sampling(tiny, CENTRAL, schedule("synchronous, cohort: 2")) == "uniform"
-    assert sampling(tiny, CENTRAL, schedule("synchronous, cohort: 2, late: take")) == "everyone"
-    assert sampling(tiny, CENTRAL, schedule("buffered, concurrency: 2, buffer: 1")) == "everyone"
     assert sampling(tiny, DISTRIBUTED, MASKS, schedule("poisson, rate: 0.7")) == "everyone"
     local = PRIVACY.format("local", 1, 0.01, ", noise_multiplier: 1")
     assert sampling(tiny, local, schedule("poisson, rate: 0.5")) == "everyone"

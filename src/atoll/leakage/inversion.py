@@ -17,6 +17,7 @@ its plan (seen.py): the update as it is sent, and the sum that it is in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +34,7 @@ from atoll.leakage.membership import ordinary
 from atoll.leakage.scores import Floats, first_of, mean_and_error
 from atoll.leakage.seen import IN_THE_CLEAR, is_protected, of_one_sample, overheard
 from atoll.leakage.subject import Counting, NotApplicable, Subject
-from atoll.local.work import train
+from atoll.local.work import plain, train
 from atoll.params import Params, global_norm, nested, under
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import Finding
@@ -123,7 +124,7 @@ def candidates(subject: Subject, name: str, data: ClientData) -> list[Any]:
 
 def updates(subject: Subject, name: str, samples: Sequence[Any], progress: Counting) -> Iterator[Params]:
     """The update that the run's own local work makes of each sample alone, in the first round; the server gives its key."""
-    local = of_one_sample(subject)
+    local = replace(of_one_sample(subject), gradients=plain)  # the attacker's guesses, and the clear, have no noise
     params = initial(subject.plan.rounds, subject.base).params
     task = Task("train", name, subject.plan.hash, Broadcast(0, {}), key(subject.plan.recipe.seed, 0, name))
     for sample in samples:

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from atoll.aggregate.base import ALL
-from atoll.client import Done
 from atoll.data.sources import ClientData
-from atoll.exchange import Task, WorkFailed
+from atoll.exchange import Done, Task, WorkFailed
 from atoll.keys import rng
 from atoll.local.corrections import Correction, Start
 from atoll.local.optimizers import MakeOptimizer, Rate

@@ -145,17 +145,19 @@ class Hidden:
         levels = draw.random(len(values), dtype=exact)
         levels += values * exact(1 / scale)
         np.floor(levels, out=levels)
-        if len(levels) and not max(levels.max(), -levels.min()) <= self.top:
+        if len(levels) and not max(levels.max(), -levels.min()) <= self.top + 1:
             raise ValueError(
                 f"'{name}' has values beyond the scale: {levels.min():g} to {levels.max():g} of {self.top} levels"
             )
+        np.clip(levels, -self.top, self.top, out=levels)  # the largest value itself may be rounded past the last level
         return levels.astype(np.int32 if self.bits < 32 else np.int64)
 
     def _digits(self, weight: float) -> NDArray[np.int64]:
         """A weight in fixed point, the lowest digit first."""
         fixed, base = round(weight / WEIGHT_UNIT), 1 << (self.bits - 1)
-        if not 0 <= fixed < 1 << WEIGHT_BITS:
-            raise ValueError(f"a weight of {weight:g}; from 0 to {WEIGHT_UNIT * 2**WEIGHT_BITS:g} can be hidden")
+        if not 0 <= fixed < 1 << WEIGHT_BITS or fixed * WEIGHT_UNIT != weight:
+            most = WEIGHT_UNIT * 2**WEIGHT_BITS
+            raise ValueError(f"a weight of {weight:g}; multiples of {WEIGHT_UNIT:g} below {most:g} can be hidden")
         return np.array([fixed // base**i % base for i in range(self.digits)], np.int64)
 
     def _weight(self, digits: NDArray[Any]) -> Tensor:

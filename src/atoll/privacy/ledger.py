@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,13 +37,28 @@ class Entry:
 
 
 def spent(entries: Iterable[Entry], delta: float) -> float:
-    """Epsilon of all entries together, of the client that is told most of: releases of two clients' data do not add up."""
+    """Epsilon of all entries together, of the client that is told most of: releases of two clients' data do not add up.
+
+    Where some hide clients and others examples, it is an example's: another example may turn a client's whole update around,
+    which is twice the clip.
+    """
     histories: dict[str, list[Release]] = {}
+    entries = list(entries)
+    if len({entry.unit for entry in entries}) > 1:
+        entries = [of_examples(entry) for entry in entries]
     for entry in entries:
         for client, release in zip(entry.clients or [ANY] * len(entry.releases), entry.releases, strict=True):
             histories.setdefault(client, []).append(release)
     of_all = histories.pop(ANY, [])
     return worst({name: [*own, *of_all] for name, own in histories.items()} or {ANY: of_all}, delta)[1]
+
+
+def of_examples(entry: Entry) -> Entry:
+    """What an entry tells of one example of a client."""
+    if entry.unit == "example":
+        return entry
+    halved = tuple(replace(one, noise_multiplier=one.noise_multiplier / 2) for one in entry.releases)
+    return replace(entry, unit="example", releases=halved)
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ def spending(ledgers: Mapping[str, Sequence[Entry]], delta: float) -> list[dict[
         {
             "ledger": name,
             "releases": len(entries),
-            "unit": " and ".join(sorted({entry.unit for entry in entries})) or "-",
+            "unit": max((entry.unit for entry in entries), default="-"),
             "epsilon": spent(entries, delta),
             "delta": delta,
         }

@@ -21,8 +21,10 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge, Gt, Lt
 
+from atoll.aggregate.base import ALL
 from atoll.aggregate.mean import share
 from atoll.errors import AtollError
+from atoll.exchange import Done, WorkFailed
 from atoll.outer import Outer
 from atoll.params import Params, global_norm
 from atoll.privacy.accounting import Release, epsilon, noise_for
@@ -130,7 +132,7 @@ class OfClients:
             return stream
 
         def release(total: Params, params: Mapping[str, Params]) -> Params:
-            return with_noise(total, self.std(stream.name, params))
+            return with_noise(total, self.std(stream.name, params), snap=True)
 
         def bound(params: Mapping[str, Params]) -> float:
             return 0.5 if stream.name == CLIP else self.norm(params)
@@ -141,7 +143,7 @@ class OfClients:
         """A client's work, whose update is clipped and, as far as it is the client's to do, noised."""
 
         def protected(params: Mapping[str, Params], data: Any, state: Params, task: Any) -> Any:
-            done = work(params, data, state, task)
+            done = finite(work, params, data, state, task)
             norm = self.norm(params)
             updates = {UPDATE: clipped(done.updates[UPDATE], norm)}
             if self.mechanism.quantile:
@@ -149,10 +151,26 @@ class OfClients:
                 updates[CLIP] = {"log": torch.tensor([0.5 - within])}
             if self.mechanism.where == "distributed":  # what is rounded to a ring must not have been rounded before
                 updates = {name: {n: x.double() for n, x in update.items()} for name, update in updates.items()}
-            noised = {name: with_noise(update, self.share_std(name, params)) for name, update in updates.items()}
-            return done._replace(updates=noised)
+            snap = self.mechanism.where == "local"
+            noised = {name: with_noise(update, self.share_std(name, params), snap) for name, update in updates.items()}
+            told = {name: value for name, value in done.metrics.items() if name in TELL_NOTHING}
+            return done._replace(updates=noised, metrics=told)
 
         return protected
+
+
+TELL_NOTHING = frozenset({"steps", "seconds_in_steps"})
+"""Metrics of work that are not made of the data."""
+
+
+def finite(work: Callable[..., Any], params: Mapping[str, Params], data: Any, state: Params, task: Any) -> Any:
+    """The work's result; zeros where it fails or is not finite. A refusal would tell of the data, and have no noise."""
+    still = {name: torch.zeros_like(x) for name, x in params[UPDATE].items()}
+    try:
+        done = work(params, data, state, task)
+    except WorkFailed:
+        return Done({UPDATE: still}, {ALL: 1.0}, {}, state)
+    return done if math.isfinite(global_norm(done.updates[UPDATE])) else done._replace(updates={UPDATE: still})
 
 
 def clipped(update: Params, norm: float) -> Params:

@@ -2,12 +2,13 @@
 
 Noise that protects somebody must not be foreseen, nor come twice when a run is resumed, so it does not come from the
 recipe's seed. A key of 32 random bytes is stretched by AES-256 in counter mode, to uniform numbers of 53 bits, and those by
-Box and Muller's transform in float64. What is rounded to a ring afterwards keeps no trace of a float's last bits (Mironov
-2012, "On significance of the least significant bits for differential privacy", CCS 2012).
+Box and Muller's transform in float64. The result is rounded, to a ring or to a grid, so that the last bits of a float tell
+nothing (Mironov 2012, "On significance of the least significant bits for differential privacy", CCS 2012).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -38,11 +39,20 @@ def gaussian(count: int) -> Floats:
     return numbers
 
 
-def with_noise(params: Params, std: float) -> Params:
-    """Independent Gaussian noise of this standard deviation on every number; the types stay."""
+GRID = 2.0**-12
+"""Of the noise's standard deviation (rounded to a power of two): what noisy numbers are rounded to where no ring does it."""
+
+
+def with_noise(params: Params, std: float, snap: bool = True) -> Params:
+    """Independent Gaussian noise of this standard deviation on every number; the types stay.
+
+    With `snap` the result is rounded to a grid that depends on `std` alone, which is post-processing.
+    """
     if std == 0:
         return params
-    return {
-        name: (x.double() + std * torch.from_numpy(gaussian(x.numel())).reshape(x.shape).to(x.device)).to(x.dtype)
-        for name, x in params.items()
+    grid = 2.0 ** math.floor(math.log2(std)) * GRID
+    noisy = {
+        n: x.double() + std * torch.from_numpy(gaussian(x.numel())).reshape(x.shape).to(x.device)
+        for n, x in params.items()
     }
+    return {name: (x.div(grid).round() * grid if snap else x).to(params[name].dtype) for name, x in noisy.items()}

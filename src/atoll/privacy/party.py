@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -108,8 +108,14 @@ class Attempt:
     roster: dict[str, Peer] = field(default_factory=dict)
 
 
-Memory = MutableMapping[str, Attempt]
-"""Attempts by name; of a client, as long as its process lives."""
+@dataclass
+class Memory:
+    """What a client knows between the phases of a run's rounds, as long as its process lives."""
+
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+    """By name."""
+    opened: int = -1
+    """The last round whose sum it has helped to open."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,14 @@ class Party:
         self, task: Task, received: Mapping[str, Params], payloads: Mapping[str, Payload], weights: Weights
     ) -> Any:
         """Keeps what the work came to until masks are agreed on; gives the public keys."""
+        if task.broadcast.round <= self.memory.opened and not all(hidden(s).private_rounding for s in self.streams):
+            raise WorkFailed(
+                f"the sum of round {task.broadcast.round} was opened before: a second one, of others, would tell them apart"
+            )
         totals = {s.name: hidden(s).inner.alone(payloads[s.name].main, weights) for s in self.streams}
         sums = {sum: Secrets(new_key(), secrets.token_bytes(KEY_BYTES)) for sum in self.sums}
         attempt = Attempt(totals, received, task.key, sums)
-        self.memory.clear()  # of any other attempt nothing is needed, and nothing shall be known
-        self.memory[task.variant] = attempt
+        self.memory.attempts = {task.variant: attempt}  # of any other nothing is needed, and nothing shall be known
         masks = {sum: one.mask.public for sum, one in sums.items()}
         seeds = {sum: commitment(one.seed) for sum, one in sums.items()}
         return {"keys": Peer(1, attempt.sealing.public, masks, seeds).as_data()}
@@ -145,7 +154,7 @@ class Party:
     def answer(self, task: Task) -> dict[str, Any]:
         """The fields of a reply. Raises WorkFailed for what is not answered, with the reason."""
         name = task.variant.partition(":")[0]
-        attempt = self.memory.get(name)
+        attempt = self.memory.attempts.get(name)
         if attempt is None:
             raise WorkFailed(f"the keys of attempt {name} are not here (any more)")
         try:
@@ -278,6 +287,9 @@ class Party:
             )
         own.opened = True
         given = {name: own.held[name][0 if name in survivors else 1] for name in own.peers}
+        own.held.clear()
+        if sum == UPDATE_SUM:
+            self.memory.opened = task.broadcast.round
         return {"data": {"shares": {name: b64encode(one).decode() for name, one in given.items()}}}
 
 
