@@ -36,6 +36,7 @@ from atoll.outer import Outer
 from atoll.params import Params
 from atoll.privacy.accounting import Release
 from atoll.privacy.examples import OfExamples
+from atoll.privacy.graph import degree, threshold
 from atoll.privacy.masks import SecureAggregation
 from atoll.privacy.mechanisms import Cohorts, OfClients, in_a_ring, protect
 from atoll.privacy.party import Memory
@@ -193,11 +194,12 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     size = len(sources) if sampled is None else len(sampled)
     refuse_names(list(sources))
     refuse_schedule(made.schedule, size)
-    refuse_alone(made, size)
+    refuse_alone(recipe.finetune, made, size)
     refuse_telling_size(made, least)
     trains = made.space.plan(shapes) if shapes else None
     protection = protected(made, recipe.finetune, size, trains)
-    notes = (*warnings(made, size), *(f"without {name}: {why}" for name, why in unwilling.items()))
+    bare = [BARE_BASELINES] if recipe.baselines and (made.exchange or made.privacy) else []
+    notes = (*warnings(made, size), *bare, *(f"without {name}: {why}" for name, why in unwilling.items()))
     return Plan(
         recipe=recipe,
         tree=tree,
@@ -372,6 +374,10 @@ LORA_NOISE = (
     " `space: ffa-lora` trains B alone (Sun et al. 2024)"
 )
 
+BARE_BASELINES = (
+    "baselines train without masks and noise, and the card tells their losses: measure them on data of your own"
+)
+
 LOCAL = "local-"
 """Before the client's name in that of its baseline."""
 
@@ -464,7 +470,7 @@ def refuse_under_masks(recipe: Recipe, made: Made) -> None:
         if not one.traits.summable or one.traits.client_state:
             raise AtollError(
                 "this transform cannot work under masks: payloads are summed before anybody reads them",
-                where=f"finetune.up[{i}]", found=type(one).__name__, allowed="clip",
+                where=f"finetune.up[{i}]", found=str(parts.spec(stage.up[i], "")), allowed="clip",
                 remedy=INSTEAD.get(type(one).__name__, "leave it out"),
             )  # fmt: skip
     if not made.aggregate.summable:
@@ -516,6 +522,7 @@ def refuse_private(recipe: Recipe, made: Made) -> None:
     wrong = wrong_for_clients(recipe.finetune, made) if unit == "client" else wrong_for_examples(recipe.finetune)
     for key, (fits, found, allowed) in wrong.items():
         if not fits:
+            found = found if isinstance(found, list) else str(parts.spec(found, key))
             raise AtollError(
                 f"this does not go with differential privacy of {unit}s", where=f"finetune.{key}", found=found,
                 allowed=allowed, remedy=f"--set finetune.{key}={allowed.split(':')[0].split(',')[0]}",
@@ -607,13 +614,23 @@ def refuse_schedule(schedule: Schedule, population: int) -> None:
         )  # fmt: skip
 
 
-def refuse_alone(made: Made, population: int) -> None:
+def refuse_alone(stage: Finetune, made: Made, population: int) -> None:
     """A sum that may be opened needs more clients than a round can have: every round would come to nothing."""
     if made.exchange is None:
         return
     asked, most = cohort_sizes(made.schedule, population)
-    least = made.exchange.least(asked)
-    if least > most:
+    least, quorum = made.exchange.least(asked), parts.spec(stage.schedule, "").arguments.get("quorum", 1)
+    if math.ceil(quorum * asked) < least <= most:
+        raise AtollError(
+            "a quorum of fewer clients than a sum needs to be opened", where="finetune.schedule.quorum", found=quorum,
+            allowed=f"{least / asked:.2g} to 1: {least} of {asked} clients", remedy="a larger quorum, or fewer survivors",
+        )  # fmt: skip
+    if threshold(degree(asked) + 1, made.exchange.colluding) > degree(asked) + 1:
+        raise AtollError(
+            "more colluding clients than the others can hold off", where="finetune.exchange.colluding",
+            found=made.exchange.colluding, allowed=f"0 to {degree(asked)}", remedy="fewer, or more clients in a round",
+        )  # fmt: skip
+    if least > most or (made.schedule.law.kind == "poisson" and least > made.schedule.law.answers(population)):
         wanted = {".survivors": made.exchange.survivors or 0, ".colluding": made.exchange.colluding + 2}
         blamed = next((key for key, value in wanted.items() if value > max(most, 2)), "")
         raise AtollError(

@@ -350,4 +350,6 @@ def _stream(plan: Plan, name: str) -> dict[str, Any]:
     def written(chain: Sequence[Any]) -> list[str]:
         return [] if own else [str(parts.spec(one, "")) for one in chain]
 
-    return {"name": name, "down": written(stage.down), "up": written(stage.up)}
+    hidden = next(one.aggregate for one in plan.rounds.streams if one.name == name)
+    masked = [f"{hidden.ring.bits} bits a value under masks"] if isinstance(hidden, Hidden) else []
+    return {"name": name, "down": written(stage.down), "up": [*written(stage.up), *masked]}

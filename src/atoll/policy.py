@@ -153,11 +153,12 @@ def read(path: Path | None) -> Policy:
         raise AtollError("there is no such policy", where=str(path), found=error.strerror) from error
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else ""
+        *section, key = map(str, first["loc"] or ("",))
         if first["type"] == "extra_forbidden":
+            known = list(Budget.model_fields if section else Policy.model_fields)
             raise AtollError(
-                "unknown key", where=str(path), found=key, allowed=", ".join(Policy.model_fields),
-                remedy=closest(key, list(Policy.model_fields)),
+                "unknown key", where=": ".join([str(path), *section]), found=key, allowed=", ".join(known),
+                remedy=closest(key, known),
             ) from error  # fmt: skip
         raise AtollError(
             "the policy cannot be read", where=f"{path}: {'.'.join(map(str, first['loc']))}", found=first.get("input"),

@@ -169,11 +169,12 @@ def refuse_short_record(written: int, folder: RunFolder) -> None:
 
 def refuse_short_ledger(rounds: int, folder: RunFolder) -> None:
     """Every round has an entry; with fewer of them a run would spend a budget twice."""
-    entries = sum(1 for _ in Ledger(folder.ledger))
-    if entries < rounds:
+    entered = {one.round for one in Ledger(folder.ledger)}
+    if missing := set(range(rounds)) - entered:
         raise AtollError(
-            "the ledger has fewer entries than the run has rounds", where=str(folder.ledger), found=entries,
-            allowed=f"{rounds} or more", remedy="put the file back from a copy: what was spent is not known without",
+            "the ledger has fewer entries than the run has rounds", where=str(folder.ledger),
+            found=f"{len(entered)} rounds, without round {min(missing) + 1}", allowed=f"{rounds}, one entry each or more",
+            remedy="put the file back from a copy: what was spent is not known without",
         )  # fmt: skip
 
 

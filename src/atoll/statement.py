@@ -30,13 +30,13 @@ def server_sees(plan: Plan) -> str:
     if plan.exchange is None:
         return "every update by itself" + (", noised by its client" if noised else "")
     asked, _ = cohort_sizes(plan.rounds.schedule, len(plan.trainers))
-    apart = f" and, with clients who collude, up to {plan.exchange.colluding}" if plan.exchange.colluding else ""
+    apart = f", also if up to {plan.exchange.colluding} of them collude with it" if plan.exchange.colluding else ""
     allowed = f"; of single clients also {', '.join(plan.exchange.metrics)}" if plan.exchange.metrics else ""
     ranged = plan.protection is not None and plan.protection.range(UPDATE) is not None
-    ranges = "" if ranged else ", and where their largest values stand"
+    ranges = "" if ranged else ", and how many clients' largest values lie in which quarter of an octave"
     return (
         f"who takes part, and sums of at least {plan.exchange.least(asked)} updates{apart}{ranges}{allowed};"
-        " held-out losses are each client's"
+        " it also hears each client's held-out loss"
     )
 
 

@@ -534,7 +534,7 @@ def test_a_value_beyond_the_scale_is_not_sent():
 
 def test_a_weight_that_no_ring_holds_is_not_sent():
     how = secure_aggregation(bits=8).hide(Stream(), 3).aggregate
-    with pytest.raises(ValueError, match="a weight of"):
+    with pytest.raises(ValueError, match="a weight that cannot be hidden"):
         how.words({"#weight/all": torch.tensor(1e9)}, 1.0, rng(0))
 
 

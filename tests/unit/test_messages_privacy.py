@@ -46,8 +46,12 @@ MISTAKES = {
         [CENTRAL, "finetune.correction=scaffold", "finetune.optimizer=sgd", "finetune.clip_norm=null"],
         "finetune.correction", "scaffold", "none, proximal",
     ),
-    "late replies": ([CENTRAL, schedule("synchronous, late: take")], "finetune.schedule", "late=take", "synchronous, poisson"),
-    "a quorum": ([CENTRAL, schedule("synchronous, quorum: 0.5")], "finetune.schedule", "quorum=0.5", "synchronous, poisson"),
+    "late replies": (
+        [CENTRAL, schedule("synchronous, late: take")], "finetune.schedule", "late=take", "synchronous, poisson",
+    ),
+    "a quorum": (
+        [CENTRAL, schedule("synchronous, quorum: 0.5")], "finetune.schedule", "quorum=0.5", "synchronous, poisson",
+    ),
     "a buffer": (
         [CENTRAL, schedule("buffered, concurrency: 2, buffer: 1")], "finetune.schedule", "buffered", "synchronous, poisson",
     ),
@@ -55,12 +59,16 @@ MISTAKES = {
     "a transform after the noise": (
         [DISTRIBUTED, MASKS, "finetune.up=[{use: clip, norm: 1}]"], "finetune.up", "clip", "[]: what one client does",
     ),
-    "topk": ([MASKS, "finetune.up=[{use: topk, fraction: 0.1}]"], "finetune.up[0]", "TopK", "lower the rank of the space"),
-    "int8": ([MASKS, "finetune.up=[int8]"], "finetune.up[0]", "Quantize", "finetune.exchange.bits quantizes"),
+    "topk": ([MASKS, "finetune.up=[{use: topk, fraction: 0.1}]"], "finetune.up[0]", "topk", "lower the rank of the space"),
+    "int8": ([MASKS, "finetune.up=[int8]"], "finetune.up[0]", "int8", "finetune.exchange.bits quantizes"),
     "error-feedback": (
         [MASKS, "finetune.up=[{use: error-feedback, chain: [{use: topk, fraction: 0.1}]}]"],
-        "finetune.up[0]", "ErrorFeedback", "leave it out",
+        "finetune.up[0]", "error-feedback", "leave it out",
     ),
+    "a quorum of too few": (
+        [MASKS, schedule("synchronous, quorum: 0.3")], "finetune.schedule.quorum", "0.3", "2 of 3 clients",
+    ),
+    "a central server's noise and a budget": ([CENTRAL, MASKS], "finetune.privacy", "central", "distributed, local"),
     "buffered": (
         [MASKS, schedule("buffered, concurrency: 2, buffer: 2")], "finetune.schedule", "buffered", "synchronous without",
     ),

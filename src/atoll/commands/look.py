@@ -70,11 +70,19 @@ def ledger(
     """Add up what was spent of privacy: over all rounds of all the runs that used the same data."""
     from pathlib import Path
 
+    from atoll.errors import AtollError
     from atoll.privacy.ledger import Ledger, spending
     from atoll.record import tables
     from atoll.record.folder import find
 
     files = {name: Path(name) if Path(name).is_file() else find(name).ledger for name in where}
+    for name, path in files.items():
+        if not path.exists() or not path.stat().st_size:
+            raise AtollError(
+                "no account was kept", where=str(path), found=name,
+                allowed="a ledger with an entry for each round that was released with noise",
+                remedy="what was released without noise has no epsilon: leave it out, and know that nothing bounds it",
+            )  # fmt: skip
     rows = spending({name: list(Ledger(path)) for name, path in files.items()}, delta)
     if as_json:
         show_json(rows)

@@ -135,7 +135,7 @@ class Hidden:
             if name.startswith(WEIGHT):
                 yield self._digits(float(total[name]))
                 continue
-            yield self._rounded(name, total[name].detach().reshape(-1).numpy(), scale, draw)
+            yield self._rounded(name, _floats(total[name]), scale, draw)
 
     def _rounded(self, name: str, values: NDArray[Any], scale: float, draw: np.random.Generator) -> NDArray[Any]:
         """Levels: the value over the scale, up with the probability that keeps the mean. Noise is rounded in secret."""
@@ -146,9 +146,7 @@ class Hidden:
         levels += values * exact(1 / scale)
         np.floor(levels, out=levels)
         if len(levels) and not max(levels.max(), -levels.min()) <= self.top + 1:
-            raise ValueError(
-                f"'{name}' has values beyond the scale: {levels.min():g} to {levels.max():g} of {self.top} levels"
-            )
+            raise ValueError(f"'{name}' has values beyond the scale")
         np.clip(levels, -self.top, self.top, out=levels)  # the largest value itself may be rounded past the last level
         return levels.astype(np.int32 if self.bits < 32 else np.int64)
 
@@ -157,13 +155,20 @@ class Hidden:
         fixed, base = round(weight / WEIGHT_UNIT), 1 << (self.bits - 1)
         if not 0 <= fixed < 1 << WEIGHT_BITS or fixed * WEIGHT_UNIT != weight:
             most = WEIGHT_UNIT * 2**WEIGHT_BITS
-            raise ValueError(f"a weight of {weight:g}; multiples of {WEIGHT_UNIT:g} below {most:g} can be hidden")
+            raise ValueError(f"a weight that cannot be hidden; multiples of {WEIGHT_UNIT:g} below {most:g} can")
         return np.array([fixed // base**i % base for i in range(self.digits)], np.int64)
 
     def _weight(self, digits: NDArray[Any]) -> Tensor:
         """The sum of weights, from the sums of their digits."""
         fixed = sum(int(digit) << (i * (self.bits - 1)) for i, digit in enumerate(digits))
         return torch.tensor(fixed * WEIGHT_UNIT, dtype=torch.float64)
+
+
+def _floats(x: Tensor) -> NDArray[Any]:
+    """Flat, in a type that numpy has."""
+    flat = x.detach().reshape(-1)
+    numbers: NDArray[Any] = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).numpy()
+    return numbers
 
 
 def _in_order(total: Params) -> list[str]:
@@ -197,9 +202,9 @@ def rung(largest: float) -> int:
     """Where a client's largest value stands on the ladder of ranges. Raises ValueError for one that is beyond it."""
     if largest <= 2.0 ** (LOWEST / LADDER):
         return 0
+    if not largest < 2.0 ** ((STEPS + LOWEST - 1) / LADDER):
+        raise ValueError(f"a value that cannot be hidden; those below 2^{(STEPS + LOWEST) // LADDER} can")
     at = math.ceil(LADDER * math.log2(largest)) - LOWEST
-    if not at < STEPS:
-        raise ValueError(f"a value of {largest:g}; up to 2^{(STEPS + LOWEST) // LADDER} can be hidden")
     return at
 
 

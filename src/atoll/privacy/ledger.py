@@ -7,6 +7,7 @@ release has spent what it entered: the account may say too much, never too littl
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,7 +119,22 @@ def _entry(data: dict[str, Any]) -> Entry:
     releases = tuple(Release(**one) for one in data.pop("releases"))
     clients = tuple(data.pop("clients", ()))
     data.pop("time")
+    if not all(map(possible, releases)) or len(clients) not in (0, len(releases)) or data["unit"] not in UNITS:
+        raise ValueError("numbers that no release has")
     return Entry(**data, releases=releases, clients=clients)
+
+
+UNITS = ("client", "example")
+
+
+def possible(one: Release) -> bool:
+    """Whether these can be a release's numbers."""
+    whole = isinstance(one.count, int) and 1 <= one.count <= MOST_RELEASES and isinstance(one.population, int)
+    drawn = one.sampling in ("everyone", "poisson") or (one.sampling == "uniform" and one.population >= 1)
+    return whole and drawn and 0 < one.noise_multiplier < math.inf and 0 <= one.rate <= 1
+
+
+MOST_RELEASES = 10**7
 
 
 def spending(ledgers: Mapping[str, Sequence[Entry]], delta: float) -> list[dict[str, Any]]:

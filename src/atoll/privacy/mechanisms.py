@@ -93,9 +93,15 @@ class OfClients:
         return self.noise_multiplier / math.sqrt(1 - CLIP_SHARE) if self.mechanism.quantile else self.noise_multiplier
 
     @property
+    def bit(self) -> float:
+        """The most that one client changes the sum of the clip's bits."""
+        quantile = self.mechanism.quantile or 0.5
+        return max(quantile, 1 - quantile)
+
+    @property
     def bit_noise(self) -> float:
-        """Standard deviation of the noise on the sum of the clip's bits, of which one client changes a half."""
-        return self.noise_multiplier / math.sqrt(CLIP_SHARE) / 2
+        """Standard deviation of the noise on the sum of the clip's bits."""
+        return self.noise_multiplier / math.sqrt(CLIP_SHARE) * self.bit
 
     def norm(self, params: Mapping[str, Params]) -> float:
         """The clip in a round, from what was broadcast."""
@@ -112,7 +118,7 @@ class OfClients:
 
     def largest(self, stream: str, params: Mapping[str, Params]) -> float:
         """A bound on every value of a client's contribution, but for the noise's far tails; for the ring's scale."""
-        bound = 0.5 if stream == CLIP else self.norm(params)
+        bound = self.bit if stream == CLIP else self.norm(params)
         return bound + TAILS * self.share_std(stream, params)
 
     def range(self, stream: str) -> Callable[[Mapping[str, Params]], float] | None:
@@ -135,7 +141,7 @@ class OfClients:
             return with_noise(total, self.std(stream.name, params), snap=True)
 
         def bound(params: Mapping[str, Params]) -> float:
-            return 0.5 if stream.name == CLIP else self.norm(params)
+            return self.bit if stream.name == CLIP else self.norm(params)
 
         return replace(stream, release=release, bound=bound)
 
@@ -148,7 +154,7 @@ class OfClients:
             updates = {UPDATE: clipped(done.updates[UPDATE], norm)}
             if self.mechanism.quantile:
                 within = float(global_norm(done.updates[UPDATE]) <= norm)
-                updates[CLIP] = {"log": torch.tensor([0.5 - within])}
+                updates[CLIP] = {"log": torch.tensor([self.mechanism.quantile - within])}
             if self.mechanism.where == "distributed":  # what is rounded to a ring must not have been rounded before
                 updates = {name: {n: x.double() for n, x in update.items()} for name, update in updates.items()}
             snap = self.mechanism.where == "local"
@@ -180,12 +186,14 @@ def clipped(update: Params, norm: float) -> Params:
 
 
 def clip_stream(mechanism: Mechanism) -> Stream:
-    """The clip's logarithm, which falls by the share of updates within it and rises by `quantile` (Andrew et al. 2021)."""
+    """The clip's logarithm, which falls by the share of updates within it and rises by `quantile` (Andrew et al. 2021).
+
+    Departs from them in that each client sends quantile - bit and not 1/2 - bit: one that is lost moves the clip nowhere.
+    """
     assert mechanism.quantile is not None
-    above = mechanism.quantile - 0.5
 
     def step(state: Params, params: Params, update: Params) -> tuple[Params, Params]:
-        return state, {"log": params["log"] + CLIP_RATE * (update["log"] + above)}
+        return state, {"log": params["log"] + CLIP_RATE * update["log"]}
 
     start = {"log": torch.tensor([math.log(mechanism.clip)])}
     return Stream(CLIP, outer=Outer(lambda params: {}, step), initial=lambda params: dict(start), ages=False)

@@ -212,13 +212,14 @@ def privacy_in_words(said: Mapping[str, Any]) -> list[str]:
     if promise is None:
         return [sees, "no differential privacy: what is released may tell of any one's data"]
     known = promise["epsilon"] is not None
+    budget = f"; the run stops before it passes {promise['budget']:g}" if promise.get("budget") else ""
     about = "by the number of records about " if promise.get("about") else ""
     epsilon = f"{about}epsilon {promise['epsilon']:.3g}" if known else "epsilon, known once the data are read,"
     of = f", the most of any client, {promise['most_told_of']}" if promise.get("most_told_of") else ""
     amplified = f", rate {promise['rate']:.3g}" if known and promise["sampling"] != "everyone" else ""
     lines = [
         sees,
-        f"{epsilon} at delta {promise['delta']:g} after {promise['rounds']} rounds, of"
+        f"{epsilon} at delta {promise['delta']:g} if all {promise['rounds']} rounds are run{budget}, of"
         f" {UNITS[promise['unit']]} ({promise['adjacency']}){of}; against {promise['holds_against']}",
         f"{promise['mechanism']}: clip {promise['clip']:g}, noise multiplier {promise['noise_multiplier']:.3g};"
         f" sampling: {promise['sampling']}{amplified}",
