@@ -122,7 +122,7 @@ def test_a_run_whose_ledger_has_lost_entries_is_not_resumed(tmp_path):
         details = told.value.details
         assert (details["where"], details["allowed"]) == (str(folder.ledger), "3, one entry each or more")
         assert details["found"] == f"{count} rounds, without round {count + 1}"
-        Ledger(folder.ledger).enter(ENTRY)
+        Ledger(folder.ledger).enter(replace(ENTRY, round=count))
     refuse_short_ledger(3, folder)
 
 
