@@ -41,7 +41,7 @@ def test_a_run_builds(name):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", [name for name in METHODS if "checked" in recipe.resolve(name)])
+@pytest.mark.parametrize("name", [name for name in METHODS if recipe.resolve(name).get("checked")])
 def test_a_method_gives_the_number_it_states(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ATOLL_RUNS", str(tmp_path))
     tree = on_its_bench(name)
