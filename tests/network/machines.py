@@ -25,6 +25,11 @@ def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> N
         time.sleep(0.1)
 
 
+def heed_interrupts() -> None:
+    """A process that a shell started in the background ignores Ctrl-C, and so would those that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Federation:
     """Its folder, and the processes that it started, by name."""
@@ -51,8 +56,9 @@ class Federation:
         assert sink is not None
         command = [sys.executable, "-m", "atoll", *arguments]
         self.running[name] = subprocess.Popen(
-            command, cwd=self.folder, stdout=sink, stderr=sink, env=self.surroundings | environment
-        )
+            command, cwd=self.folder, stdout=sink, stderr=sink, env=self.surroundings | environment,
+            preexec_fn=heed_interrupts,
+        )  # fmt: skip
         sink.close()
         return self.running[name]
 
