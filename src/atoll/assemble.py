@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from atoll import parts
-from atoll.build import POOLED, Plan, build, plan_hash, samples
+from atoll.build import Plan, build, plan_hash, samples
 from atoll.cache import Say, quiet
 from atoll.client import Client, FileStore, Work
 from atoll.data import sources
@@ -25,7 +25,7 @@ from atoll.models.fast import accelerate
 from atoll.models.spaces import read
 from atoll.params import Params
 from atoll.privacy.party import Memory
-from atoll.recipe import Tree, validate
+from atoll.recipe import POOLED, Tree, validate
 from atoll.record.folder import RunFolder
 
 

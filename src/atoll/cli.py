@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "runs": (look.runs, "atoll runs --json"),
     "show": (look.show_run, "atoll show latest"),
     "compare": (look.compare, "atoll compare quickstart-1 quickstart-2"),
-    "ledger": (look.ledger, "atoll ledger quickstart-1 quickstart-2 --delta 1e-5"),
+    "ledger": (look.ledger, "atoll ledger quickstart-1 quickstart-2 --delta 0.01"),
     "card": (look.card, "atoll card quickstart-1"),
     "chat": (use.chat, 'atoll chat quickstart-1 "What is a reef?"'),
     "export": (use.export, "atoll export quickstart-1 --to adapter --out ./adapter"),

@@ -39,6 +39,20 @@ def global_norm(params: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(x.double().square().sum()) for x in params.values()))
 
 
+def clipped(params: Mapping[str, Tensor], norm: float) -> Params:
+    """Scaled down to a Euclidean norm of at most `norm` over all tensors; a little below it, as products are rounded.
+
+    Source: Abadi et al. 2016 (arXiv 1607.00133), the clipping step.
+
+    >>> clipped({"w": torch.tensor([3.0, 4.0])}, norm=10.0)
+    {'w': tensor([3., 4.])}
+    >>> round(global_norm(clipped({"w": torch.tensor([3.0, 4.0])}, norm=1.0)), 3)
+    1.0
+    """
+    size = global_norm(params)
+    return dict(params) if size <= norm else {name: x * (norm / size * (1 - 1e-6)) for name, x in params.items()}
+
+
 def numel(params: Mapping[str, Tensor]) -> int:
     """How many numbers it holds."""
     return sum(x.numel() for x in params.values())

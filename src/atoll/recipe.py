@@ -27,6 +27,9 @@ VERSION = 1
 
 PartAsWritten = str | dict[str, Any]
 Count = Annotated[int, Ge(1)]
+POOLED = "pooled"
+"""The client of a pooled run: it holds everybody's samples."""
+
 NAME = r"^\w[\w.-]{0,99}$"
 """A run's name becomes a folder's: no separator, and nothing that a shell or a listing passes over."""
 

@@ -37,7 +37,7 @@ from atoll.exchange import (
 )
 from atoll.fleet.base import Fleet
 from atoll.keys import key
-from atoll.params import Params, global_norm
+from atoll.params import Params, clipped
 from atoll.schedule import Schedule, synchronous
 from atoll.stream import Stream
 
@@ -252,8 +252,7 @@ def contribution(stream: Stream, params: Mapping[str, Params], reply: Reply, fac
     vector = stream.up.decode_reply(reply.payloads[stream.name])
     check_vector(vector, stream.aggregate.vector(like), max(weights.values(), default=1.0))
     if stream.bound is not None:
-        size = global_norm(vector) * max(weights.values(), default=1.0)
-        factor *= min(1.0, stream.bound(params) / max(size, 1e-30))
+        vector = clipped(vector, stream.bound(params) / max(1e-30, *weights.values()))
     return Contribution(vector if factor == 1 else {n: x * factor for n, x in vector.items()}, weights)
 
 

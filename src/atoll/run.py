@@ -17,7 +17,7 @@ from typing import Any
 
 from atoll import parts, recipe
 from atoll.assemble import Assembly, again, assemble, check_data
-from atoll.build import LOCAL, POOLED, Plan, baseline_names, build, choose_model
+from atoll.build import LOCAL, Plan, baseline_names, build, choose_model
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError, placed
 from atoll.estimate import remember_speed
@@ -25,6 +25,7 @@ from atoll.local.work import Report, unwatched
 from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
 from atoll.params import Params
+from atoll.recipe import POOLED
 from atoll.record.card import read_story, write_card
 from atoll.record.events import (
     Sink,

@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 from atoll import parts
 from atoll.assemble import Assembly, Rebuild, clients
-from atoll.build import POOLED, Plan, baseline_names, samples
+from atoll.build import Plan, baseline_names, samples
 from atoll.data.read import Report
 from atoll.data.sources import one_a_line
 from atoll.errors import AtollError, Interrupted
@@ -27,6 +27,7 @@ from atoll.fleet.inprocess import Elsewhere
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
+from atoll.recipe import POOLED
 from atoll.record.checkpoint import load_with_extra, save_state
 from atoll.record.events import (
     EVERYBODY,

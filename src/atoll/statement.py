@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from atoll.build import Plan, cohort_sizes
+from atoll.build import Plan
+from atoll.made import cohort_sizes
 from atoll.privacy.protection import Protection, Samples, promise
 from atoll.stream import UPDATE
 

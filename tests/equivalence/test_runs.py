@@ -12,10 +12,10 @@ import torch
 
 from atoll import run
 from atoll.assemble import assemble
-from atoll.build import POOLED
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError, Interrupted
 from atoll.local.work import Objective
+from atoll.recipe import POOLED
 from atoll.record.card import loss_table, read_story
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder, find

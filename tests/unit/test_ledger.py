@@ -18,7 +18,7 @@ from atoll.params import equal
 from atoll.privacy.accounting import Release, epsilon
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.record.checkpoint import load_state
-from atoll.record.events import RunEnded, Spent, read_events
+from atoll.record.events import Record, RunEnded, RunStarted, Spent, read_events
 from atoll.record.folder import RunFolder
 from atoll.stage import refuse_short_ledger
 
@@ -180,3 +180,21 @@ def test_an_entry_is_one_line_of_plain_json(tmp_path):
     said = json.loads(line)
     assert said["unit"] == "client"
     assert said["releases"][0]["noise_multiplier"] == 2.0
+
+
+def test_the_command_says_epsilon_at_the_runs_own_delta(atoll, tmp_path):
+    run, ledger = tmp_path / "runs" / "noised-1", tmp_path / "ledger.jsonl"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("recipe: 1\n")
+    record = Record(run / "record.jsonl")
+    record(RunStarted("noised", "abc", 4, ["north"], {"north": 9}, 10, 100, 0, ()))
+    record(Spent(0, 1.0, 0.02))
+    for path in (run / "ledger.jsonl", ledger):
+        Ledger(path).enter(ENTRY)
+    assert json.loads(atoll("ledger", "noised-1", "--json").out)[0]["delta"] == 0.02
+    assert json.loads(atoll("ledger", "noised-1", str(ledger), "--delta", "0.1", "--json").out)[0]["delta"] == 0.1
+    said = atoll("ledger", "noised-1", str(ledger))
+    assert said.status == 1
+    assert "no one delta" in said.err
+    assert "noised-1: 0.02" in said.err
+    assert "--delta 1e-5" in said.err

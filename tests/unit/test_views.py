@@ -15,7 +15,7 @@ from rich.console import Console
 from atoll.errors import AtollError
 from atoll.record import tables, views
 from atoll.record.card import markdown, markdown_table
-from atoll.record.events import ClientLeftOut, Evaluated, Event, Missing, Record, RoundEnded, RunEnded, RunStarted
+from atoll.record.events import ClientLeftOut, Evaluated, Event, Missing, Record, RoundEnded, RunEnded, RunStarted, Spent
 from atoll.record.folder import RunFolder
 from atoll.record.sinks import scalars
 from atoll.terminal import console
@@ -74,6 +74,23 @@ def test_run_is_finished_only_with_its_baselines(tmp_path: Path) -> None:
     pooled = folder.baseline("pooled").record
     Record(pooled, keep_bytes=pooled.stat().st_size)(end[1])
     assert views.summarize(folder).state == "finished"
+
+
+def test_what_was_spent_is_in_every_view(tmp_path: Path) -> None:
+    private = written(tmp_path / "private-1", [*BEGUN, Spent(1, 4.5, 0.01), Spent(2, 7.6543, 0.01)])
+    bare = written(tmp_path / "bare-1", BEGUN)
+    rows = [views.summarize(one) for one in (private, bare)]
+    assert [(row.epsilon, row.delta) for row in rows] == [(7.6543, 0.01), (None, None)]
+    assert "7.65 at 0.01" in shown(tables.runs(rows))
+    assert "epsilon" not in shown(tables.runs(rows[1:]))
+    assert "7.654 at delta 0.01" in shown(tables.details(views.details(private), None))
+    compared = views.compare([private, bare]) | {"settings": {}}
+    assert next(line for line in shown(tables.comparison(compared)).splitlines() if "epsilon" in line).split()[-4:] == [
+        "7.65",
+        "at",
+        "0.01",
+        "-",
+    ]
 
 
 def test_run_without_events(tmp_path: Path) -> None:

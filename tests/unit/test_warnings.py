@@ -21,6 +21,7 @@ TOPK = "[{use: topk, fraction: 0.1}]"
 FEEDBACK = "[{use: error-feedback, chain: " + TOPK + "}]"
 DECAYED = "[{use: error-feedback, decay: 0.9, chain: " + TOPK + "}]"
 BUFFERED = "finetune.schedule={use: buffered, concurrency: 2, buffer: 1}"
+MASKED = "finetune.exchange={{use: secure-aggregation, survivors: {}}}"
 OWN = "[test_warnings:drops_at_random]"
 
 
@@ -54,6 +55,8 @@ def said(tmp_path, monkeypatch):
         ([BUFFERED, "finetune.outer=momentum"], "stale updates"),
         ([BUFFERED, "finetune.outer=adam"], "stale updates"),
         ([f"finetune.up={DECAYED}", "finetune.outer=nesterov"], "SparseLoCo"),
+        ([MASKED.format(2)], "a sum of two"),
+        ([MASKED.format(3), "baselines=[pooled]"], "without masks and noise"),
     ],
 )
 def test_what_loses_quality_is_said(said, settings, warning):
@@ -70,6 +73,7 @@ def test_what_loses_quality_is_said(said, settings, warning):
         [BUFFERED, "finetune.outer=adagrad"],
         ["finetune.outer=nesterov"],
         [f"finetune.up={DECAYED}"],
+        [MASKED.format(3)],
     ],
 )
 def test_what_loses_none_is_not(said, settings):

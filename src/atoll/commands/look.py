@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -64,7 +65,10 @@ def ledger(
     where: Annotated[
         list[str], typer.Argument(metavar="RUN|FILE...", help="Runs, or ledgers of sites (ledger.jsonl).")
     ],
-    delta: Annotated[float, typer.Option(min=1e-300, max=0.5, help="The delta that epsilon is said at.")] = 1e-5,
+    delta: Annotated[
+        float | None,
+        typer.Option(min=1e-300, max=0.5, help="The delta that epsilon is said at.", show_default="that of the runs"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Add up what was spent of privacy: over all rounds of all the runs that used the same data."""
@@ -83,11 +87,29 @@ def ledger(
                 allowed="a ledger with an entry for each round that was released with noise",
                 remedy="what was released without noise has no epsilon: leave it out, and know that nothing bounds it",
             )  # fmt: skip
+    delta = delta or own_delta(where)
     rows = spending({name: list(Ledger(path)) for name, path in files.items()}, delta)
     if as_json:
         show_json(rows)
     else:
         show(tables.spending(rows, delta))
+
+
+def own_delta(where: Sequence[str]) -> float:
+    """The delta of all these runs' plans. Raises AtollError where it is not one, or a site's ledger is named."""
+    from pathlib import Path
+
+    from atoll.errors import AtollError
+    from atoll.record.folder import find
+    from atoll.record.views import summarize
+
+    found = {name: None if Path(name).is_file() else summarize(find(name)).delta for name in where}
+    deltas = set(found.values())
+    if len(deltas) > 1 or None in deltas:
+        told = ", ".join(f"{name}: {delta:g}" if delta else f"{name}: none" for name, delta in found.items())
+        raise AtollError("no one delta that epsilon is to be said at", where="--delta", found=told,
+                         allowed="above 0 and at most 0.5", remedy="--delta 1e-5")  # fmt: skip
+    return float(deltas.pop())  # type: ignore[arg-type]
 
 
 def card(run: RunName = "latest") -> None:

@@ -18,12 +18,13 @@ from typing import Any
 
 from atoll.aggregate.base import WEIGHT
 from atoll.assemble import clients
-from atoll.build import Plan, cohort_sizes
+from atoll.build import Plan
 from atoll.data.sources import ClientData
 from atoll.exchange import Abandoned, Dropped, Event, Refused, Reply, Verdict
 from atoll.fleet.inprocess import InProcess
 from atoll.leakage.subject import NotApplicable, Subject
 from atoll.local.work import Local
+from atoll.made import cohort_sizes
 from atoll.params import Params
 from atoll.privacy.hidden import Hidden
 from atoll.record.folder import RunFolder

@@ -14,7 +14,7 @@ import torch
 
 from atoll import parts, recipe
 from atoll.assemble import Assembly, assemble
-from atoll.build import POOLED, Plan, build, choose_model
+from atoll.build import Plan, build, choose_model
 from atoll.cache import Say
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
@@ -24,7 +24,7 @@ from atoll.leakage.scores import Floats
 from atoll.local.work import EVALUATION_BATCH, draw
 from atoll.models.spaces import write
 from atoll.params import Params
-from atoll.recipe import Recipe
+from atoll.recipe import POOLED, Recipe
 from atoll.record.checkpoint import load_with_extra
 from atoll.record.events import EVERYBODY, Event, Missing, Replied, read_events
 from atoll.record.folder import RunFolder

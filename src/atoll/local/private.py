@@ -22,9 +22,8 @@ from torch import nn
 
 from atoll.errors import AtollError
 from atoll.local.work import Gradients, Local
-from atoll.params import Params, global_norm, zeros_like
+from atoll.params import Params, clipped, global_norm, zeros_like
 from atoll.privacy.examples import rate
-from atoll.privacy.mechanisms import clipped
 from atoll.privacy.noise import uniform, with_noise
 
 

@@ -26,7 +26,7 @@ from atoll.aggregate.mean import share
 from atoll.errors import AtollError
 from atoll.exchange import Done, WorkFailed
 from atoll.outer import Outer
-from atoll.params import Params, global_norm
+from atoll.params import Params, clipped, global_norm
 from atoll.privacy.accounting import Release, epsilon, noise_for
 from atoll.privacy.aliasing import slack
 from atoll.privacy.ledger import ANY
@@ -177,12 +177,6 @@ def finite(work: Callable[..., Any], params: Mapping[str, Params], data: Any, st
     except WorkFailed:
         return Done({UPDATE: still}, {ALL: 1.0}, {}, state)
     return done if math.isfinite(global_norm(done.updates[UPDATE])) else done._replace(updates={UPDATE: still})
-
-
-def clipped(update: Params, norm: float) -> Params:
-    """Scaled down to a Euclidean norm of at most `norm`, over all tensors together."""
-    size = global_norm(update)
-    return update if size <= norm else {name: x * (norm / size * (1 - 1e-6)) for name, x in update.items()}
 
 
 def clip_stream(mechanism: Mechanism) -> Stream:

@@ -62,6 +62,11 @@ def loss_cell(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
+def epsilon_cell(epsilon: float | None, delta: float | None) -> str:
+    """`7.66 at 0.01`, or a dash where nothing was released with noise."""
+    return "-" if epsilon is None else f"{epsilon:.3g} at {delta:g}"
+
+
 def losses(table: LossTable) -> RenderableType:
     """Held-out loss per site: base, each site alone, federated, pooled; the best of each column in bold.
 
@@ -108,7 +113,8 @@ def runs(rows: Sequence[Summary]) -> RenderableType:
 
 
 def _runs(rows: Sequence[Summary], without: Sequence[str]) -> Table:
-    columns = {name: show for name, show in _RUN.items() if name not in without}
+    bare = [] if any(row.epsilon is not None for row in rows) else ["epsilon"]
+    columns = {name: show for name, show in _RUN.items() if name not in (*without, *bare)}
     table = plain_table(*columns)
     for row in rows:
         table.add_row(*(show(row) for show in columns.values()))
@@ -125,6 +131,7 @@ _RUN: dict[str, Callable[[Summary], str]] = {
     "down": lambda row: human_bytes(row.bytes_down),
     "up": lambda row: human_bytes(row.bytes_up),
     "time": lambda row: human_seconds(row.seconds),
+    "epsilon": lambda row: epsilon_cell(row.epsilon, row.delta),
     "baselines": lambda row: baselines(row.baselines),
 }
 
@@ -157,6 +164,7 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trains", f"{data['trains']:,} of {data['of']:,} parameters"),
         ("moved", f"{human_bytes(data['bytes_down'])} down, {human_bytes(data['bytes_up'])} up"),
         ("time", f"{human_seconds(data['seconds'])}; of the rounds: {_spans(data['spans'])}"),
+        *([("epsilon", _spent(data))] if data["epsilon"] is not None else []),
         ("baselines", baselines(data["baselines"])),
     ]
     facts += [("left out", f"{name}: {report.splitlines()[0]}") for name, report in data["left_out"].items()]
@@ -172,6 +180,10 @@ def _clients(data: Mapping[str, Any]) -> str:
     named = [f"{name} ({count} + {data['held_out'].get(name, 0)})" for name, count in data["samples"].items()]
     more = f" and {len(named) - SITES_SHOWN} more" if len(named) > SITES_SHOWN else ""
     return ", ".join(named[:SITES_SHOWN]) + f"{more}; samples to train on + held out"
+
+
+def _spent(data: Mapping[str, Any]) -> str:
+    return f"{data['epsilon']:.4g} at delta {data['delta']:g}, by the ledger; the card says of whom"
 
 
 def _missing(one: Mapping[str, Any]) -> str:
@@ -208,6 +220,7 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "down": lambda run: human_bytes(run["bytes_down"]),
     "up": lambda run: human_bytes(run["bytes_up"]),
     "time": lambda run: human_seconds(run["seconds"]),
+    "epsilon, at delta": lambda run: epsilon_cell(run["epsilon"], run["delta"]),
 }
 
 

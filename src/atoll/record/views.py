@@ -34,6 +34,9 @@ class Summary:
     bytes_down: int
     bytes_up: int
     seconds: float
+    epsilon: float | None
+    """Spent so far at `delta`; None where no round was released with noise."""
+    delta: float | None
     baselines: Mapping[str, str]
     """Name -> waiting, running, stopped or finished."""
 
@@ -48,6 +51,7 @@ def summarize(folder: RunFolder) -> Summary:
     if story is None:
         return _without_story(folder, "running" if running else "empty")
     inside = _baselines(story, running)
+    last = story.spent[-1] if story.spent else None
     done = story.ended is not None and all(state == "finished" for state in inside.values())
     return Summary(
         name=folder.name,
@@ -61,6 +65,8 @@ def summarize(folder: RunFolder) -> Summary:
         bytes_down=story.bytes_down,
         bytes_up=story.bytes_up,
         seconds=_seconds(story),
+        epsilon=last.epsilon if last else None,
+        delta=last.delta if last else None,
         baselines=inside,
     )
 
@@ -76,7 +82,7 @@ def _baselines(story: Story, running: bool) -> dict[str, str]:
 
 
 def _without_story(folder: RunFolder, state: str) -> Summary:
-    return Summary(folder.name, str(folder.path), state, 0, 0, 0, None, None, 0, 0, 0.0, {})
+    return Summary(folder.name, str(folder.path), state, 0, 0, 0, None, None, 0, 0, 0.0, None, None, {})
 
 
 def latest(story: Story) -> Evaluated | None:

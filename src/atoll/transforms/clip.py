@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Gt
 
-from atoll.params import Params, global_norm
+from atoll.params import Params, clipped
 from atoll.transforms.base import Encoded, Stateless, Traits
 
 
@@ -20,8 +20,7 @@ class Clip(Stateless):
 
     def encode(self, state: Params, x: Params, key: int) -> tuple[Params, Encoded]:
         """Scales by min(1, norm / |x|)."""
-        scale = min(1.0, self.norm / max(global_norm(x), 1e-30))
-        return state, Encoded({name: value * scale for name, value in x.items()} if scale < 1 else x, {})
+        return state, Encoded(clipped(x, self.norm), {})
 
     def decode(self, encoded: Encoded) -> Params:
         """Nothing to undo."""

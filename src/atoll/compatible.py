@@ -1,0 +1,315 @@
+"""What goes together in a plan: refusals, each with the reason and the way out, and warnings of what merely loses quality.
+
+`refuse_parts` needs the recipe alone and speaks before anybody is asked; `refuse_clients` needs to know who takes part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from atoll import parts
+from atoll.errors import AtollError
+from atoll.local.corrections import Correction
+from atoll.made import Made, cohort_sizes
+from atoll.models.shapes import Shapes
+from atoll.models.spaces import LoRA
+from atoll.privacy.graph import degree, threshold
+from atoll.recipe import POOLED, Finetune, Recipe
+from atoll.schedule import Schedule
+from atoll.transforms.chain import Chain
+from atoll.transforms.noise import GaussianNoise
+from atoll.transforms.residual import ErrorFeedback
+
+
+def refuse_parts(recipe: Recipe, made: Made) -> None:
+    """Parts that cannot work together, whoever takes part."""
+    refuse_correction(recipe, made.correction)
+    refuse_down(made.down)
+    refuse_under_masks(recipe, made)
+    refuse_private(recipe, made)
+
+
+def refuse_clients(stage: Finetune, made: Made, names: Sequence[str], population: int, least: int) -> None:
+    """Clients of whom too few may be sampled for the parts, or who may not be called so."""
+    refuse_names(names)
+    refuse_schedule(made.schedule, population)
+    refuse_alone(stage, made, population)
+    refuse_telling_size(made, least)
+
+
+LORA_AVERAGING = (
+    "averaging LoRA's factors is not averaging updates: mean(B) mean(A) loses 7 to 14% of a round's mean(B A), and cost"
+    " 0.007 of 0.661 held-out loss on the quickstart (docs/log.md)"
+)
+"""Measured by experiments/lora_averaging.py."""
+
+
+LORA_NOISE = (
+    "noise on both of LoRA's factors is noise on their product squared, and half of it on a factor that need not train:"
+    " `space: ffa-lora` trains B alone (Sun et al. 2024)"
+)
+
+
+TWO_UNDER_MASKS = (
+    "a sum of two is opened: each of the two can take its own update off it and has the other's;"
+    " `survivors: 3` or more hides them from each other too"
+)
+
+BARE_BASELINES = (
+    "baselines train without masks and noise, and the card tells their losses: measure them on data of your own"
+)
+
+
+LONGEST_NAME = 200
+"""Bytes of a client's name as a file's name."""
+
+
+def refuse_names(clients: Sequence[str]) -> None:
+    """The name of the pooled client is taken: a client of that name would be handed everybody's samples."""
+    for name in clients:
+        if name == POOLED or len(quote(name, safe="")) > LONGEST_NAME:
+            raise AtollError(
+                "a client may not be called so", where="data", found=name,
+                allowed=f"at most {LONGEST_NAME} bytes, and not '{POOLED}'", remedy="rename its folder or file",
+            )  # fmt: skip
+
+
+def refuse_correction(recipe: Recipe, correction: Correction) -> None:
+    """A control variate is the mean gradient (x - y) / (K eta) of one client, and the server's is the mean of those."""
+    stage = recipe.finetune
+    if not correction.needs_plain_sgd:
+        return
+    optimizer = parts.spec(stage.optimizer, "finetune.optimizer")
+    plain = optimizer.use == "sgd" and not any(optimizer.arguments.get(a) for a in ("momentum", "weight_decay"))
+    wrong = {
+        "optimizer": (plain, optimizer, "sgd without momentum or weight decay"),
+        "clip_norm": (
+            stage.clip_norm is None,
+            stage.clip_norm,
+            "null: a clipped step says nothing of the mean gradient",
+        ),
+        "weighting": (stage.weighting == "uniform", stage.weighting, "uniform: the server's variate is a plain mean"),
+    }
+    for key, (fits, found, allowed) in wrong.items():
+        if not fits:
+            name = parts.spec(stage.correction, "").use
+            raise AtollError(
+                f"'{name}' needs other local work", where=f"finetune.{key}", found=found, allowed=allowed,
+                remedy="its control variates are mean gradients, (x - y) / (K eta), averaged over clients",
+            )  # fmt: skip
+
+
+INSTEAD = {
+    "Quantize": "leave it out: finetune.exchange.bits quantizes, with one scale for all clients",
+    "TopK": "leave it out, or lower the rank of the space: the clients' largest entries are not the same",
+    "ErrorFeedback": "leave it out: what the ring rounds off is random and has mean zero",
+}
+"""What to do about a transform that cannot work under masks."""
+
+
+def refuse_under_masks(recipe: Recipe, made: Made) -> None:
+    """What is summed before it is read must be summable, and of one round."""
+    if made.exchange is None:
+        return
+    stage = recipe.finetune
+    for i, one in enumerate(made.up.transforms):
+        if not one.traits.summable or one.traits.client_state:
+            raise AtollError(
+                "this transform cannot work under masks: payloads are summed before anybody reads them",
+                where=f"finetune.up[{i}]", found=str(parts.spec(stage.up[i], "")), allowed="clip",
+                remedy=INSTEAD.get(type(one).__name__, "leave it out"),
+            )  # fmt: skip
+    if not made.aggregate.summable:
+        raise AtollError(
+            "this aggregator needs single updates, and masks hide them", where="finetune.aggregate",
+            found=parts.spec(stage.aggregate, "").use, allowed="mean",
+            remedy="`exchange: plain` shows the server single updates",
+        )  # fmt: skip
+    if made.schedule.law.kind == "idle" or made.schedule.keeps_late:
+        raise AtollError(
+            "masks are agreed on by the clients of one round: none may answer in a later one", where="finetune.schedule",
+            found=str(parts.spec(stage.schedule, "")), allowed="synchronous without `late: take`, or poisson",
+            remedy="a quorum and a grace period do not wait for slow clients either",
+        )  # fmt: skip
+    if "processes" in fleets_of(recipe.fleet):
+        raise AtollError(
+            "clients of this fleet forget between the phases of a round", where="fleet", found="processes",
+            allowed="inprocess, flower", remedy="fleet: inprocess",
+        )  # fmt: skip
+
+
+def waits_for_some(stage: Finetune, schedule: Schedule) -> bool:
+    """Whether one client's answer, or its lateness, decides whose else are in a round."""
+    quorum = parts.spec(stage.schedule, "").arguments.get("quorum", 1)
+    return schedule.law.kind == "idle" or schedule.keeps_late or quorum != 1
+
+
+def fleets_of(written: Any) -> list[str]:
+    """A fleet's name, and those of the fleets inside it."""
+    part = parts.spec(written, "fleet")
+    return [part.use, *(fleets_of(part.arguments["inner"]) if part.arguments.get("inner") else [])]
+
+
+def refuse_telling_size(made: Made, least: int) -> None:
+    """A round that comes to nothing for want of clients tells how many were drawn, without noise."""
+    central = made.privacy is not None and made.privacy.where == "central"
+    if central and least > 1 and made.schedule.law.kind == "poisson":
+        raise AtollError(
+            "a site's minimum_cohort and a cohort of random size tell who was drawn", where="finetune.schedule",
+            found="poisson", allowed="synchronous", remedy="a fixed cohort, or `privacy: distributed`",
+        )  # fmt: skip
+
+
+def refuse_private(recipe: Recipe, made: Made) -> None:
+    """What would break the bound on a unit's part in a sum, or show what noise is to hide."""
+    if made.privacy is None:
+        return
+    unit = made.privacy.unit
+    wrong = wrong_for_clients(recipe.finetune, made) if unit == "client" else wrong_for_examples(recipe.finetune)
+    for key, (fits, found, allowed) in wrong.items():
+        if not fits:
+            found = found if isinstance(found, list) else str(parts.spec(found, key))
+            raise AtollError(
+                f"this does not go with differential privacy of {unit}s", where=f"finetune.{key}", found=found,
+                allowed=allowed, remedy=f"--set finetune.{key}={allowed.split(':')[0].split(',')[0]}",
+            )  # fmt: skip
+
+
+Wrong = dict[str, tuple[bool, object, str]]
+"""By key of the stage: whether it fits, what it says, and what would do, with the reason."""
+
+
+def wrong_for_examples(stage: Finetune) -> Wrong:
+    """All else that a stage may say works on what is private already, streams of a correction's own too."""
+    return {
+        "weighting": (
+            stage.weighting == "uniform",
+            stage.weighting,
+            "uniform: a weight by examples is their number, told without noise",
+        ),
+    }
+
+
+def wrong_for_clients(stage: Finetune, made: Made) -> Wrong:
+    """One client changes a sum by no more than the clip, and everything that leaves it has noise."""
+    assert made.privacy is not None
+    return {
+        "correction": (
+            not made.correction.streams,
+            stage.correction,
+            "none, proximal: a stream of its own would leave without noise",
+        ),
+        "weighting": (
+            stage.weighting == "uniform",
+            stage.weighting,
+            "uniform: under differential privacy every client counts 1",
+        ),
+        "aggregate": (
+            parts.spec(stage.aggregate, "").use == "mean",
+            stage.aggregate,
+            "mean: noise is fitted to a sum with a public denominator",
+        ),
+        "exchange": (
+            made.privacy.where != "distributed" or made.exchange is not None,
+            stage.exchange,
+            "secure-aggregation: a share of the noise protects nobody whose update is seen by itself",
+        ),
+        "privacy": (
+            made.privacy.where != "central" or made.exchange is None,
+            stage.privacy,
+            "distributed, local: before a server's noise, rounding to a ring would add to what one client changes",
+        ),
+        "schedule": (
+            made.privacy.where != "central" or not waits_for_some(stage, made.schedule),
+            stage.schedule,
+            "synchronous, poisson: without quorum and late replies, whom a round takes hangs on nobody's speed",
+        ),
+        "up": (
+            made.privacy.where != "distributed" or all(one.traits.linear for one in made.up.transforms),
+            stage.up,
+            "[]: what one client does to its noised update is not done to the sum (privacy.clip clips it before)",
+        ),
+    }
+
+
+def refuse_down(down: Chain) -> None:
+    """A broadcast carries the params themselves: what a transform drops or scales would be lost to the clients."""
+    for i, transform in enumerate(down.transforms):
+        if not transform.traits.fixed_support or not (transform.traits.unbiased or transform.traits.client_state):
+            raise AtollError(
+                "a broadcast must keep every parameter", where=f"finetune.down[{i}]", found=type(transform).__name__,
+                allowed="int8, int4", remedy="the broadcast carries the params themselves: what it drops would become zero",
+            )  # fmt: skip
+
+
+def refuse_context(context: int, shapes: Shapes | None) -> None:
+    """A longer sample than the model has positions for: an error with learned ones, noise with others."""
+    if shapes and shapes.context and context > shapes.context:
+        raise AtollError(
+            "the context is longer than the model's", where="finetune.context", found=context,
+            allowed=f"8 to {shapes.context}", remedy=f"finetune.context: {shapes.context}, or a model with a longer one",
+        )  # fmt: skip
+
+
+def refuse_schedule(schedule: Schedule, population: int) -> None:
+    """A cohort cannot be larger than those it is drawn from."""
+    if schedule.law.least > population:
+        raise AtollError(
+            "more clients asked than there are", where="finetune.schedule", found=schedule.law.least,
+            allowed=f"1 to {population}", remedy="lower the cohort, or leave it out to ask everybody",
+        )  # fmt: skip
+
+
+def refuse_alone(stage: Finetune, made: Made, population: int) -> None:
+    """A sum that may be opened needs more clients than a round can have: every round would come to nothing."""
+    if made.exchange is None:
+        return
+    asked, most = cohort_sizes(made.schedule, population)
+    least, quorum = made.exchange.least(asked), parts.spec(stage.schedule, "").arguments.get("quorum", 1)
+    if math.ceil(quorum * asked) < least <= most:
+        raise AtollError(
+            "a quorum of fewer clients than a sum needs to be opened", where="finetune.schedule.quorum", found=quorum,
+            allowed=f"{least / asked:.2g} to 1: {least} of {asked} clients", remedy="a larger quorum, or fewer survivors",
+        )  # fmt: skip
+    if threshold(degree(asked) + 1, made.exchange.colluding) > degree(asked) + 1:
+        raise AtollError(
+            "more colluding clients than the others can hold off", where="finetune.exchange.colluding",
+            found=made.exchange.colluding, allowed=f"0 to {degree(asked)}", remedy="fewer, or more clients in a round",
+        )  # fmt: skip
+    if least > most or (made.schedule.law.kind == "poisson" and least > made.schedule.law.answers(population)):
+        wanted = {".survivors": made.exchange.survivors or 0, ".colluding": made.exchange.colluding + 2}
+        blamed = next((key for key, value in wanted.items() if value > max(most, 2)), "")
+        raise AtollError(
+            "no round has so many clients as a sum needs to be opened", where=f"finetune.exchange{blamed}", found=least,
+            allowed=f"2 to {most}, the clients of a round" if most > 1 else "plain: a round has one client",
+            remedy="a larger cohort, fewer survivors, or `exchange: plain`, which shows the server single updates",
+        )  # fmt: skip
+
+
+def warnings(recipe: Recipe, made: Made, population: int) -> list[str]:
+    """What works and loses quality, or hides less than one may think."""
+    up, outer, schedule = made.up, made.outer, made.schedule
+    averages = isinstance(made.space, LoRA) and not made.space.freeze_a
+    asynchronous = schedule.law.kind == "idle"
+    rarely = schedule.law.answers(population) < population / 10
+    noisy = any(isinstance(one, GaussianNoise) for one in up.transforms)
+    forgets = any(not one.traits.fixed_support and not one.traits.client_state for one in up.transforms)
+    decays = any(isinstance(one, ErrorFeedback) and one.decay < 1 for one in up.transforms)
+    found = {
+        "gaussian-noise makes no privacy claim: it is reproducible and no ledger accounts for it": noisy,
+        "what the up chain leaves out is lost for good: put that transform inside error-feedback": forgets,
+        "error feedback with so small a cohort: a residual returns rarely, and stale": up.traits.client_state
+        and rarely,
+        "asynchronous rounds with outer momentum are unstable: it counts stale updates again": asynchronous
+        and outer.momentum,
+        "error feedback with decay acts as momentum already (SparseLoCo); outer momentum comes on top": decays
+        and outer.momentum,
+        LORA_AVERAGING: averages and population > 1,
+        LORA_NOISE: averages and made.privacy is not None,
+        TWO_UNDER_MASKS: made.exchange is not None and made.exchange.least(cohort_sizes(schedule, population)[0]) < 3,
+        BARE_BASELINES: bool(recipe.baselines) and bool(made.exchange or made.privacy),
+    }
+    return [text for text, holds in found.items() if holds]
