@@ -40,7 +40,7 @@ class Demo:
     """Processes in a folder, each with a log."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.running = folder, list[subprocess.Popen[bytes]]()
+        self.folder, self.running = folder, dict[str, subprocess.Popen[bytes]]()
         self.environment = os.environ | {"ATOLL_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
 
     def call(self, *arguments: str) -> None:
@@ -56,11 +56,25 @@ class Demo:
             process = subprocess.Popen(
                 self.command(arguments), cwd=self.folder, env=self.environment, stdout=file, stderr=file
             )
-        self.running.append(process)
+        self.running[name] = process
         while until not in log.read_text():
             if process.poll() is not None:
                 sys.exit(f"{name} ended:\n{log.read_text()}")
             time.sleep(0.1)
+
+    def federate(self, sites: Sequence[str], suffix: str = "") -> str:
+        """Keys, a server, and the sites joined, whose data are in the folder `data`; the server's address."""
+        address = f"127.0.0.1:{free_port()}"
+        self.call("certs", "init", *(word for name in sites for word in ("--site", name)))
+        self.start("server", "server", "--listen", address, until=f"{max(sites)} may join")
+        for name in sites:
+            self.join(address, name, suffix)
+        return address
+
+    def join(self, address: str, name: str, suffix: str = "") -> None:
+        """Starts a site, again if it has died."""
+        own = ("--data", f"data/{name}{suffix}", "--certs", f"certs/sites/{name}", "--state", f"state/{name}")
+        self.start(name, "join", address, *own, until="joined")
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """As typed, but for the interpreter."""
@@ -68,9 +82,9 @@ class Demo:
 
     def close(self) -> None:
         """Sites leave, then the server stops."""
-        for process in reversed(self.running):
+        for process in reversed(self.running.values()):
             process.send_signal(signal.SIGINT)
-        for process in self.running:
+        for process in self.running.values():
             try:
                 process.wait(timeout=20)
             except subprocess.TimeoutExpired:
@@ -83,13 +97,8 @@ def main(folder: Path) -> None:
     started, demo = time.monotonic(), Demo(folder)
     (folder / "data").symlink_to(subset(folder))
     (folder / "mine.yaml").write_text(RECIPE)
-    address = f"127.0.0.1:{free_port()}"
-    demo.call("certs", "init", *(word for name in SITES for word in ("--site", name)))
     try:
-        demo.start("server", "server", "--listen", address, until=f"{SITES[-1]} may join")
-        for name in SITES:
-            own = ("--data", f"data/{name}", "--certs", f"certs/sites/{name}", "--state", f"state/{name}")
-            demo.start(name, "join", address, *own, until="joined")
+        address = demo.federate(SITES)
         demo.call("clients", address)
         demo.call("run", "mine.yaml", "--fleet", address, "--set", "fleet.ordered=true")
         demo.call("audit", "verify", f"state/{SITES[0]}/audit.jsonl")

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from network import Demo, free_port
+from network import Demo
 
 SITES = ("north", "south", "west", "east", "center")
 RECIPE = """
@@ -33,24 +33,15 @@ evaluate: {{every: 0, final_samples: 8}}
 """
 
 
-def federation(count: int) -> tuple[Demo, str, dict[str, subprocess.Popen[bytes]]]:
+def federation(count: int) -> tuple[Demo, str]:
     """A server and `count` sites with small chats of their own."""
-    demo, address = Demo(Path(tempfile.mkdtemp(prefix="atoll-"))), f"127.0.0.1:{free_port()}"
+    demo = Demo(Path(tempfile.mkdtemp(prefix="atoll-")))
     (demo.folder / "data").mkdir()
     for k, name in enumerate(SITES[:count]):
         chats = [[f"{name}: what is {i} + {k}?", f"It is {i + k}."] for i in range(60)]
         lines = [json.dumps({"prompt": question, "completion": answer}) for question, answer in chats]
         (demo.folder / "data" / f"{name}.jsonl").write_text("\n".join(lines))
-    demo.call("certs", "init", *(word for name in SITES[:count] for word in ("--site", name)))
-    demo.start("server", "server", "--listen", address, until=f"{sorted(SITES[:count])[-1]} may join")
-    return demo, address, {name: join(demo, address, name) for name in SITES[:count]}
-
-
-def join(demo: Demo, address: str, name: str) -> subprocess.Popen[bytes]:
-    """Starts a site, again if it has died."""
-    own = ("--data", f"data/{name}.jsonl", "--certs", f"certs/sites/{name}", "--state", f"state/{name}")
-    demo.start(name, "join", address, *own, until="joined")
-    return demo.running[-1]
+    return demo, demo.federate(SITES[:count], ".jsonl")
 
 
 def slowed(process: subprocess.Popen[bytes], over: threading.Event) -> None:
@@ -72,9 +63,9 @@ def run(demo: Demo, address: str, name: str, rounds: int, steps: int, schedule: 
 
 def slow() -> None:
     """Synchronous and buffered rounds with the same number of updates."""
-    demo, address, sites = federation(3)
+    demo, address = federation(3)
     over = threading.Event()
-    threading.Thread(target=slowed, args=(sites["west"], over), daemon=True).start()
+    threading.Thread(target=slowed, args=(demo.running["west"], over), daemon=True).start()
     try:
         for name, rounds, schedule in (
             ("sync", 8, "synchronous"),
@@ -106,7 +97,7 @@ def report(name: str, events: list[dict[str, object]], goal: float = 3.2) -> Non
 
 def deaths() -> None:
     """One of five killed at work in every round of 20, against the undisturbed run."""
-    demo, address, sites = federation(5)
+    demo, address = federation(5)
     schedule = "{use: synchronous, deadline: 30, quorum: 0.8, grace: 1}"
     over = threading.Event()
     killed: list[str] = []
@@ -120,11 +111,10 @@ def deaths() -> None:
                 time.sleep(0.02)
             if over.is_set():
                 return
-            sites[name].send_signal(signal.SIGKILL)
-            sites[name].wait()
-            demo.running.remove(sites[name])
+            demo.running[name].send_signal(signal.SIGKILL)
+            demo.running[name].wait()
             killed.append(name)
-            sites[name] = join(demo, address, name)
+            demo.join(address, name, ".jsonl")
 
     try:
         calm = run(demo, address, "calm", 20, 60, schedule)
