@@ -148,7 +148,7 @@ def read(path: Path | None) -> Policy:
     if path is None:
         return Policy()
     try:
-        return Policy.model_validate(load(path))
+        policy = Policy.model_validate(load(path))
     except OSError as error:
         raise AtollError("there is no such policy", where=str(path), found=error.strerror) from error
     except ValidationError as error:
@@ -164,3 +164,21 @@ def read(path: Path | None) -> Policy:
             "the policy cannot be read", where=f"{path}: {'.'.join(map(str, first['loc']))}", found=first.get("input"),
             allowed=", ".join(Policy.model_fields), remedy=first["msg"],
         ) from error  # fmt: skip
+    refuse_unknown_names(policy, path)
+    return policy
+
+
+NAMES_OF = {"objectives": "objective", "spaces": "space", "exchanges": "exchange"}
+"""Keys whose entries name parts, and of which slot."""
+
+
+def refuse_unknown_names(policy: Policy, path: Path) -> None:
+    """A name that is none allows nothing, and its owner would wonder at every plan that is refused. Raises AtollError."""
+    for key, slot in NAMES_OF.items():
+        for name in getattr(policy, key):
+            known = sorted(parts.SLOTS[slot])
+            if ":" not in name and not any(fnmatchcase(one, name) for one in known):
+                raise AtollError(
+                    f"no {slot} of this name", where=f"{path}: {key}", found=name,
+                    allowed=f"{', '.join(known)}, with * and ?; module:factory", remedy=closest(name, known),
+                )  # fmt: skip

@@ -27,7 +27,7 @@ def schedule(text: str) -> str:
 MISTAKES = {
     "no budget": ([PRIVACY.format("central", 1, 0.01, ", epsilon: 0")], "privacy.epsilon", "0", "greater than 0"),
     "neither": ([PRIVACY.format("local", 1, 0.01, "")], "finetune.privacy", "neither", "write {use: local, clip: 1"),
-    "large delta": ([PRIVACY.format("central", 1, 0.5, ", epsilon: 8")], "privacy.delta", "0.5", "finetune.privacy.delta=0.3"),
+    "large delta": ([PRIVACY.format("central", 1, 0.5, ", epsilon: 8")], "privacy.delta", "0.5", "privacy.delta=0.3"),
     "delta 0": ([PRIVACY.format("central", 1, 0, ", epsilon: 8")], "privacy.delta", "0", "greater than 0"),
     "delta 1": ([PRIVACY.format("central", 1, 1, ", epsilon: 8")], "privacy.delta", "1", "less than 1"),
     "clip 0": ([PRIVACY.format("central", 0, 0.01, ", epsilon: 8")], "privacy.clip", "0", "greater than 0"),
@@ -36,6 +36,11 @@ MISTAKES = {
         [PRIVACY.format("central", 1, 0.01, ", noise_multiplier: -1")],
         "noise_multiplier", "-1", "greater than or equal to 0",
     ),
+    "more noise than a number holds": (
+        [PRIVACY.format("central", 1, 0.01, ", noise_multiplier: 1e200")],
+        "noise_multiplier", "1e+200", "less than or equal to 10000",
+    ),
+    "an endless clip": ([PRIVACY.format("local", ".inf", 0.01, ", epsilon: 8")], "privacy.clip", "inf", "less than or"),
     "a budget of less than a round": (
         [PRIVACY.format("central", 1, 0.01, ", epsilon: 0.5, noise_multiplier: 1")],
         "privacy.noise_multiplier", "1.0", "epsilon of at most 0.5; one round takes 2.32",

@@ -341,6 +341,11 @@ def test_a_policy_with_a_word_that_is_none_is_named(tmp_path):
         read(path)
     with pytest.raises(AtollError, match="no such policy"):
         read(tmp_path / "none.yaml")
+    path.write_text("exchanges: [secure-agregation]\n")
+    with pytest.raises(AtollError, match="did you mean 'secure-aggregation'"):
+        read(path)
+    path.write_text("exchanges: ['secure-*']\nobjectives: ['mine:loss', sft]\nspaces: ['*']\n")
+    assert read(path).exchanges == ["secure-*"]
 
 
 @pytest.fixture

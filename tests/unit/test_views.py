@@ -15,7 +15,17 @@ from rich.console import Console
 from atoll.errors import AtollError
 from atoll.record import tables, views
 from atoll.record.card import markdown, markdown_table
-from atoll.record.events import ClientLeftOut, Evaluated, Event, Missing, Record, RoundEnded, RunEnded, RunStarted, Spent
+from atoll.record.events import (
+    ClientLeftOut,
+    Evaluated,
+    Event,
+    Missing,
+    Record,
+    RoundEnded,
+    RunEnded,
+    RunStarted,
+    Spent,
+)
 from atoll.record.folder import RunFolder
 from atoll.record.sinks import scalars
 from atoll.terminal import console

@@ -130,7 +130,7 @@ def _event(one: Release) -> Any:
 
 
 MOST_NOISE = 1e4
-"""The largest noise multiplier that is tried."""
+"""The largest noise multiplier that a recipe may name, or that is tried."""
 
 
 @lru_cache(64)

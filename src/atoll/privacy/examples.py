@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from atoll.errors import AtollError
 from atoll.params import Params
-from atoll.privacy.accounting import Release
+from atoll.privacy.accounting import MOST_NOISE, Release
 from atoll.privacy.mechanisms import Budget, Clip, Delta
 from atoll.privacy.protection import Mechanism, Samples, promise
 from atoll.stream import Stream
@@ -80,7 +80,9 @@ class OfExamples:
         return work
 
 
-def examples(clip: Clip, delta: Delta, noise_multiplier: Annotated[float, Ge(0)], epsilon: Budget = None) -> Mechanism:
+def examples(
+    clip: Clip, delta: Delta, noise_multiplier: Annotated[float, Ge(0), Le(MOST_NOISE)], epsilon: Budget = None
+) -> Mechanism:
     """Differential privacy of single examples: DP-SGD in the local work, private against the server too.
 
     Each local step draws every sample of the client by itself, clips each one's gradient over all that trains, and adds

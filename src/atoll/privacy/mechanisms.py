@@ -19,7 +19,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from atoll.aggregate.base import ALL
 from atoll.aggregate.mean import share
@@ -27,7 +27,7 @@ from atoll.errors import AtollError
 from atoll.exchange import Done, WorkFailed
 from atoll.outer import Outer
 from atoll.params import Params, clipped, global_norm
-from atoll.privacy.accounting import Release, epsilon, noise_for
+from atoll.privacy.accounting import MOST_NOISE, Release, epsilon, noise_for
 from atoll.privacy.aliasing import slack
 from atoll.privacy.ledger import ANY
 from atoll.privacy.noise import with_noise
@@ -42,6 +42,9 @@ CLIP_SHARE = 0.1
 
 CLIP_RATE = 0.2
 """Andrew et al.'s eta_C."""
+
+LARGEST_CLIP = 1e9
+"""Beyond it nothing that trains is clipped, and sums with noise leave what float32 holds."""
 
 TAILS = 6.0
 """Standard deviations of a client's share of the noise that the ring has room for; beyond, it wraps around, rarely."""
@@ -232,10 +235,10 @@ def in_a_ring(made: OfClients, coordinates: int, bits: int) -> OfClients:
     return rounded
 
 
-Clip = Annotated[float, Gt(0)]
+Clip = Annotated[float, Gt(0), Le(LARGEST_CLIP)]
 Delta = Annotated[float, Gt(0), Lt(1)]
 Budget = Annotated[float, Gt(0)] | None
-Noise = Annotated[float, Ge(0)] | None
+Noise = Annotated[float, Ge(0), Le(MOST_NOISE)] | None
 Quantile = Annotated[float, Gt(0), Lt(1)] | None
 
 
