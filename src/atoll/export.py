@@ -22,7 +22,7 @@ from atoll.errors import AtollError
 from atoll.models.presets import PRESETS
 from atoll.models.spaces import LoRA
 from atoll.params import Params, equal
-from atoll.record.card import human_bytes, loss_table, markdown_table, read_story
+from atoll.record.card import human_bytes, loss_table, markdown_table, privacy_section, read_story
 from atoll.record.folder import RunFolder
 from atoll.result import load_result, tuned_params, unfinished
 
@@ -48,7 +48,7 @@ def export_adapter(folder: RunFolder, out: Path, say: Say = quiet) -> Path:
     tuned, rounds = tuned_params(folder)
     with appearing(out) as partial:
         fill(folder, partial, say)
-        check(partial / TENSORS, tuned)
+        check(partial / TENSORS, tuned, space)
         point_to_base(partial / "adapter_config.json", hub_id(choose_model(written.model).name))
         (partial / "README.md").write_text(readme(folder, written, rounds), encoding="utf-8")
     return out
@@ -77,10 +77,11 @@ def fill(folder: RunFolder, target: Path, say: Say) -> None:
     result.tokenizer.save_pretrained(target)
 
 
-def check(path: Path, expected: Params) -> None:
-    """Compares the tensors of a file with the checkpoint's, bit for bit."""
+def check(path: Path, expected: Params, space: LoRA) -> None:
+    """Compares the tensors of a file that train with the checkpoint's, bit for bit. A frozen A is in the file alone."""
     with safe_open(path, framework="pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        names = [name for name in file.keys() if not space.freezes(name)]  # noqa: SIM118 - safe_open is no dict
+        found = {name: file.get_tensor(name) for name in names}
     if not equal(found, {name: x.to(torch.float32) for name, x in expected.items()}):
         odd = sorted(found.keys() ^ expected.keys()) or ["values"]
         raise AtollError(
@@ -132,4 +133,4 @@ def readme(folder: RunFolder, written: recipe.Recipe, rounds: int) -> str:
         lines += [f"{len(story.started.clients)} clients; {moved} travelled.", ""]
     if table:
         lines += ["## Held-out loss", "", *markdown_table(table), ""]
-    return "\n".join([*lines, "Privacy: none claimed. Updates were aggregated in the clear."]) + "\n"
+    return "\n".join([*lines, *(privacy_section(story) if story else [])]) + "\n"

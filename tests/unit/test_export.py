@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+import atoll
 from atoll.errors import AtollError
 from atoll.export import export_adapter, hub_id, loads
 from atoll.models.tiny import tiny as tiny_model
@@ -48,8 +49,27 @@ def test_folder_has_a_card_and_nothing_stays_beside_it(run: RunFolder, tmp_path:
     assert "base_model: tiny:llama" in text
     assert "PeftModel.from_pretrained" in text
     assert "| federated |" in text
+    assert "the server sees every update by itself" in text
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert oct(out.stat().st_mode)[-3:] == "755"
+
+
+def test_adapter_of_a_private_run_has_its_frozen_factor_and_says_what_was_spent(
+    tmp_path: Path, shared_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOLL_HOME", str(shared_home))
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "sites").mkdir()
+    for site in ("north", "south"):
+        lines = [json.dumps({"prompt": f"{site} {i}", "completion": str(i)}) for i in range(9)]
+        (tmp_path / "sites" / f"{site}.jsonl").write_text("\n".join(lines))
+    data, privacy = f"{{use: folders, path: {tmp_path / 'sites'}}}", "{use: central, clip: 1, delta: 0.1, epsilon: 9}"
+    settings = ["model=tiny:llama", f"data={data}", f"finetune.privacy={privacy}", "finetune.weighting=uniform"]
+    run = atoll.run("methods/ffa-lora", [*settings, "finetune.rounds=1", "finetune.local_steps=1", "name=private"])
+    out = export_adapter(run, tmp_path / "out")
+    assert {name.split(".lora_")[1][0] for name in load_file(out / "adapter_model.safetensors")} == {"A", "B"}
+    assert torch.equal(logits(out), logits(run.adapter))
+    assert "epsilon 9 at delta 0.1" in (out / "README.md").read_text()
 
 
 def test_python_of_the_card_loads_the_adapter(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

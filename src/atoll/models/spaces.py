@@ -118,8 +118,12 @@ class LoRA:
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-                parameter.requires_grad = not (self.freeze_a and ".lora_A." in name)
+                parameter.requires_grad = not self.freezes(name)
         return wrapped
+
+    def freezes(self, name: str) -> bool:
+        """Whether this parameter of an adapter stays as it was drawn."""
+        return self.freeze_a and ".lora_A." in name
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The adapters' factors, under the names of PEFT's adapter files."""

@@ -188,12 +188,12 @@ def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED) -> str:
         "",
         ", ".join(f"{package} {number}" for package, number in s.versions.items()),
         "",
-        *_privacy_section(story),
+        *privacy_section(story),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _privacy_section(story: Story) -> list[str]:
+def privacy_section(story: Story) -> list[str]:
     """What was promised, and what was spent of it in fact."""
     said = story.started.privacy
     if not said:
