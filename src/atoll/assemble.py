@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +17,14 @@ from atoll.build import Plan, build, plan_hash, samples
 from atoll.cache import Say, quiet
 from atoll.client import Client, FileStore, Work
 from atoll.data import sources
+from atoll.data.media import Senses
 from atoll.data.read import Report as DataReport
 from atoll.data.sources import ClientData, Labels, Loaded
 from atoll.errors import AtollError
 from atoll.keys import key
 from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.models.fast import accelerate
+from atoll.models.features import Features, features_of
 from atoll.models.spaces import read
 from atoll.params import Params
 from atoll.privacy.party import Memory
@@ -55,12 +58,15 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
     """
     check_data(plan)
     model, tokenizer = load_model(plan, say)
-    loaded = load_data(plan, tokenizer, say)
+    features = features_of(model)
+    loaded = load_data(plan, tokenizer, say, features.senses if features else {})
     left_out = useless(loaded)
     usable = {name: one for name, one in loaded.items() if name not in left_out}
     if plan.protection:
         counts = {name: len(one.data.train) for name, one in usable.items()}
         plan.protection.fits(samples(plan, counts))
+    if features:
+        make_features(features, usable, say)
     say("preparing the model")
     model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
     if not plan.model.own_factory:
@@ -100,12 +106,32 @@ def load_model(plan: Plan, say: Say) -> tuple[nn.Module, Any]:
     return load_named(plan.model.name, **plan.model.options, say=say)
 
 
-def load_data(plan: Plan, tokenizer: Any, say: Say) -> dict[str, Loaded]:
+def make_features(features: Features, loaded: Mapping[str, Loaded], say: Say) -> None:
+    """What the encoders make of everybody's pictures and sounds, once."""
+    media = [
+        medium for one in loaded.values() for part in one.data for some in getattr(part, "media", ()) for medium in some
+    ]
+    said = time.monotonic()
+
+    def tell(done: int, of: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > SECONDS_OF_SILENCE or done == of:
+            say(f"encoding pictures and sounds: {done} of {of}")
+            said = time.monotonic()
+
+    features.fill(media, tell)
+
+
+SECONDS_OF_SILENCE = 5.0
+"""While media are encoded."""
+
+
+def load_data(plan: Plan, tokenizer: Any, say: Say, senses: Senses) -> dict[str, Loaded]:
     """Everybody's samples, and what became of their records."""
     if all(isinstance(source, ClientData) for source in plan.sources.values()):
         return {name: Loaded(data, DataReport()) for name, data in plan.sources.items()}
     say("reading and tokenizing, or mapping what was tokenized before")
-    return sources.load(plan.sources, tokenizer, plan.recipe.finetune.context, labels_of(plan))
+    return sources.load(plan.sources, tokenizer, plan.recipe.finetune.context, labels_of(plan), senses)
 
 
 def useless(loaded: Mapping[str, Loaded]) -> dict[str, str]:

@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from atoll import parts, wire
-from atoll.aggregate.mean import share
+from atoll.aggregate.base import Aggregator
+from atoll.aggregate.mean import Mean, share
 from atoll.client import Side
 from atoll.compatible import refuse_clients, refuse_context, refuse_parts, warnings
 from atoll.errors import AtollError, closest, placed
@@ -29,9 +30,10 @@ from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.local.private import private
 from atoll.local.work import BindObjective, Gradients, optimizer_steps, plain
 from atoll.made import Made, cohort_sizes, make_parts
+from atoll.models.assembled import Assembled, assembled
 from atoll.models.shapes import Shapes
 from atoll.models.shapes import shapes as shapes_of_model
-from atoll.models.spaces import PlannedShapes, Space
+from atoll.models.spaces import PlannedShapes, Space, modality_of
 from atoll.params import Params
 from atoll.privacy.accounting import Release
 from atoll.privacy.examples import OfExamples
@@ -47,9 +49,9 @@ from atoll.transforms.chain import Chain
 
 
 class ModelChoice(NamedTuple):
-    """A named model and how to load it, or a factory of the user's own that makes one."""
+    """A named model and how to load it, parts of one, or a factory of the user's own that makes one."""
 
-    name: str
+    name: str | Assembled
     options: Mapping[str, Any]
     own_factory: bool
 
@@ -67,6 +69,11 @@ def model_options(
 def choose_model(written: object) -> ModelChoice:
     """`model: smollm2-135m`, `model: {use: ./folder, dtype: float32}` or `model: module:factory`."""
     part = parts.spec(written, "model")
+    if part.use == "assembled":
+        said = {name: value for name, value in part.arguments.items() if name in ("language", "image", "audio")}
+        rest = {name: value for name, value in part.arguments.items() if name not in said}
+        one = assembled(**parts.check(assembled, parts.Spec(part.use, said), "model"))
+        return ModelChoice(one, model_options(**parts.check(model_options, parts.Spec(part.use, rest), "model")), False)
     if ":" in part.use and not part.use.startswith("tiny:"):
         return ModelChoice(part.use, part.arguments, own_factory=True)
     return ModelChoice(part.use, model_options(**parts.check(model_options, part, "model")), own_factory=False)
@@ -222,7 +229,7 @@ def round_plan(
     everyone: Population,
 ) -> RoundPlan:
     """What travels, whom to ask, in what conversation; under noise and masks as the plan has them."""
-    first = Stream(up=made.up, down=made.down, aggregate=made.aggregate, outer=made.outer)
+    first = Stream(up=made.up, down=made.down, aggregate=by_modality(made.aggregate), outer=made.outer)
     streams = (first, *extra_streams(made.correction, everyone.size))
     if protection:
         streams = protection.streams(streams)
@@ -244,6 +251,11 @@ def round_plan(
         attempt=made.exchange.attempt,
         least=max(everyone.least, made.exchange.least(asked)),
     )
+
+
+def by_modality(aggregate: Aggregator) -> Aggregator:
+    """A mean with a weight for each modality; aggregators of the user's own have one for everything."""
+    return replace(aggregate, group_of=modality_of) if isinstance(aggregate, Mean) else aggregate
 
 
 def unforeseen(sample: Sample) -> Sample:
@@ -375,7 +387,7 @@ def sampled(recipe: Recipe, clients: Sequence[str]) -> frozenset[str] | None:
 
 def extra_streams(correction: Correction, population: int) -> tuple[Stream, ...]:
     """A method's own streams. They are means over the population, of which those who do not answer change nothing."""
-    return tuple(replace(stream, aggregate=share(population)) for stream in correction.streams)
+    return tuple(replace(stream, aggregate=by_modality(share(population))) for stream in correction.streams)
 
 
 def payload_bytes(chain: Chain, shapes: PlannedShapes) -> int:

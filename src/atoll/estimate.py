@@ -110,7 +110,7 @@ def memory(plan: Plan) -> Memory | None:
     stage, shapes = plan.recipe.finetune, plan.shapes
     trains = sum(math.prod(shape) for shape in plan.trains.values())
     full = trains == shapes.count
-    tiny = plan.model.name.startswith("tiny:")
+    tiny = str(plan.model.name).startswith("tiny:")
     size = (
         4
         if full or tiny
@@ -312,7 +312,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
     return {
         "name": plan.recipe.name,
         "plan": plan.hash,
-        "model": {"name": plan.model.name, "params": plan.shapes.count if plan.shapes else None},
+        "model": {"name": str(plan.model.name), "params": plan.shapes.count if plan.shapes else None},
         "trains": {"space": str(parts.spec(stage.space, "space")), "params": trains},
         "local_work": _local_work(plan),
         "streams": [_stream(plan, stream.name) for stream in plan.rounds.streams],

@@ -49,7 +49,7 @@ def export_adapter(folder: RunFolder, out: Path, say: Say = quiet) -> Path:
     with appearing(out) as partial:
         fill(folder, partial, say)
         check(partial / TENSORS, tuned, space)
-        point_to_base(partial / "adapter_config.json", hub_id(choose_model(written.model).name))
+        point_to_base(partial / "adapter_config.json", hub_id(str(choose_model(written.model).name)))
         (partial / "README.md").write_text(readme(folder, written, rounds), encoding="utf-8")
     return out
 
@@ -114,7 +114,7 @@ def loads(base: str) -> list[str]:
 
 def readme(folder: RunFolder, written: recipe.Recipe, rounds: int) -> str:
     """The card of the adapter: what it is, how it is loaded, what it gained."""
-    base = hub_id(choose_model(written.model).name)
+    base = hub_id(str(choose_model(written.model).name))
     story = read_story(folder)
     table = loss_table(story) if story else None
     lines = [

@@ -25,6 +25,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "clients": "atoll.data.sources:clients",
         "partitioned": "atoll.data.sources:partitioned",
         "four-sites": "atoll.data.sources:four_sites",
+        "multimodal-sites": "atoll.data.sources:multimodal_sites",
         "with-canaries": "atoll.data.canaries:with_canaries",
     },
     "partition": {
@@ -37,6 +38,11 @@ SLOTS: dict[str, dict[str, str]] = {
         "lora": "atoll.models.spaces:lora",
         "ffa-lora": "atoll.models.spaces:ffa_lora",
         "full": "atoll.models.spaces:full",
+    },
+    "connector": {
+        "mlp": "atoll.models.connectors:mlp",
+        "resampler": "atoll.models.connectors:resampler",
+        "alignment": "atoll.models.connectors:alignment",
     },
     "optimizer": {"adamw": "atoll.local.optimizers:adamw", "sgd": "atoll.local.optimizers:sgd"},
     "rate": {

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atoll import parts
+from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.recipe import Recipe, load
 
@@ -60,14 +61,15 @@ class Policy(BaseModel):
         """Why a plan is refused; nothing if it is allowed. Reads names alone: nothing that they name is imported."""
         stage = recipe.finetune
         asked = {
-            "models": parts.spec(recipe.model, "model").use,
-            "objectives": parts.spec(stage.objective, "finetune.objective").use,
-            "spaces": parts.spec(stage.space, "finetune.space").use,
-            "exchanges": parts.spec(stage.exchange, "finetune.exchange").use,
+            "models": model_names(recipe.model),
+            "objectives": [parts.spec(stage.objective, "finetune.objective").use],
+            "spaces": [parts.spec(stage.space, "finetune.space").use],
+            "exchanges": [parts.spec(stage.exchange, "finetune.exchange").use],
         }
         broken = [
             f"{key} {name}; this site allows {', '.join(getattr(self, key)) or 'none'}"
-            for key, name in asked.items()
+            for key, names in asked.items()
+            for name in names
             if not allows(getattr(self, key), name)
         ]
         broken += [
@@ -124,10 +126,20 @@ def allows(patterns: Sequence[str], name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def model_names(written: Any) -> list[str]:
+    """A model's name; of an assembled one those of its parts."""
+    part = parts.spec(written, "model")
+    if part.use != "assembled":
+        return [part.use]
+    senses = [part.arguments.get(name) for name in MODALITIES]
+    return [str(part.arguments.get("language")), *(str(one["encoder"]) for one in senses if isinstance(one, dict))]
+
+
 def model_code(written: Any) -> Any:
-    """A model as written, without the name of a tiny one, which is no code."""
-    name = parts.spec(written, "model").use
-    return [] if name.startswith("tiny:") else written
+    """What of a model as written could be code: not the names of tiny ones."""
+    names = model_names(written)
+    rest = [part for part in own_code(written) if part not in names]
+    return [*rest, *(name for name in names if not name.startswith("tiny:"))]
 
 
 def own_code(tree: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from atoll.build import choose_model
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
 from atoll.keys import key
+from atoll.models.features import Features, features_of
 from atoll.models.spaces import Space, read, write
 from atoll.params import Params
 from atoll.record.card import read_story
@@ -36,6 +37,8 @@ class Result:
     tuned: Params
     rounds: int
     """How many rounds the tuned params have behind them."""
+    features: Features | None = None
+    """Of pictures and sounds; None for a model that takes text alone."""
 
     def use(self, base: bool) -> None:
         """Puts the base params, or the tuned ones, into the model."""
@@ -82,6 +85,6 @@ def load_result(folder: RunFolder, say: Say = quiet) -> Result:
     space: Space = parts.make("space", written.finetune.space, "finetune.space")
     prepared = space.prepare(model, key(written.seed, "init"))
     base = {name: x.clone() for name, x in read(space, prepared).items()}
-    result = Result(prepared.eval(), tokenizer, space, written, base, tuned, rounds)
+    result = Result(prepared.eval(), tokenizer, space, written, base, tuned, rounds, features_of(model))
     result.use(base=False)
     return result

@@ -15,6 +15,7 @@ from itertools import chain
 
 import torch
 
+from atoll.aggregate.base import ALL
 from atoll.exchange import (
     DECODING_ERRORS,
     Abandoned,
@@ -257,8 +258,9 @@ def contribution(stream: Stream, params: Mapping[str, Params], reply: Reply, fac
 
 
 def check_weights(weights: Mapping[str, float], groups: set[str]) -> None:
-    """One finite weight of at least 0 for each group. Raises ValueError."""
-    if weights.keys() != groups:
+    """A finite weight of at least 0 for each group, its own or that of all. Raises ValueError."""
+    named = weights.keys()
+    if not named <= groups | {ALL} or (groups - named and ALL not in named) or (named and not groups):
         raise ValueError(f"weights for {sorted(weights)}; {sorted(groups)} are needed")
     for group, weight in weights.items():
         if weight != 0 and not LEAST_WEIGHT <= weight <= LARGEST:

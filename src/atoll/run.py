@@ -77,7 +77,7 @@ def refuse_start(ready: Plan) -> None:
     theirs, _ = recipe.read(other.recipe)
     model, space = choose_model(theirs.model), parts.make("space", theirs.finetune.space, "finetune.space")
     same = {
-        "model": (model.name, ready.model.name),
+        "model": (str(model.name), str(ready.model.name)),
         "finetune.space": (space, ready.space),
     }
     for key, (found, mine) in same.items():

@@ -39,7 +39,7 @@ def follow(block: Block, page: Path, namespace: dict[str, object]) -> None:
 
 def builds(path: str) -> None:
     """The recipe becomes a plan; on a tiny model, because a preset's shapes would have to be fetched."""
-    ready = run.plan(path, ["model=tiny:llama"])
+    ready = run.plan(path, [] if "use: assembled" in Path(path).read_text(encoding="utf-8") else ["model=tiny:llama"])
     assert ready.trains
     assert ready.clients
 

@@ -14,13 +14,18 @@ from typing import Protocol
 from atoll.params import Params
 
 Weights = Mapping[str, float]
-"""An aggregation weight per group of parameters; 0 for a group that the client does not hold."""
+"""An aggregation weight per group of parameters, that of `ALL` for groups without one; 0 for what a client does not hold."""
 
 WEIGHT = "#weight/"
 """Before the group's name: the entry of a total in which its weights are summed."""
 
 ALL = "all"
-"""The one group of a space whose parameters everybody holds."""
+"""The group of the parameters that everybody holds."""
+
+
+def weight_of(weights: Weights, group: str) -> float:
+    """Of a group: its own, or that of all."""
+    return weights[group] if group in weights else weights[ALL]
 
 
 class Aggregator(Protocol):

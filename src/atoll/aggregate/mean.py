@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atoll.aggregate.base import ALL, WEIGHT, Weights
+from atoll.aggregate.base import ALL, WEIGHT, Weights, weight_of
 from atoll.params import Params
 
 
@@ -43,15 +43,16 @@ class Mean:
     def add(self, total: Params, vector: Params, weights: Weights) -> Params:
         """total += weight * vector, in place; the weights are summed beside it."""
         for name, x in vector.items():
-            total[name].add_(x, alpha=weights[self.group_of(name)])
-        for name, weight in self._entries(weights).items():
+            total[name].add_(x, alpha=weight_of(weights, self.group_of(name)))
+        for name, weight in self._entries({group: weight_of(weights, group) for group in self.groups(vector)}).items():
             total[name] += weight
         return total
 
     def alone(self, vector: Params, weights: Weights) -> Params:
         """weight * vector, and the weights."""
-        weighed = {name: x if (w := weights[self.group_of(name)]) == 1 else x * w for name, x in vector.items()}
-        return weighed | self._entries(weights)
+        each = {group: weight_of(weights, group) for group in self.groups(vector)}
+        weighed = {name: x if (w := each[self.group_of(name)]) == 1 else x * w for name, x in vector.items()}
+        return weighed | self._entries(each)
 
     def _entries(self, weights: Weights) -> Params:
         """A total's entries for weights; by a fixed denominator nobody asks what they sum up to."""

@@ -8,7 +8,7 @@ from itertools import groupby
 from atoll.commands.output import say, show, show_json
 from atoll.errors import AtollError
 from atoll.record import tables, views
-from atoll.record.card import Story, human_bytes, loss_table
+from atoll.record.card import Story, human_bytes, loss_table, modality_table
 from atoll.record.events import Missing
 from atoll.record.folder import RunFolder
 from atoll.terminal import counted
@@ -31,6 +31,9 @@ def conclude(folder: RunFolder, as_json: bool) -> None:
         return
     if table := loss_table(story):
         show(tables.losses(table))
+    if by := modality_table(story):
+        show("")
+        show(tables.losses(by))
     if lines := [*not_counted(story)]:
         more = [f"and {len(lines) - SHOWN} more: `atoll show {folder.name}`"] if len(lines) > SHOWN else []
         show("\n" + "\n".join(lines[:SHOWN] + more))

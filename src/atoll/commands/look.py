@@ -29,7 +29,7 @@ def runs(as_json: AsJson = False) -> None:
 def show_run(run: RunName = "latest", as_json: AsJson = False) -> None:
     """Show a run: held-out loss per site, bytes, time, and what went wrong."""
     from atoll.record import tables, views
-    from atoll.record.card import loss_table
+    from atoll.record.card import loss_table, modality_table
     from atoll.record.folder import find
 
     folder = find(run)
@@ -37,7 +37,8 @@ def show_run(run: RunName = "latest", as_json: AsJson = False) -> None:
     if as_json:
         show_json(data)
     else:
-        show(tables.details(data, loss_table(views.need_story(folder))))
+        story = views.need_story(folder)
+        show(tables.details(data, loss_table(story), modality_table(story)))
 
 
 def compare(

@@ -18,22 +18,27 @@ def chat(
     base: Annotated[bool, typer.Option("--base", help="Ask the base model, as it was before the run.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="Above 0, answers are drawn at random.")] = 0.0,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture for the first question; may be repeated.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A sound for the first question; may be repeated.")] = None,
 ) -> None:
     """Talk to a run's result. In a conversation /base switches to the base model and back."""
     from atoll.record.folder import find
 
     folder = find(run)
-    from atoll.chat import HELP, Chat, converse
+    from atoll.chat import Chat, converse
     from atoll.result import load_result, unfinished
 
     talk = Chat(load_result(folder, say), max_tokens, temperature, base)
     if early := unfinished(folder, talk.result.rounds):
         say(f"{folder.name} is not finished: this is the model {early}")
+    for modality, paths in (("image", image), ("audio", audio)):
+        for path in paths or ():
+            talk.attach(modality, path)
     if prompt is not None:
         talk.answer(prompt, _write)
         _write("\n")
         return
-    say(f"{folder.name} after round {talk.result.rounds}; {HELP}")
+    say(f"{folder.name} after round {talk.result.rounds}; {talk.help}")
     converse(talk, _typed(), _write, say)
 
 

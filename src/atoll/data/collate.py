@@ -11,9 +11,9 @@ i, as in transformers, and IGNORE where there is no loss. `Batch.targets` does t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ from atoll.errors import AtollError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Sample = tuple[np.ndarray, np.ndarray]
+Sample = tuple[Any, ...]
+"""(input_ids, labels), both int32 [n]; of samples with pictures or sounds the media beside them (media.py)."""
 
 IGNORE = -100
 """The label of a position without loss, as in torch and transformers."""
@@ -44,6 +45,8 @@ class Batch:
     position_ids: Tensor
     lengths: tuple[int, ...]
     packed: bool
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+    """Features by modality, [media, T, F], in the order of their placeholders."""
 
     @property
     def tokens(self) -> int:
@@ -70,6 +73,7 @@ class Batch:
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
             position_ids=self.position_ids.to(device),
+            media={name: x.to(device) for name, x in self.media.items()},
         )
 
 
@@ -99,7 +103,7 @@ def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
     lengths = _lengths(samples)
     ids = np.full((len(samples), max(lengths)), pad_id, np.int64)
     labels = np.full_like(ids, IGNORE)
-    for row, (sample_ids, sample_labels) in enumerate(samples):
+    for row, (sample_ids, sample_labels, *_) in enumerate(samples):
         ids[row, : lengths[row]] = sample_ids
         labels[row, : lengths[row]] = sample_labels
     positions = np.broadcast_to(np.arange(max(lengths)), ids.shape).copy()
@@ -107,7 +111,7 @@ def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
 
 
 def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
-    lengths = tuple(len(ids) for ids, _ in samples)
+    lengths = tuple(len(sample[0]) for sample in samples)
     if not lengths or min(lengths) == 0:
         raise AtollError(
             "a batch needs at least one sample, and each sample at least one token",
@@ -121,15 +125,21 @@ def _row(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))[None]
 
 
+def language_model(model: nn.Module) -> Any:
+    """The causal language model inside a PEFT wrapper, and beside encoders."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return getattr(inner, "language_model", inner)
+
+
 def packable(model: nn.Module) -> bool:
     """Whether samples packed in one row get from `model` what they get alone, asked of the model, not of a list.
 
     Three forward passes over five tokens. The second sample must not change with the first (nearly to the bit, as the
     shapes are the same), and must be close to what it is alone (other shapes, other rounding).
     """
-    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
-    if not takes_positions or getattr(causal_lm, "_is_stateful", False):
+    inner = language_model(model)
+    takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+    if not takes_positions or getattr(inner, "_is_stateful", False):
         return False
     first, other, second = (_probe(tokens) for tokens in ([1, 2, 3], [4, 3, 1], [2, 4]))
     with evaluating(model), torch.no_grad():

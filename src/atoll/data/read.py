@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from atoll.data.files import READERS, Row, parse_json, rows
+from atoll.data.media import COLUMNS as MEDIA_COLUMNS
+from atoll.data.media import Medium, Unusable, named_media
 from atoll.errors import AtollError, closest
 
 Form = Literal["chat", "prompt_completion", "text"]
@@ -58,6 +61,7 @@ class Record(NamedTuple):
     split: Split
     row: int
     place: str
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass
@@ -209,19 +213,19 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
         for place, row in islice(rows(path), first):
             form = form or _recognize(row, place, report)
             report.read += 1
-            content = _content(form, row, place)
+            content, media = _content(form, row, place), _media(row, path.parent, place)
             where = place.removeprefix(f"{source.path.parent}/")  # a report holds for a copy of the data elsewhere
-            if isinstance(content, str):
-                report.leave_out(content, where)
+            if isinstance(content, str) or isinstance(media, str):
+                report.leave_out(content if isinstance(content, str) else str(media), where)
                 continue
-            digest = _digest(content)
+            digest = _digest(content if not media else [*content, *({"clip": medium.key} for medium in media)])
             split = named or ("test" if digest < source.held_out * 2**64 else "train")
             if named == "test":
                 held_out.add(digest)
             elif named == "train" and digest in held_out:
                 report.leave_out(ALSO_HELD_OUT, where)
                 continue
-            yield Record(form, content, split, report.read - 1, where)
+            yield Record(form, content, split, report.read - 1, where, media)
     if form:
         report.read += len(source.planted)
         yield from planted_records(source.planted, form)
@@ -233,6 +237,22 @@ def planted_records(planted: Iterable[Planted], form: Form) -> Iterator[Record]:
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages = [{"content": f"{question}\n{answer}"}] if form == "text" else chat
         yield Record(form, messages, "train", -number, f"planted record {number}")
+
+
+def media_of(path: Path) -> Iterator[Medium]:
+    """The media that a data file names, those that can be used."""
+    for place, row in rows(path) if _may_name_media(path) else ():
+        found = _media(row, path.parent, place)
+        yield from () if isinstance(found, str) else found
+
+
+def _may_name_media(path: Path) -> bool:
+    """Whether a file could name media: without parsing it where each row may have other columns."""
+    if path.suffix.lower() in (".jsonl", ".json") and path.stat().st_size:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
+            return any(text.find(f'"{name}"'.encode()) >= 0 for name in MEDIA_COLUMNS)
+    first = next(iter(rows(path)), None)
+    return first is not None and any(name in first[1] for name in MEDIA_COLUMNS)
 
 
 def column(source: Source, name: str) -> list[Any]:
@@ -261,7 +281,8 @@ def _recognize(row: Row, place: str, report: Report) -> Form:
             remedy=_rename(row, place),
         )
     report.form = form
-    report.unused_columns = tuple(name for name in row if name not in COLUMNS[form])
+    known = (*COLUMNS[form], *(MEDIA_COLUMNS if form != "text" else ()))
+    report.unused_columns = tuple(name for name in row if name not in known)
     return form
 
 
@@ -303,6 +324,14 @@ def _chat(row: Row, place: str) -> list[Message] | str:
     if not answers or not all(_answered(message) for message in answers):
         return NO_ANSWER
     return chat
+
+
+def _media(row: Row, folder: Path, place: str) -> tuple[Medium, ...] | str:
+    """The pictures and sounds that a record names, or the reason to leave it out."""
+    try:
+        return tuple(named_media(row, folder, place))
+    except Unusable as reason:
+        return str(reason)
 
 
 def _message(message: object, place: str) -> Message:

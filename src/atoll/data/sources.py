@@ -17,6 +17,7 @@ from annotated_types import Ge, Lt
 
 from atoll.cache import content_hash, home
 from atoll.data.files import READERS
+from atoll.data.media import MODALITIES, Senses
 from atoll.data.partition import Ints, Partition
 from atoll.data.read import Planted, Report, Source, column, open_source, records
 from atoll.errors import AtollError
@@ -119,6 +120,16 @@ def four_sites() -> dict[str, ClientSource]:
     return folders(str(fetch(home())))
 
 
+def multimodal_sites() -> dict[str, ClientSource]:
+    """A library (text), a gallery (pictures), a station (sounds) and a school (all three): real, and none like another.
+
+    Fetched once into the cache; sources and licenses are in SOURCES.md beside the data.
+    """
+    from atoll.data.prepared_media import multimodal_sites as fetch
+
+    return folders(str(fetch()))
+
+
 def _is_data(path: Path) -> bool:
     return path.suffix.lower() in READERS
 
@@ -193,6 +204,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     labels: Labels,
+    senses: Senses,
 ) -> dict[str, Loaded]:
     """Every client's samples. Both splits of a client may be empty: see the report.
 
@@ -201,8 +213,18 @@ def load(
     """
     from atoll.data.tokenize import prepare
 
-    prepared = _each(sources, lambda source: prepare(source, tokenizer, context, labels, cache_root=home()))
+    prepared = _each(sources, lambda source: prepare(source, tokenizer, context, labels, home(), senses))
     return {name: _share(client, prepared[client.source]) for name, client in sources.items()}
+
+
+def holders(samples: Any) -> dict[str, int]:
+    """How many samples have pictures, or sounds, by modality; those that none has are not named."""
+    if inside := getattr(samples, "datasets", None):  # several clients' together
+        each = [holders(one) for one in inside]
+        return {name: sum(one.get(name, 0) for one in each) for name in MODALITIES if any(name in one for one in each)}
+    media = getattr(samples, "media", ())
+    found = {name: sum(any(medium.modality == name for medium in some) for some in media) for name in MODALITIES}
+    return {name: count for name, count in found.items() if count}
 
 
 def _share(client: ClientSource, tokens: Prepared) -> Loaded:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from atoll.cache import content_hash, file_hash, home, once
 from atoll.data.answers import PLAIN, ChatFormat, Spans
 from atoll.data.files import content
-from atoll.data.read import NO_ANSWER, Record, Report, Source, open_source, records
+from atoll.data.media import Senses, Unusable, placed_media
+from atoll.data.read import NO_ANSWER, Record, Report, Source, media_of, open_source, records
 from atoll.data.tokens import TokenDataset, TokenWriter, load
 from atoll.errors import AtollError
 
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 
 Objective = Literal["sft", "causal_lm"]
 
-VERSION = 3
+VERSION = 4
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
 TOO_SHORT = "a single token"
 HIDDEN_ANSWER = "an answer that cannot be told from the rest in what the chat template writes"
+
+NO_SENSES: Senses = {}
 
 BATCH_CHARACTERS = 500_000
 """Text tokenized at a time: a few MB of tokens, enough to keep the tokenizer's threads busy."""
@@ -62,6 +65,15 @@ class Encoded:
     labeled: NDArray[np.bool_]
     record: Record
 
+    def expanded(self, senses: Senses) -> Encoded:
+        """With as many placeholders for each medium as it has tokens; none of them has a loss."""
+        if not self.record.media:
+            return self
+        places = {sense.token_id: sense.tokens for sense in senses.values()}
+        counts = np.array([places.get(int(one), 1) for one in self.ids])
+        labeled = np.where(counts > 1, False, self.labeled)
+        return replace(self, ids=np.repeat(self.ids, counts), labeled=np.repeat(labeled, counts))
+
 
 def prepare(
     source: Source | str | Path,
@@ -69,6 +81,7 @@ def prepare(
     context: int,
     objective: Objective = "sft",
     cache_root: Path | None = None,
+    senses: Senses = NO_SENSES,
 ) -> Prepared:
     """Tokenize a client's data, or map what an earlier call made of the same content.
 
@@ -78,6 +91,7 @@ def prepare(
         context: the longest sample, in tokens.
         objective: `sft` puts the loss on answers only; `causal_lm` on every token.
         cache_root: the folder under which `tokens/` is kept; `atoll.cache.home()` if not given.
+        senses: how the model takes pictures and sounds; records with others are left out.
 
     Returns:
         Both splits may be empty: see `report.usable`.
@@ -86,22 +100,30 @@ def prepare(
         AtollError: the source cannot be read, or does not fit the objective.
     """
     source = source if isinstance(source, Source) else open_source(source)
-    fingerprint = _fingerprint(source, tokenizer, context, objective)
+    fingerprint = _fingerprint(source, tokenizer, context, objective, senses)
     target = (cache_root or home()) / "tokens" / fingerprint
-    folder = once(target, lambda partial: _write(partial, source, tokenizer, context, objective))
-    return Prepared(load(folder / "train"), load(folder / "test"), _read_report(folder), fingerprint)
+    folder = once(target, lambda partial: _write(partial, source, tokenizer, context, objective, senses))
+    train, test = (load(folder / split, source.path.parent) for split in ("train", "test"))
+    return Prepared(train, test, _read_report(folder), fingerprint)
 
 
 def _write(
-    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, context: int, objective: Objective
+    folder: Path,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    objective: Objective,
+    senses: Senses,
 ) -> None:
     folder.chmod(0o700)  # tokens are text to whoever has the tokenizer: nobody else reads a client's
-    report = Report()
-    with TokenWriter(folder / "train") as train, TokenWriter(folder / "test") as test:
-        for encoded in encode(records(source, report), tokenizer, objective, report):
+    report, root = Report(), source.path.parent
+    with TokenWriter(folder / "train", root) as train, TokenWriter(folder / "test", root) as test:
+        for encoded in encode(records(source, report), tokenizer, objective, report, senses):
             writer = train if encoded.record.split == "train" else test
             for start, stop in fit(encoded, context, objective, report):
-                writer.add(encoded.ids[start:stop], encoded.labeled[start:stop], encoded.record.row)
+                writer.add(
+                    encoded.ids[start:stop], encoded.labeled[start:stop], encoded.record.row, encoded.record.media
+                )
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
     for path in folder.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
@@ -114,13 +136,17 @@ def _read_report(folder: Path) -> Report:
 
 
 def encode(
-    found: Iterable[Record], tokenizer: PreTrainedTokenizerBase, objective: Objective, report: Report
+    found: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    report: Report,
+    senses: Senses = NO_SENSES,
 ) -> Iterator[Encoded]:
     """Tokenize records, a batch at a time, with the loss where the objective puts it.
 
     A prompt and its completion are a user's and an assistant's turn if the tokenizer has a chat template, else one
     text. Plain text, and a completion without a template, are closed with the end-of-sequence token. A conversation
-    that the template refuses is counted in `report`.
+    that the template refuses is counted in `report`, and so are media that cannot be read, or not by the model.
 
     Raises:
         AtollError: the tokenizer cannot say where its tokens stand; plain text for `sft`.
@@ -132,12 +158,28 @@ def encode(
             allowed="a fast tokenizer (tokenizer.json)",
         )
     chat = ChatFormat(tokenizer)
-    for batch in _batches(found):
+    for batch in _batches(placed for one in found if (placed := _with_places(one, senses, report))):
         written = [
             (record, *text) for record in batch if (text := _written(record, tokenizer, chat, objective, report))
         ]
         if written:
-            yield from _encode(written, tokenizer, objective)
+            for encoded in _encode(written, tokenizer, objective):
+                yield encoded.expanded(senses)
+
+
+def _with_places(record: Record, senses: Senses, report: Report) -> Record | None:
+    """The record with a placeholder in its text for every medium; None if one of them cannot be used."""
+    if not senses and not record.media:
+        return record
+    try:
+        for medium in record.media:
+            if medium.modality not in senses:
+                raise Unusable(f"{medium.modality} that this model cannot take")
+            senses[medium.modality].read(medium)
+        return record._replace(messages=placed_media(record.messages, record.media))
+    except Unusable as reason:
+        report.leave_out(str(reason), record.place)
+        return None
 
 
 def _encode(
@@ -252,15 +294,19 @@ def fit(encoded: Encoded, context: int, objective: Objective, report: Report) ->
     return []
 
 
-def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerBase, context: int, objective: str) -> str:
-    return content_hash(json.dumps([VERSION, source_hash(source), context, objective, *_identity(tokenizer)]))
+def _fingerprint(
+    source: Source, tokenizer: PreTrainedTokenizerBase, context: int, objective: str, senses: Senses
+) -> str:
+    taken = {name: asdict(sense) for name, sense in sorted(senses.items())}
+    return content_hash(json.dumps([VERSION, source_hash(source), context, objective, taken, *_identity(tokenizer)]))
 
 
 def source_hash(source: Source) -> str:
-    """Names what a source holds: the bytes of its files, their names and splits, the share held out, what is planted."""
+    """Names what a source holds: bytes of files and media, names, splits, the share held out, what is planted."""
     facts: list[Any] = [source.path.name, source.held_out, *source.planted]
     for path, split in source.files:
         facts += [(str(part.relative_to(source.path.parent)), split, file_hash(part)) for part in content(path)]
+        facts += [(medium.modality, medium.key) for medium in media_of(path)]
     return content_hash(json.dumps(facts))
 
 

@@ -2,12 +2,14 @@
 
 A split of n samples and t tokens is five .npy files: `ids` int32 [t], `mask` uint8 [t / 8 rounded up] (one bit a token:
 is there a loss?), `offsets` int64 [n + 1] (where each sample starts in `ids`), and per sample `rows` int64 [n] (the row
-of the source it came from) and `labeled` int32 [n] (its tokens with a loss). Reading a sample touches its own pages
-only, so a data set larger than memory costs what is used of it, and processes share the pages.
+of the source it came from) and `labeled` int32 [n] (its tokens with a loss). Beside them, `media.jsonl` names the pictures
+and sounds of each sample, which lie where the source has them. Reading a sample touches its own pages only, so a data set
+larger than memory costs what is used of it, and processes share the pages.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from atoll.data.collate import IGNORE, Sample
+from atoll.data.media import Medium
 
 Ints = NDArray[np.int64]
 
@@ -37,6 +40,8 @@ class TokenDataset(Sequence[Sample]):
     all_rows: Ints
     all_labeled: NDArray[np.int32]
     chosen: Ints
+    all_media: Sequence[tuple[Medium, ...]] = ()
+    """Of each sample on disk; empty where there are none at all."""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -49,7 +54,8 @@ class TokenDataset(Sequence[Sample]):
         start, stop = int(self.offsets[at]), int(self.offsets[at + 1])
         ids = np.array(self.ids[start:stop])
         bits = np.unpackbits(self.mask[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
-        return ids, np.where(bits, ids, np.int32(IGNORE))
+        labels = np.where(bits, ids, np.int32(IGNORE))
+        return (ids, labels, self.all_media[at]) if self.all_media else (ids, labels)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -74,6 +80,11 @@ class TokenDataset(Sequence[Sample]):
         return self.all_labeled[self.chosen]
 
     @property
+    def media(self) -> list[tuple[Medium, ...]]:
+        """The pictures and sounds of each sample."""
+        return [self.all_media[at] for at in self.chosen] if self.all_media else [()] * len(self)
+
+    @property
     def tokens(self) -> int:
         """All tokens."""
         return int(self.lengths.sum())
@@ -84,12 +95,18 @@ class TokenDataset(Sequence[Sample]):
         return int(self.labeled.sum())
 
 
-def load(folder: Path) -> TokenDataset:
-    """Memory-map what a `TokenWriter` has written."""
+def load(folder: Path, root: Path = Path()) -> TokenDataset:
+    """Memory-map what a `TokenWriter` has written; the paths of media are from `root`."""
     ids, mask, offsets, rows, labeled = (
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _DTYPES
     )
-    return TokenDataset(ids, mask, offsets, rows, labeled, np.arange(len(rows), dtype=np.int64))
+    return TokenDataset(ids, mask, offsets, rows, labeled, np.arange(len(rows), dtype=np.int64), _media(folder, root))
+
+
+def _media(folder: Path, root: Path) -> list[tuple[Medium, ...]]:
+    lines = (folder / MEDIA).read_text(encoding="utf-8").splitlines()
+    each = [tuple(Medium(modality, root / path) for modality, path in json.loads(line)) for line in lines]
+    return each if any(each) else []
 
 
 class TokenWriter:
@@ -105,9 +122,11 @@ class TokenWriter:
         ([7, 8, 9], [-100, 8, 9])
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, root: Path = Path()) -> None:
         folder.mkdir(parents=True)
+        self._root = root
         self._stack = ExitStack()
+        self._media = self._stack.enter_context((folder / MEDIA).open("w", encoding="utf-8"))
         self._arrays = {
             name: self._stack.enter_context(_Growing(folder / f"{name}.npy", dtype)) for name, dtype in _DTYPES.items()
         }
@@ -115,8 +134,9 @@ class TokenWriter:
         self._bits = np.zeros(0, bool)
         self._tokens = 0
 
-    def add(self, ids: NDArray[Any], labeled: NDArray[np.bool_], row: int) -> None:
-        """Append one sample: ids [length], labeled bool [length], the row of the source it came from."""
+    def add(self, ids: NDArray[Any], labeled: NDArray[np.bool_], row: int, media: Sequence[Medium] = ()) -> None:
+        """Append one sample: ids [length], labeled bool [length], the row of the source it came from, its media."""
+        self._media.write(json.dumps([(one.modality, str(one.path.relative_to(self._root))) for one in media]) + "\n")
         self._tokens += len(ids)
         self._arrays["ids"].extend(ids)
         self._arrays["offsets"].extend(np.array([self._tokens]))
@@ -134,6 +154,9 @@ class TokenWriter:
         with self._stack:
             self._arrays["mask"].extend(np.packbits(self._bits))
 
+
+MEDIA = "media.jsonl"
+"""A line a sample: its media, [modality, path] each."""
 
 _DTYPES: dict[str, Any] = {
     "ids": np.int32,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from atoll.data.collate import IGNORE, Batch, pack, packable, pad
 from atoll.errors import AtollError
 from atoll.local.objectives import cross_entropy, token_losses
 from atoll.local.work import Objective
+from atoll.models.features import features_of
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,17 @@ class Language:
                 remedy="a model made by a factory of yours needs an objective of yours: objective: module:factory",
             )  # fmt: skip
         device = next(model.parameters()).device
-        together = packable(model)
+        together, features = packable(model), features_of(model)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
         def collate(samples: Sequence[Any]) -> Batch:
-            return (pack(samples) if together else pad(samples, pad_id)).to(device)
+            batch = pack(samples) if together else pad(samples, pad_id)
+            media = (
+                features.of([medium for _, _, *more in samples for medium in (more[0] if more else ())])
+                if features
+                else {}
+            )
+            return replace(batch, media=media).to(device)
 
         return Objective(collate, cross_entropy, _terms, _sample_losses)
 

@@ -182,7 +182,8 @@ def _forward_replaced(module: nn.Module, forward: Elementwise) -> Iterator[None]
 def _forward(model: nn.Module, batch: Batch) -> Tensor:
     """What the model returns as logits. Positions go with packed rows only: not every family takes them."""
     positions = {"position_ids": batch.position_ids} if batch.packed else {}
-    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **positions).logits
+    media = {f"{name}_features": x for name, x in batch.media.items()}
+    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **positions, **media).logits
     return logits
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from atoll.aggregate.base import ALL
-from atoll.data.sources import ClientData
+from atoll.data.sources import ClientData, holders
 from atoll.exchange import Done, Task, WorkFailed
 from atoll.keys import rng
 from atoll.local.corrections import Correction, Start
 from atoll.local.optimizers import MakeOptimizer, Rate
-from atoll.models.spaces import Space, read, write
+from atoll.models.spaces import Space, modality_of, read, write
 from atoll.params import Params, subtract
 from atoll.stream import UPDATE
 
@@ -149,13 +149,20 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report(step + 1, math.nan if loss is None else loss)
-    told = [loss for loss in losses if loss is not None]
-    metrics = {"loss": sum(told) / steps} if told else {}
+    known = [loss for loss in losses if loss is not None]
+    metrics = {"loss": sum(known) / steps} if known else {}
     metrics |= {"steps": float(steps), "seconds_in_steps": time.perf_counter() - started}
     after = read(local.space, local.model)
     extra, new_state = local.correction.conclude(after, start, moved)
-    weight = float(len(data.train)) if local.weighting == "examples" else 1.0
-    return Done({UPDATE: subtract(after, params[UPDATE]), **extra}, {ALL: weight}, metrics, new_state)
+    update = subtract(after, params[UPDATE])
+    return Done({UPDATE: update, **extra}, weights(local, data, update), metrics, new_state)
+
+
+def weights(local: Local, data: ClientData, update: Params) -> dict[str, float]:
+    """How much this client counts, for each group: by its samples, or as one; 0 for a modality that it does not hold."""
+    held = {ALL: len(data.train), **holders(data.train)}
+    counts = {group: held.get(group, 0) for group in {ALL, *map(modality_of, update)}}
+    return {group: float(n if local.weighting == "examples" else min(n, 1)) for group, n in counts.items()}
 
 
 def backward(local: Local, micro: Sequence[Any]) -> float:
@@ -186,6 +193,8 @@ def set_rate(optimizer: torch.optim.Optimizer, base: Sequence[float], factor: fl
 
 
 EVALUATION_BATCH = 16
+TEXT = "text"
+"""In the place of a modality: samples of text alone."""
 
 
 def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
@@ -205,5 +214,23 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
             each.append(local.objective.sample_losses(local.model, batch))
             report(len(each), float(each[-1].mean()))
     losses = torch.cat(each).double()
+    return Done({}, {}, {**told(losses), **by_modality(losses, [data.test[i] for i in chosen])}, {})
+
+
+def told(losses: Tensor, of: str = "") -> dict[str, float]:
+    """Mean, its standard error and the number of samples' losses, as metrics."""
     error = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0
-    return Done({}, {}, {"loss": float(losses.mean()), "standard_error": error, "samples": float(len(losses))}, {})
+    found = {"loss": float(losses.mean()), "standard_error": error, "samples": float(len(losses))}
+    return {f"{name}{of}": value for name, value in found.items()}
+
+
+def by_modality(losses: Tensor, samples: Sequence[Any]) -> dict[str, float]:
+    """The same for the samples with pictures, with sounds, and with neither: `loss/image`, ...; empty for text alone."""
+    kinds = [{medium.modality for medium in sample[2]} if len(sample) == 3 else set() for sample in samples]
+    if not any(kinds):
+        return {}
+    metrics: dict[str, float] = {}
+    for name in sorted({TEXT, *set[str]().union(*kinds)}):
+        chosen = [i for i, kind in enumerate(kinds) if name in (kind or {TEXT})]
+        metrics |= told(losses[chosen], f"/{name}") if chosen else {}
+    return metrics

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
+from atoll.models.assembled import Assembled
 from atoll.models.presets import no_progress_bars
 from atoll.models.ref import ModelRef as ModelRef
 from atoll.models.ref import folder_of
 from atoll.models.ref import resolve as resolve
 from atoll.models.shapes import Shapes as Shapes
+from atoll.models.shapes import know_own_family, shapes_of
 from atoll.models.shapes import shapes as shapes
-from atoll.models.shapes import shapes_of
 from atoll.models.tiny import byte_tokenizer
 from atoll.models.tiny import tiny as tiny
 
@@ -29,7 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    name: str,
+    name: str | Assembled,
     dtype: str = "auto",
     device: str = "auto",
     gradient_checkpointing: bool = False,
@@ -39,7 +40,7 @@ def load_model(
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: a preset, `tiny:FAMILY`, a folder, or a hub id `org/name` (`org/name@revision`).
+        name: a preset, `tiny:FAMILY`, a folder, or a hub id `org/name` (`org/name@revision`); or the parts of a model.
         dtype: of the params; "auto" is bfloat16 where the device computes fast in it, float32 elsewhere and for
             `tiny:` models.
         device: "cpu", "cuda", "cuda:1"; "auto" is the first GPU, or the CPU where there is none.
@@ -58,11 +59,11 @@ def load_model(
     """
     place = choose_device(device)
     ref = resolve(name)
-    kind = choose_dtype("float32" if ref.kind == "tiny" and dtype == "auto" else dtype, place)
+    kind = choose_dtype("float32" if ref.tiny and dtype == "auto" else dtype, place)
     quantization = choose_quantization(quantize, kind, place)
     if ref.kind == "tiny":
         if quantization:
-            raise AtollError("tiny models are not quantized", where=name, found=f"quantize: {quantize}")
+            raise AtollError("tiny models are not quantized", where=ref.name, found=f"quantize: {quantize}")
         model, tokenizer = tiny(ref.location)
         model = model.to(place, kind)  # type: ignore[arg-type]
     else:
@@ -72,7 +73,7 @@ def load_model(
     return model, tokenizer
 
 
-def load_tokenizer(name: str, say: Say = quiet) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Assembled, say: Say = quiet) -> PreTrainedTokenizerBase:
     """The tokenizer alone of the model `name`: what a preview of data needs.
 
     Raises:
@@ -84,6 +85,7 @@ def load_tokenizer(name: str, say: Say = quiet) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = folder_of(ref, say)
+    know_own_family()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -138,6 +140,7 @@ def _load_folder(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = folder_of(ref, say)
+    know_own_family()
     known = shapes_of(ref, folder)
     check_memory(known.count * (0.6 if quantization else dtype.itemsize), device, ref.name, known.count)
     say(f"loading {ref.name} ({known.count / 1e6:.0f} M params, {str(dtype).removeprefix('torch.')} on {device})")

@@ -5,6 +5,8 @@
     ./folder         a folder with config.json, *.safetensors and a tokenizer
     org/name         a model on the hub; org/name@revision pins a commit or a tag
 
+and what is no name, `Assembled`, is a model put together of such parts (models/assembled.py).
+
 The identity names the content, not the place: caches, plans and checkpoints are keyed by it.
 """
 
@@ -16,10 +18,17 @@ from pathlib import Path
 
 from atoll.cache import Say, content_hash, file_hash, quiet
 from atoll.errors import AtollError, closest
+from atoll.models.assembled import Assembled, assembled_folder
 from atoll.models.presets import PRESETS, carrier_folder, preset_identity
 from atoll.models.tiny import FAMILIES
 
-HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
 HUB_TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model"]
 
 HUB_SECONDS = 10.0
@@ -32,10 +41,11 @@ class ModelRef:
 
     Args:
         name: as written in the recipe.
-        kind: "preset", "tiny", "folder" or "hub".
+        kind: "preset", "tiny", "folder", "hub" or "assembled".
         location: the preset, the family, the absolute folder, or the hub id.
         identity: 32 hex digits of the content; equal identities mean equal params and tokenizer.
         revision: the commit, for a hub model.
+        parts: of an assembled model.
     """
 
     name: str
@@ -43,9 +53,15 @@ class ModelRef:
     location: str
     identity: str
     revision: str = ""
+    parts: Assembled | None = None
+
+    @property
+    def tiny(self) -> bool:
+        """Whether the language model is a random tiny one."""
+        return self.kind == "tiny" or (self.parts is not None and self.parts.language.startswith("tiny:"))
 
 
-def resolve(name: str) -> ModelRef:
+def resolve(name: str | Assembled) -> ModelRef:
     """Find out what `name` stands for, without loading or converting anything.
 
     Raises:
@@ -55,6 +71,8 @@ def resolve(name: str) -> ModelRef:
         >>> resolve("tiny:llama").kind, resolve("smollm2-135m").location
         ('tiny', 'smollm2-135m')
     """
+    if isinstance(name, Assembled):
+        return ModelRef(str(name), "assembled", str(name), name.identity, parts=name)
     if name.startswith("tiny:"):
         return _tiny(name)
     if name in PRESETS and PRESETS[name].carrier:
@@ -75,6 +93,8 @@ def resolve(name: str) -> ModelRef:
 
 def folder_of(ref: ModelRef, say: Say = quiet) -> Path:
     """The local folder with the model's files; fetches and converts what is not there yet. Not for tiny models."""
+    if ref.parts is not None:
+        return assembled_folder(ref.parts, say)
     if ref.kind == "preset":
         return carrier_folder(ref.location, say)
     if ref.kind == "hub":

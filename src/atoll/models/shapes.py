@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.cache import Say, home, quiet, write_file
 from atoll.errors import AtollError
+from atoll.models.assembled import Assembled
 from atoll.models.ref import ModelRef, folder_of, resolve
 from atoll.models.tiny import tiny_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FORMAT = "1"
+FORMAT = "2"
 """Raise this when `Shapes` changes: it is part of the name of the cached answer."""
 
 
@@ -37,6 +38,7 @@ class Shapes:
         hidden: features of a hidden state.
         vocab: tokens of the vocabulary.
         context: the most tokens a sample may have; 0 where the family sets no bound.
+        text: what the names of the language model's modules begin with; empty where the model is nothing else.
     """
 
     identity: str
@@ -47,6 +49,7 @@ class Shapes:
     hidden: int
     vocab: int
     context: int
+    text: str = ""
 
     @property
     def count(self) -> int:
@@ -54,7 +57,7 @@ class Shapes:
         return sum(math.prod(shape) for shape, _ in self.params.values())
 
 
-def shapes(name: str, say: Say = quiet) -> Shapes:
+def shapes(name: str | Assembled, say: Say = quiet) -> Shapes:
     """The shapes of the model `name`.
 
     Raises:
@@ -100,6 +103,7 @@ def read_config(ref: ModelRef, folder: Path | None) -> PretrainedConfig:
 
     if folder is None:
         return tiny_config(ref.location)
+    know_own_family()
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -111,9 +115,16 @@ def read_config(ref: ModelRef, folder: Path | None) -> PretrainedConfig:
     return config
 
 
+def know_own_family() -> None:
+    """Lets transformers read the one family that is ours."""
+    import atoll.models.multimodal  # noqa: F401 - it registers itself
+
+
 def _check_causal(config: PretrainedConfig, where: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if config.model_type == "atoll_multimodal":
+        return
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     names = {known} if isinstance(known, str) else set(known or ())
     stated = set(getattr(config, "architectures", None) or names)
@@ -134,16 +145,17 @@ def measure(identity: str, config: PretrainedConfig) -> Shapes:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    head = model.get_output_embeddings()
+    head, text = model.get_output_embeddings(), config.get_text_config()
     return Shapes(
         identity=identity,
         family=config.model_type,
         params={name: (tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in model.named_parameters()},
         linears={name: sizes for name, m in model.named_modules() if m is not head and (sizes := _in_out(m))},
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        vocab=config.vocab_size,
-        context=_context(config),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        context=_context(text),
+        text="language_model." if hasattr(model, "language_model") else "",
     )
 
 

@@ -19,6 +19,8 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import nn
 
+from atoll.aggregate.base import ALL
+from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.params import Params
 
@@ -91,6 +93,8 @@ class LoRA:
     dropout: float
     targets: str | tuple[str, ...]
     freeze_a: bool = False
+    modules: tuple[str, ...] = ()
+    """That train in full."""
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         """Wraps the model by PEFT. A is drawn by `seed`, B is zero: the first update starts from the base model.
@@ -104,7 +108,8 @@ class LoRA:
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates an int and divides by the rank
             lora_dropout=self.dropout,
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
-            exclude_modules=refused_by_peft(getattr(getattr(model, "config", None), "model_type", "")),
+            exclude_modules=beside_text(model) or refused_by_peft(family_of(model)),
+            modules_to_save=[name for name, _ in self._whole(model)] or None,
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(seed)
@@ -125,14 +130,30 @@ class LoRA:
         """Whether this parameter of an adapter stays as it was drawn."""
         return self.freeze_a and ".lora_A." in name
 
+    def _whole(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The modules that train in full; the children of a list or mapping of them, which are what PEFT takes."""
+        found = []
+        for name in self.modules:
+            module = dict(model.named_modules()).get(name)
+            if module is None:
+                raise no_such_module(name, [child for child, _ in model.named_children()])
+            inside = isinstance(module, nn.ModuleDict | nn.ModuleList)
+            found += [(f"{name}.{n}", m) for n, m in module.named_children()] if inside else [(name, module)]
+        return found
+
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The adapters' factors, under the names of PEFT's adapter files."""
-        return {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+        """The adapters' factors and whole modules, under the names of PEFT's adapter files."""
+        return {
+            n.replace(".modules_to_save.default", "").replace(".default", ""): p
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        }
 
     def plan(self, shapes: Shapes) -> PlannedShapes:
         """A [rank, in], unless it is frozen, and B [out, rank] for every adapted linear module."""
         refused = refused_by_peft(shapes.family)
-        open_to_us = {name: sizes for name, sizes in shapes.linears.items() if name.rsplit(".", 1)[-1] not in refused}
+        text = {name: sizes for name, sizes in shapes.linears.items() if name.startswith(shapes.text)}
+        open_to_us = {name: sizes for name, sizes in text.items() if name.rsplit(".", 1)[-1] not in refused}
         adapted = {name: sizes for name, sizes in open_to_us.items() if self._adapts(name)}
         if not adapted:
             ends = sorted({name.rsplit(".", 1)[-1] for name in shapes.linears})
@@ -146,6 +167,11 @@ class LoRA:
             if not self.freeze_a:
                 planned[f"base_model.model.{name}.lora_A.weight"] = (self.rank, into)
             planned[f"base_model.model.{name}.lora_B.weight"] = (out, self.rank)
+        for name in self.modules:
+            whole = {n: shape for n, (shape, _) in shapes.params.items() if n.startswith(f"{name}.")}
+            if not whole:
+                raise no_such_module(name, sorted({n.partition(".")[0] for n in shapes.params}))
+            planned |= {f"base_model.model.{n}": shape for n, shape in whole.items()}
         return planned
 
     def _adapts(self, name: str) -> bool:
@@ -158,6 +184,36 @@ class LoRA:
         """A PEFT adapter: adapter_config.json and adapter_model.safetensors."""
         save: Any = model.save_pretrained
         save(folder)
+
+
+def no_such_module(name: str, known: Sequence[str]) -> AtollError:
+    """What `modules` names and the model has not."""
+    return AtollError(
+        "the model has no such module", where="space.modules", found=name, allowed=", ".join(known),
+        remedy=closest(name, known),
+    )  # fmt: skip
+
+
+def family_of(model: nn.Module) -> str:
+    """The model type in transformers; empty for other models."""
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def beside_text(model: nn.Module) -> str:
+    """A pattern of the modules beside the language model, of a model that has others: adapters are for text."""
+    return r"(?!language_model\.).*" if hasattr(model, "language_model") else ""
+
+
+def modality_of(name: str) -> str:
+    """The group of a parameter, by its name: the modality that it is for, or `all` for what everybody holds.
+
+    >>> modality_of("base_model.model.connectors.image.norm.weight"), modality_of("language_model.lm_head.weight")
+    ('image', 'all')
+    """
+    for modality in MODALITIES:
+        if f"connectors.{modality}." in name or name.startswith(f"{modality}_encoder."):
+            return modality
+    return ALL
 
 
 ALL_LINEAR = "all-linear"
@@ -180,13 +236,18 @@ def lora(
     alpha: Annotated[float, Gt(0)] = 16.0,
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     targets: Literal["all-linear"] | Sequence[str] = ALL_LINEAR,
+    modules: Sequence[str] = (),
 ) -> LoRA:
-    """Low-rank adapters W + alpha / rank B A on the named linear modules, through PEFT.
+    """Low-rank adapters W + alpha / rank B A on the named linear modules, through PEFT; `modules` train in full beside them.
 
     Source: Hu et al. 2021 (arXiv 2106.09685); our `rank` is their r. Averaging A and B separately, as FedAvg does, is
     biased: mean(B) mean(A) is not mean(B A).
     """
-    return LoRA(rank, alpha, dropout, targets if isinstance(targets, str) else tuple(targets))
+    return LoRA(rank, alpha, dropout, _targets(targets), modules=tuple(modules))
+
+
+def _targets(written: str | Sequence[str]) -> str | tuple[str, ...]:
+    return written if isinstance(written, str) else tuple(written)
 
 
 def ffa_lora(
@@ -194,10 +255,11 @@ def ffa_lora(
     alpha: Annotated[float, Gt(0)] = 16.0,
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     targets: Literal["all-linear"] | Sequence[str] = ALL_LINEAR,
+    modules: Sequence[str] = (),
 ) -> LoRA:
     """Low-rank adapters whose A stays as it was drawn: B alone trains and travels.
 
     Source: Sun et al. 2024, FFA-LoRA (arXiv 2403.12313). The mean of B A is mean(B) A then: averaging is exact, noise on B
     is noise on the product and no more, and half of the bytes travel.
     """
-    return LoRA(rank, alpha, dropout, targets if isinstance(targets, str) else tuple(targets), freeze_a=True)
+    return LoRA(rank, alpha, dropout, _targets(targets), freeze_a=True, modules=tuple(modules))

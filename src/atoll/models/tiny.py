@@ -6,8 +6,11 @@ families' own, so that the outputs of a wrong computation differ visibly from th
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atoll.cache import content_hash, home, once
 from atoll.errors import AtollError, closest
 
 if TYPE_CHECKING:
@@ -63,6 +66,72 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Family -> (class of its configuration in transformers, arguments). Dropout is off: a seed determines the result."""
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+_MEL: dict[str, Any] = {"feature_size": 80, "sampling_rate": 16000, "hop_length": 160, "chunk_length": 30, "n_fft": 400}
+_EARS: dict[str, Any] = {
+    "d_model": HIDDEN,
+    "encoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 64,
+}
+_EARS |= {"decoder_layers": 1, "decoder_attention_heads": HEADS, "decoder_ffn_dim": 64, "vocab_size": VOCAB}
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_PIXELS: tuple[str, dict[str, Any]] = (
+    "CLIPImageProcessorPil", {"size": {"height": 32, "width": 32}, "do_center_crop": False},
+)  # fmt: skip
+
+ENCODERS: dict[str, dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]]] = {
+    "image": {
+        "clip": ("CLIPVisionConfig", _SMALL, *_PIXELS),
+        "siglip": ("SiglipVisionConfig", _SMALL, *_PIXELS),
+        "vit": ("ViTConfig", _SMALL, *_PIXELS),
+        "dinov2": ("Dinov2Config", {k: v for k, v in _SMALL.items() if k != "intermediate_size"}, *_PIXELS),
+    },
+    "audio": {
+        "whisper": ("WhisperConfig", _EARS | _TOKENS, "WhisperFeatureExtractor", _MEL),
+        "wav2vec2": (
+            "Wav2Vec2Config",
+            {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
+            | {"conv_dim": (HIDDEN,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+            "Wav2Vec2FeatureExtractor",
+            {},
+        ),
+    },
+}
+"""Modality -> family -> (class of its configuration, arguments, class of its preprocessing, arguments)."""
+
+
+def tiny_encoder_identity(name: str, modality: str) -> str:
+    """Of the content of the tiny encoder `tiny:FAMILY`. Raises AtollError for an unknown family."""
+    family, known = name.removeprefix("tiny:"), ENCODERS[modality]
+    if family not in known:
+        raise AtollError(
+            f"unknown family of tiny encoders of {modality}", where=f"model.{modality}.encoder", found=family,
+            allowed=", ".join(known), remedy=closest(family, known),
+        )  # fmt: skip
+    return content_hash("tiny encoder", family, json.dumps(known[family], sort_keys=True))
+
+
+def tiny_encoder(name: str, modality: str) -> Path:
+    """The folder with a random tiny encoder and its preprocessing, in the cache."""
+    import torch
+    import transformers
+    from transformers import AutoModel
+
+    config, arguments, processor, options = ENCODERS[modality][name.removeprefix("tiny:")]
+
+    def build(folder: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModel.from_config(getattr(transformers, config)(**arguments))  # type: ignore[no-untyped-call]
+        model.save_pretrained(folder)
+        getattr(transformers, processor)(**options).save_pretrained(folder)
+
+    return once(home() / "models" / f"{name.replace(':', '-')}-{tiny_encoder_identity(name, modality)[:12]}", build)
 
 
 def tiny(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

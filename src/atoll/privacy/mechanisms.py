@@ -136,7 +136,7 @@ class OfClients:
         return tuple(self._protected(stream) for stream in with_clip)
 
     def _protected(self, stream: Stream) -> Stream:
-        stream = replace(stream, aggregate=share(self.cohorts.expected))
+        stream = replace(stream, aggregate=share(self.cohorts.expected))  # noise is on all groups: all count alike
         if self.mechanism.where != "central":
             return stream
 
@@ -163,7 +163,7 @@ class OfClients:
             snap = self.mechanism.where == "local"
             noised = {name: with_noise(update, self.share_std(name, params), snap) for name, update in updates.items()}
             told = {name: value for name, value in done.metrics.items() if name in TELL_NOTHING}
-            return done._replace(updates=noised, metrics=told)
+            return done._replace(updates=noised, weights={ALL: 1.0}, metrics=told)
 
         return protected
 

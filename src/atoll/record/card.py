@@ -132,6 +132,44 @@ def loss_table(story: Story) -> Table | None:
     )
 
 
+def modality_table(story: Story) -> Table | None:
+    """The same by what samples hold: text alone, pictures, sounds; None for a run of text alone."""
+    table, measured = loss_table(story), story.base or story.final
+    if table is None or measured is None:
+        return None
+    names = sorted(
+        {key.partition("/")[2] for one in measured.clients.values() for key in one if key.startswith("loss/")}
+    )
+    models = [
+        story.base,
+        *(s.final for _, s in _of(story, "local-")),
+        story.final,
+        *(s.final for _, s in _of(story, "pooled")),
+    ]
+    rows = zip([row[0] for row in table.rows], [one for one in models if one is not None], strict=True)
+    return (
+        Table(names, [(name, [over_clients(one, modality) for modality in names]) for name, one in rows])
+        if names
+        else None
+    )
+
+
+def over_clients(evaluated: Evaluated, modality: str) -> tuple[float, float] | None:
+    """Of a modality, over all clients' samples, each sample counting once. Who tells of none has text alone."""
+    each = []
+    for metrics in evaluated.clients.values():
+        plain = not any(key.startswith("loss/") for key in metrics)
+        of = "" if plain and modality == "text" else f"/{modality}"
+        if f"loss{of}" in metrics:
+            loss, error, samples = (metrics[f"{name}{of}"] for name in ("loss", "standard_error", "samples"))
+            each.append((loss, error if samples > 1 else math.nan, samples))
+    count = sum(samples for _, _, samples in each)
+    if not count:
+        return None
+    error = math.sqrt(sum((samples * one) ** 2 for _, one, samples in each)) / count
+    return sum(loss * samples for loss, _, samples in each) / count, error
+
+
 def unmeasured(started: RunStarted) -> tuple[str, ...]:
     """Whose held-out loss is not known, because nothing of theirs is held out."""
     without = [name for name, count in started.held_out.items() if not count]
@@ -269,7 +307,15 @@ def _loss_section(story: Story) -> list[str]:
         "Mean over held-out samples of each sample's mean token loss, ± its standard error; "
         "the mean over sites counts each once."
     )
-    return ["## Held-out loss", "", *markdown_table(table), "", note, "", "![loss per site](loss.svg)", ""]
+    shown = [*markdown_table(table), "", note, ""]
+    if modalities := modality_table(story):
+        shown += [
+            "By what samples hold, over all sites, each sample counting once:",
+            "",
+            *markdown_table(modalities),
+            "",
+        ]
+    return ["## Held-out loss", "", *shown, "![loss per site](loss.svg)", ""]
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -145,14 +145,14 @@ def baselines(states: Mapping[str, str]) -> str:
     return f"{done} of {len(states)}" + (f", now {running[0]}" if running else "")
 
 
-def details(data: Mapping[str, Any], table: LossTable | None) -> RenderableType:
+def details(data: Mapping[str, Any], *compared: LossTable | None) -> RenderableType:
     """One run."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")
     for name, value in _facts(data):
         facts.add_row(name, value)
-    return Group(facts, *(["", losses(table)] if table else []))
+    return Group(facts, *(part for table in compared if table for part in ("", losses(table))))
 
 
 def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:

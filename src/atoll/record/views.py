@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from atoll.errors import AtollError
-from atoll.record.card import Story, loss_table, read_story, records_in_words
+from atoll.record.card import Story, loss_table, modality_table, read_story, records_in_words
 from atoll.record.card import Table as LossTable
 from atoll.record.events import Evaluated
 from atoll.record.folder import RunFolder
@@ -130,6 +130,7 @@ def details(folder: RunFolder) -> dict[str, Any]:
         "seconds_in_baselines": sum(_seconds(inner) for inner in story.baselines.values()),
         "ended": story.ended.reason if story.ended else None,
         "losses": losses_as_data(loss_table(story)),
+        "modalities": losses_as_data(modality_table(story)),
         "evaluations": [{"round": e.round, "mean": e.mean, "worst": e.worst} for e in story.evaluations],
         "spans": spans,
         "left_out": {one.client: one.report for one in story.left_out},

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from atoll.models.fast.check import causal_lm, listen
+from atoll.data.collate import language_model
+from atoll.models.fast.check import listen
 from atoll.models.fast.memory import keep_freed_memory
 
 __all__ = ["Accelerated", "accelerate"]
@@ -68,7 +69,7 @@ def _attention(model: nn.Module) -> Swap:
 
     from atoll.models.fast import attention
 
-    inner = causal_lm(model)
+    inner = language_model(model)
     config = inner.config.get_text_config()
     if not getattr(inner, "_supports_attention_backend", False):
         return f"{type(inner).__name__} takes no attention function"

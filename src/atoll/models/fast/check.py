@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atoll.data.collate import evaluating
+from atoll.data.collate import evaluating, language_model
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,6 @@ def listen(model: nn.Module) -> Said:
     heard, added = _run(model)
     _, shaken = _run(model, heard, shake=torch.finfo(next(model.parameters()).dtype).eps)
     return Said(heard, added, _moved(shaken, added))
-
-
-def causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _run(
@@ -88,15 +83,16 @@ def _inputs(model: nn.Module) -> list[dict[str, Tensor]]:
     device = next(model.parameters()).device
     ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5, 3]], device=device)
     alone = {"input_ids": ids}
-    if "position_ids" not in inspect.signature(causal_lm(model).forward).parameters:
+    if "position_ids" not in inspect.signature(language_model(model).forward).parameters:
         return [alone]
     return [alone, {**alone, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]], device=device)}]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the outermost list with as many modules as the configuration says there are layers."""
-    count = causal_lm(model).config.get_text_config().num_hidden_layers
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    inner = language_model(model)
+    count = inner.config.get_text_config().num_hidden_layers
+    lists = (m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return list(next(lists, []))
 
 

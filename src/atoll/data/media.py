@@ -1,0 +1,181 @@
+"""Pictures and sounds that records name: found, checked and read, within bounds.
+
+A record names files in columns `images` and `audio`, one or a list, by paths from the folder of its data file. In its text a
+medium stands where it says `<image>` or `<audio>`; those that no place is given for stand at the beginning of the first
+question. What is broken, too large or of another kind leaves its record out, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.cache import file_hash
+from atoll.errors import AtollError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_PIXELS = 64_000_000
+"""Of a picture: what unpacks to more is left out before it is unpacked."""
+
+MOST_BYTES = 64 * 1024**2
+"""Of a file."""
+
+LONGEST_SOUND = 3600.0
+"""Seconds that are read at all, whatever an encoder takes."""
+
+
+class Modality(NamedTuple):
+    """What a client may hold beside text."""
+
+    name: str
+    placeholder: str
+    """In a text, where a medium stands."""
+    columns: tuple[str, ...]
+    """Of a record, that name its files."""
+
+
+IMAGE = Modality("image", "<image>", ("images", "image"))
+AUDIO = Modality("audio", "<audio>", ("audio", "audios"))
+MODALITIES = {one.name: one for one in (IMAGE, AUDIO)}
+COLUMNS = {column: one for one in MODALITIES.values() for column in one.columns}
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or a sound that a record names."""
+
+    modality: str
+    path: Path
+
+    @property
+    def key(self) -> str:
+        """Names its content."""
+        return file_hash(self.path)
+
+
+class Unusable(ValueError):
+    """Why a medium cannot be used: in words that name no path."""
+
+
+@dataclass(frozen=True)
+class Sense:
+    """How a model takes media of a modality."""
+
+    token_id: int
+    """Of the placeholder, in the model's tokenizer."""
+    tokens: int
+    """Places of one medium among the tokens."""
+    rate: int = 0
+    """Samples a second of sound; 0 for pictures."""
+    seconds: float = 0.0
+    """The longest sound."""
+
+    def read(self, medium: Medium) -> Any:
+        """A picture, or a sound at the model's rate. Raises Unusable."""
+        return read_sound(medium.path, self.rate, self.seconds) if self.rate else read_image(medium.path)
+
+
+Senses = Mapping[str, Sense]
+"""By modality, of a model; empty for one that takes text alone."""
+
+
+def named_media(row: Mapping[str, Any], folder: Path, place: str) -> list[Medium]:
+    """The media of a record, those of a column in its order.
+
+    Raises:
+        AtollError: a column holds something else than paths.
+        Unusable: a file that is not there, or lies outside the folder.
+    """
+    found = []
+    for column, modality in COLUMNS.items():
+        value = row.get(column)
+        paths = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(paths, Sequence) or not all(isinstance(one, str) for one in paths):
+            raise AtollError(
+                f"'{column}' has the wrong type", where=place, found=f"{type(value).__name__}: {str(value)[:60]}",
+                allowed="a path, or a list of paths, from the folder of this file",
+            )  # fmt: skip
+        found += [Medium(modality.name, _inside(folder, one, modality.name)) for one in paths]
+    return found
+
+
+def _inside(folder: Path, name: str, modality: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise Unusable(f"{modality} outside the folder of its record")
+    if not path.is_file():
+        raise Unusable(f"{modality} that is not there")
+    if path.stat().st_size > MOST_BYTES:
+        raise Unusable(f"{modality} of more than {MOST_BYTES // 1024**2} MiB")
+    return path
+
+
+def placed_media(messages: Sequence[Mapping[str, Any]], media: Sequence[Medium]) -> list[dict[str, Any]]:
+    """Messages with a placeholder for every medium; those of one modality are for its media in their order.
+
+    Media that no place is given for stand at the beginning of the first question.
+
+    Raises:
+        Unusable: more places than media.
+    """
+    placed = [dict(message) for message in messages]
+    for one in MODALITIES.values():
+        places = sum(str(message["content"]).count(one.placeholder) for message in placed)
+        missing = sum(medium.modality == one.name for medium in media) - places
+        if missing < 0:
+            raise Unusable(f"a place for {one.name} that it does not name")
+        if missing:
+            asked = next((m for m in placed if m.get("role", "user") == "user"), placed[0])
+            asked["content"] = f"{one.placeholder * missing}\n{asked['content']}"
+    return placed
+
+
+def read_image(path: Path) -> Image:
+    """A picture in RGB, on white where it is transparent. Raises Unusable."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise Unusable(f"image of more than {MOST_PIXELS // 10**6} million pixels")
+            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    except Unusable:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise Unusable("image that cannot be read") from error
+    ground = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(ground, upright).convert("RGB")
+
+
+def read_sound(path: Path, rate: int, seconds: float) -> NDArray[np.float32]:
+    """One channel, float32 [samples] at `rate`. Raises Unusable for one of more than `seconds`."""
+    import soundfile
+    from scipy.signal import resample_poly
+
+    longest = min(seconds, LONGEST_SOUND)
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.frames > longest * file.samplerate:
+                raise Unusable(f"audio of more than {longest:g} s")
+            own: int = file.samplerate
+            channels: NDArray[np.float32] = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, Unusable):
+            raise
+        raise Unusable("audio that cannot be read") from error
+    mono: NDArray[np.float32] = channels.mean(1)
+    if not len(mono) or not np.isfinite(mono).all():
+        raise Unusable("audio without sound")
+    if own == rate:
+        return mono
+    shared = math.gcd(own, rate)
+    resampled: NDArray[np.float32] = resample_poly(mono, rate // shared, own // shared).astype(np.float32)
+    return resampled

@@ -1,0 +1,128 @@
+"""Features of pictures and sounds, made once: frozen encoders give the same for the same medium, so a folder keeps them.
+
+A feature is named by the content of its medium and by the encoder with its preprocessing, so that it is never another's. The
+folder is bounded; what was read longest ago goes first, and is made again when it is asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atoll.cache import content_hash, home, write_file
+from atoll.data.media import Medium, Sense, Senses
+from atoll.models.encoders import Preparation, load_preparation
+
+MOST_BYTES = 8 * 1024**3
+"""Of all features of one encoder."""
+
+LARGEST = 60000.0
+"""That float16 holds, nearly."""
+
+AT_ONCE = 8
+"""Media that an encoder is given at a time."""
+
+
+def features_of(model: Any) -> Features | None:
+    """Those of a loaded model, wrapped by PEFT or not; None for one that takes text alone."""
+    from atoll.models.multimodal import ENCODERS, MultimodalModel
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(model, MultimodalModel):
+        return None
+    folder = Path(model.config._name_or_path)
+    prepared = {
+        name: load_preparation(name, folder / name, getattr(model.config, name)["seconds"])
+        for name in model.config.modalities
+    }
+    identities = {
+        name: content_hash(prepared[name].identity, *_bytes(getattr(model, ENCODERS[name]))) for name in prepared
+    }
+    return Features(model, prepared, identities, home() / "features")
+
+
+def _bytes(encoder: Any) -> Iterator[bytes]:
+    """What an encoder is made of."""
+    for name, x in encoder.state_dict().items():
+        yield name.encode()
+        yield x.detach().float().cpu().numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features that a model's encoders make, kept in `folder`."""
+
+    model: Any
+    preparations: dict[str, Preparation]
+    identities: dict[str, str]
+    """Of each modality's encoder and preprocessing."""
+    folder: Path
+    most_bytes: int = MOST_BYTES
+
+    @property
+    def senses(self) -> Senses:
+        """How the model takes media."""
+        said = {name: getattr(self.model.config, name) for name in self.preparations}
+        return {
+            name: Sense(said[name]["token_id"], said[name]["tokens"], one.rate, one.seconds or 0.0)
+            for name, one in self.preparations.items()
+        }
+
+    def of(self, media: Sequence[Medium]) -> dict[str, Tensor]:
+        """By modality, [media, T, F] in float32: read, or made and kept."""
+        each = {name: [medium for medium in media if medium.modality == name] for name in self.preparations}
+        return {name: torch.stack([self._one(medium) for medium in some]) for name, some in each.items() if some}
+
+    def _one(self, medium: Medium) -> Tensor:
+        path = self._path(medium)
+        if not path.is_file():
+            self._make([medium])
+        else:
+            os.utime(path)  # what was read last goes last
+        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+
+    def _path(self, medium: Medium) -> Path:
+        return self.folder / self.identities[medium.modality] / f"{medium.key}.npy"
+
+    def fill(self, media: Iterable[Medium], tell: Callable[[int, int], None] = lambda done, of: None) -> int:
+        """Makes all that are missing; how many they were."""
+        missing = list({self._path(medium): medium for medium in media if not self._path(medium).is_file()}.values())
+        done = 0
+        for name in self.preparations:
+            some = [medium for medium in missing if medium.modality == name]
+            for at in range(0, len(some), AT_ONCE):
+                self._make(some[at : at + AT_ONCE])
+                done += len(some[at : at + AT_ONCE])
+                tell(done, len(missing))
+        self._bound()
+        return len(missing)
+
+    def inputs(self, medium: Medium) -> Tensor:
+        """What the medium's encoder takes, without the batch's dimension."""
+        return self.preparations[medium.modality](self.senses[medium.modality].read(medium))
+
+    def _make(self, media: Sequence[Medium]) -> None:
+        """Encodes media of one modality, and writes each as float16."""
+        name = media[0].modality
+        raw = torch.stack([self.inputs(medium) for medium in media])
+        for medium, features in zip(media, self.model.encode(name, raw), strict=True):
+            array = io.BytesIO()
+            np.save(array, features.clamp(-LARGEST, LARGEST).half().cpu().numpy(), allow_pickle=False)
+            write_file(self._path(medium), array.getvalue())
+
+    def _bound(self) -> None:
+        """Takes off what was read longest ago, as far as there is too much."""
+        files = sorted(self.folder.glob("*/*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
+        total = 0
+        for path in files:
+            total += path.stat().st_size
+            if total > self.most_bytes:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,427 @@
+"""Models that see and hear: of whatever parts, they say what the parts say, and media stand where the text has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import atoll
+from atoll.assemble import assemble
+from atoll.data.collate import pack, pad
+from atoll.data.media import MOST_PIXELS, Medium, Unusable, placed_media, read_image, read_sound
+from atoll.data.sources import holders
+from atoll.errors import AtollError
+from atoll.local.objectives import token_losses
+from atoll.models.assembled import assembled
+from atoll.models.connectors import Connector, make_connector
+from atoll.models.features import Features, features_of
+from atoll.models.load import load_model
+from atoll.models.multimodal import MultimodalModel
+from atoll.models.shapes import shapes
+from atoll.models.spaces import lora, modality_of
+from atoll.record.card import read_story
+from support import Atoll
+
+MLP, RESAMPLER = {"use": "mlp", "pool": 4}, {"use": "resampler", "queries": 3}
+LANGUAGES = ["llama", "gpt2", "gpt_neox", "opt", "bloom", "gemma", "qwen", "phi", "mamba"]
+EYES, EARS = ["clip", "siglip", "vit", "dinov2"], ["whisper", "wav2vec2"]
+
+
+def parts(language: str = "llama", eyes: str = "clip", ears: str = "whisper") -> Any:
+    image, audio = {"encoder": f"tiny:{eyes}", "connector": MLP}, {"encoder": f"tiny:{ears}", "connector": RESAMPLER}
+    return assembled(f"tiny:{language}", image, {**audio, "seconds": 1.0})
+
+
+@pytest.fixture(autouse=True)
+def cache(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOLL_HOME", str(shared_home))
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> list[Medium]:
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    soundfile.write(tmp_path / "noise.wav", draw.normal(size=4000).astype("float32") / 9, 8000)
+    return [
+        Medium("image", tmp_path / "noise.png"),
+        Medium("image", tmp_path / "clear.png"),
+        Medium("audio", tmp_path / "noise.wav"),
+    ]
+
+
+def asked(model: MultimodalModel, text: str, tokenizer: Any) -> torch.Tensor:
+    """Tokens of a text, with as many placeholders as media have tokens."""
+    features = features_of(model)
+    assert features is not None
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    places = {sense.token_id: sense.tokens for sense in features.senses.values()}
+    return ids.repeat_interleave(torch.tensor([places.get(int(one), 1) for one in ids]))[None]
+
+
+@pytest.mark.parametrize(("language", "eyes", "ears"), [
+    *[(language, "clip", "whisper") for language in LANGUAGES],
+    *[("llama", eyes, "whisper") for eyes in EYES[1:]],
+    ("llama", "clip", "wav2vec2"),
+])  # fmt: skip
+def test_any_parts_go_together_and_clips_stand_where_the_text_has_them(language, eyes, ears, media):
+    model, tokenizer = load_model(parts(language, eyes, ears))
+    features = features_of(model)
+    ids = asked(model, "a <image> b <image><audio> c", tokenizer)
+    given = {f"{name}_features": x for name, x in features.of(media).items()}
+    with torch.no_grad():
+        said = model(input_ids=ids, **given).logits
+        tokens = {name: model.tokens(name, x) for name, x in features.of(media).items()}
+        words = [
+            model.get_input_embeddings()(tokenizer(text, return_tensors="pt").input_ids)[0]
+            for text in ("a ", " b ", " c")
+        ]
+        by_hand = torch.cat([words[0], tokens["image"][0], words[1], tokens["image"][1], tokens["audio"][0], words[2]])
+        expected = model.language_model(inputs_embeds=by_hand[None]).logits
+    torch.testing.assert_close(said, expected)
+    assert not torch.allclose(*tokens["image"])
+
+
+def test_a_saved_model_is_read_by_transformers_and_generates_the_same(tmp_path, media):
+    from transformers import AutoModelForImageTextToText
+
+    model, tokenizer = load_model(parts())
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
+    ids = asked(model, "<image> and <audio>?", tokenizer)
+    found = features_of(model).of([media[0], media[2]])
+    given = {f"{name}_features": x for name, x in found.items()}
+    raw = {f"{n}_inputs": features_of(model).inputs(c)[None] for n, c in (("image", media[0]), ("audio", media[2]))}
+    made = [
+        one.generate(input_ids=ids, **how, max_new_tokens=5, do_sample=False)
+        for one in (model, again)
+        for how in (given, raw)
+    ]
+    slow = model.generate(input_ids=ids, **given, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert all(torch.equal(one, slow) for one in made)
+
+
+def test_rows_of_a_padded_batch_say_what_they_say_alone(media):
+    model, tokenizer = load_model(parts())
+    features = features_of(model)
+    rows = [asked(model, "<image> what?", tokenizer)[0], asked(model, "a longer one, <image>?", tokenizer)[0]]
+    alone = [
+        model.generate(
+            input_ids=row[None], image_features=features.of([medium])["image"], max_new_tokens=4, do_sample=False
+        )
+        for row, medium in zip(rows, media, strict=False)
+    ]
+    width = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=259) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+    both = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        image_features=features.of(media[:2])["image"],
+        max_new_tokens=4,
+        do_sample=False,
+    )
+    for row, one in zip(both, alone, strict=True):
+        assert torch.equal(row[-4:], one[0, -4:])
+
+
+def test_packed_samples_with_clips_have_the_losses_they_have_alone(media):
+    model, tokenizer = load_model(parts())
+    features = features_of(model)
+    samples = []
+    for text, some in (("<image> one", media[:1]), ("two", []), ("<audio><image> three", [media[2], media[1]])):
+        ids = asked(model, text, tokenizer)[0].numpy().astype(np.int32)
+        samples.append((ids, np.where(ids < 256, ids, -100), tuple(some)))
+
+    def losses(some: list[Any], make: Any) -> torch.Tensor:
+        from dataclasses import replace
+
+        batch = replace(make(some), media=features.of([medium for sample in some for medium in sample[2]]))
+        with torch.no_grad():
+            return token_losses(model, batch)[0]
+
+    together = losses(samples, pack)
+    alone = torch.cat([losses([one], lambda some: pad(some, 0)) for one in samples])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_places_as_clips_or_a_reason(media):
+    model, tokenizer = load_model(parts())
+    ids = asked(model, "<image><image>", tokenizer)
+    with pytest.raises(ValueError, match="placeholders of image for 1 media"):
+        model(input_ids=ids, image_features=features_of(model).of(media[:1])["image"])
+    with pytest.raises(ValueError, match="placeholders of audio for 0 media"):
+        model(input_ids=asked(model, "<audio>", tokenizer))
+
+
+def test_encoders_stay_as_they_are_while_the_rest_trains(media):
+    model, _ = load_model(parts())
+    before = features_of(model).of(media)
+    model.train()
+    assert not model.vision_encoder.training
+    assert model.connectors.training
+    raw = features_of(model).inputs(media[0])[None].requires_grad_()
+    assert not model.encode("image", raw).requires_grad
+    assert torch.equal(before["image"][0], features_of(model).of(media[:1])["image"][0])
+
+
+@pytest.mark.parametrize(
+    ("written", "positions", "tokens"),
+    [(MLP, 17, 5), ({"use": "mlp"}, 17, 17), (RESAMPLER, 17, 3), ({"use": "alignment", "stride": 5}, 17, 3)],
+)
+def test_a_connector_gives_the_tokens_it_says(written, positions, tokens):
+    made = Connector(make_connector(written), positions, 6, 8)
+    assert made(torch.randn(2, positions, 6), torch.randn(20, 8)).shape == (2, tokens + 2, 8)
+
+
+def test_alignment_is_attention_over_the_embeddings_and_anchors_over_some_of_them():
+    torch.manual_seed(0)
+    features, embeddings = torch.randn(2, 17, 6), torch.randn(40, 8)
+    exact = make_connector({"use": "alignment", "stride": 4, "heads": 2}).body(17, 6, 8)
+    few = make_connector({"use": "alignment", "stride": 4, "heads": 2, "anchors": 5}).body(17, 6, 8)
+    few.load_state_dict(exact.state_dict())
+    queries = exact.norm(exact.reduce(features.transpose(1, 2)).transpose(1, 2))
+    query, key, value = exact.attention.in_proj_weight.chunk(3)
+    given = zip((queries, embeddings, embeddings), (query, key, value), strict=True)
+    q, k, v = ((x @ w.T).unflatten(-1, (2, 4)).transpose(-3, -2) for x, w in given)
+    mixed = torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v
+    by_hand = exact.attention.out_proj(mixed.transpose(-3, -2).flatten(-2))
+    torch.testing.assert_close(exact(features, embeddings), by_hand)
+    torch.testing.assert_close(few(features, embeddings), exact(features, embeddings[[0, 10, 20, 29, 39]]))
+
+
+def test_adapters_are_for_text_and_connectors_train_whole():
+    model, _ = load_model(parts())
+    space = lora(rank=2, modules=["connectors"])
+    planned = space.plan(shapes(parts()))
+    trained = {name: tuple(p.shape) for name, p in space.trainable(space.prepare(model, 0)).items()}
+    assert trained == planned
+    assert {modality_of(name) for name in trained} == {"all", "image", "audio"}
+    assert all(".language_model." in name or ".connectors." in name for name in trained)
+    for where in (lambda: space_of("conectors").plan(shapes(parts())), lambda: space_of("conectors").prepare(model, 0)):
+        with pytest.raises(AtollError, match="did you mean 'connectors'"):
+            where()
+
+
+def space_of(module: str) -> Any:
+    return lora(modules=[module])
+
+
+def test_features_are_made_once_and_no_more_is_kept_than_may_be(tmp_path, media):
+    model, _ = load_model(parts())
+    found = features_of(model)
+    kept = Features(found.model, found.preparations, found.identities, tmp_path / "features")
+    told: list[tuple[int, int]] = []
+    assert kept.fill([*media, media[0]], lambda done, of: told.append((done, of))) == 3
+    assert told[-1] == (3, 3)
+    first = kept.of(media)
+    model.encode = lambda *_: pytest.fail("a kept feature was made again")  # type: ignore[method-assign]
+    assert all(torch.equal(x, first[name]) for name, x in kept.of(media).items())
+    assert kept.fill(media) == 0
+    del model.encode
+    small = Features(found.model, found.preparations, found.identities, tmp_path / "features", most_bytes=1)
+    small.fill([])
+    assert not list((tmp_path / "features").rglob("*.npy"))
+    assert all(torch.equal(x, first[name]) for name, x in small.of(media).items())
+
+
+RECORD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "it"}]}
+
+
+def write(folder: Path, records: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data.jsonl").write_text("".join(json.dumps(RECORD | one) + "\n" for one in records))
+
+
+def test_broken_hostile_and_foreign_clips_are_named_and_left_out(tmp_path, media, monkeypatch):
+    folder = tmp_path / "site"
+    write(folder, [])
+    for medium in media:
+        (folder / medium.path.name).write_bytes(medium.path.read_bytes())
+    (tmp_path / "outside.png").write_bytes(media[0].path.read_bytes())
+    (folder / "cut.png").write_bytes(media[0].path.read_bytes()[:60])
+    (folder / "text.wav").write_text("no sound")
+    side = int(MOST_PIXELS**0.5) + 1
+    Image.new("1", (side, side)).save(folder / "bomb.png")  # a few kB that unpack to 64 MB
+    soundfile.write(folder / "long.wav", np.zeros(16000), 8000)
+    wrong = {
+        "nope.png": "image that is not there", "../outside.png": "image outside the folder",
+        "cut.png": "image that cannot be read",
+        "noise.wav": "image that cannot be read", "bomb.png": "image of more than 64 million pixels",
+    }  # fmt: skip
+    wrong_sounds = {"text.wav": "audio that cannot be read", "long.wav": "audio of more than 1 s"}
+    good = [{"images": ["noise.png", "clear.png"]}, {"audio": "noise.wav"}, {}]
+    marked = [{"messages": [{"role": "user", "content": "<image>?"}, RECORD["messages"][1]]}]
+    write(folder, [{"images": [n]} for n in wrong] + [{"audio": n} for n in wrong_sounds] + marked + good)
+    from atoll.data.tokenize import prepare
+
+    model, tokenizer = load_model(parts())
+    found = prepare(folder, tokenizer, 512, cache_root=tmp_path, senses=features_of(model).senses)
+    reasons = set(found.report.left_out)
+    for reason in (*wrong.values(), *wrong_sounds.values(), "a place for image that it does not name"):
+        assert any(one.startswith(reason) for one in reasons), (reason, reasons)
+    assert found.report.kept == 3
+    assert found.report.unused_columns == ()
+    both = [*found.train, *found.test]
+    assert sorted(len(sample[2]) for sample in both) == [0, 1, 2]
+    plain, text_tokenizer = load_model("tiny:llama")
+    without = prepare(folder, text_tokenizer, 512, cache_root=tmp_path)
+    assert "image that this model cannot take" in set(without.report.left_out)
+    assert plain.config.model_type == "llama"
+
+
+def test_a_changed_picture_is_another_source(tmp_path, media):
+    from atoll.data.read import open_source
+    from atoll.data.tokenize import source_hash
+
+    write(tmp_path / "site", [{}, {"images": ["a.png"]}])
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "site" / "a.png")
+    before = source_hash(open_source(tmp_path / "site"))
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "site" / "a.png")
+    assert source_hash(open_source(tmp_path / "site")) != before
+
+
+def test_pictures_are_on_white_and_sounds_at_the_models_rate(media):
+    assert read_image(media[1].path).getpixel((0, 0)) == (255, 255, 255)
+    assert len(read_sound(media[2].path, 16000, 1.0)) == 8000
+    with pytest.raises(Unusable, match=r"more than 0\.1 s"):
+        read_sound(media[2].path, 16000, 0.1)
+
+
+def test_clips_without_a_place_come_before_the_first_question(media):
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "see <image>"}]
+    assert placed_media(chat, media)[1]["content"] == "<audio>\n<image>\nsee <image>"
+
+
+SITES = {"text": [{}], "see": [{}, {"images": ["p{}.png"]}], "hear": [{}, {"audio": ["s{}.wav"]}]}
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for name, kinds in SITES.items():
+        records = []
+        for i in range(12):
+            answer = [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": str(i)}]
+            records.append({"messages": answer} | {k: [v[0].format(i)] for k, v in kinds[i % len(kinds)].items()})
+        write(tmp_path / "sites" / name, records)
+        for i in range(12):
+            Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+                tmp_path / "sites" / name / f"p{i}.png"
+            )
+            soundfile.write(tmp_path / "sites" / name / f"s{i}.wav", draw.normal(size=4000) / 9, 8000)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+RECIPE = """
+recipe: 1
+name: mine
+extends: methods/fedavg-lora
+model:
+  use: assembled
+  language: tiny:llama
+  image: {encoder: "tiny:clip", connector: {use: mlp, pool: 4}}
+  audio: {encoder: "tiny:whisper", connector: {use: resampler, queries: 3}, seconds: 1}
+data: {use: folders, path: ./sites, held_out: 0.3}
+finetune: {rounds: 2, local_steps: 2, batch_size: 4, context: 256, space: {use: lora, rank: 2, modules: [connectors]}}
+evaluate: {every: 0, final_samples: 4}
+"""
+
+
+def final(run: Any) -> dict[str, torch.Tensor]:
+    from atoll.record.checkpoint import load_state
+
+    found: dict[str, torch.Tensor] = load_state(run.checkpoint).params["update"]
+    return found
+
+
+def test_a_connector_is_averaged_over_those_who_hold_its_modality(sites, monkeypatch):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    together = final(atoll.run(sites / "mine.yaml", ["finetune.rounds=1"]))
+    alone = final(atoll.run(sites / "mine.yaml", ["finetune.rounds=1", "finetune.population=[see]", "name=see"]))
+    untouched = final(atoll.run(sites / "mine.yaml", ["finetune.rounds=1", "finetune.population=[text]", "name=text"]))
+    begun = assemble(atoll.plan(sites / "mine.yaml")).start
+    for name, x in together.items():
+        if ".connectors.image." in name:
+            torch.testing.assert_close(x, alone[name])  # one client of three holds pictures, and counts alone
+        if ".connectors." in name:
+            assert torch.equal(untouched[name], begun[name])  # nobody held it: it stays
+
+
+def test_masked_sums_weigh_by_modality_too(sites, monkeypatch):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    clear = final(atoll.run(sites / "mine.yaml", ["name=clear"]))
+    masked = final(
+        atoll.run(sites / "mine.yaml", ["name=masked", "finetune.exchange={use: secure-aggregation, bits: 24}"])
+    )
+    for name, x in clear.items():
+        torch.testing.assert_close(masked[name], x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    ["finetune.correction=scaffold", "finetune.optimizer=sgd", "finetune.clip_norm=null"],
+    ["finetune.outer=adam"],
+    ["finetune.outer=nesterov", "finetune.up=[{use: error-feedback, chain: [{use: topk, fraction: 0.5}]}]"],
+    ["finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 50}"],
+    ["finetune.exchange=secure-aggregation", "finetune.privacy={use: distributed, clip: 1, delta: 0.1, epsilon: 50}"],
+    ["finetune.privacy={use: examples, clip: 1, delta: 0.1, noise_multiplier: 1}"],
+    ["finetune.objective=causal-lm"], ["finetune.space={use: ffa-lora, modules: [connectors]}"],
+    ["finetune.space=full"], ["fleet={use: processes, workers: 2}"],
+])  # fmt: skip
+def test_methods_go_with_modalities_that_not_all_hold(sites, monkeypatch, settings):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    common = [
+        "finetune.weighting=uniform",
+        "finetune.local_steps=1",
+        "evaluate.start=false",
+        "evaluate.final_samples=2",
+    ]
+    run = atoll.run(sites / "mine.yaml", [*common, *settings])
+    story = read_story(run)
+    assert story is not None
+    assert [one.accepted for one in story.rounds] == [3, 3]
+    assert not story.missing
+    assert all(torch.isfinite(x).all() for x in final(run).values())
+
+
+def test_those_who_hold_a_modality_are_counted(sites):
+    things = assemble(atoll.plan(sites / "mine.yaml"))
+    counts = {name: holders(one.train) for name, one in things.data.items()}
+    assert counts["text"] == {}
+    assert set(counts["see"]) == {"image"}
+    assert set(counts["hear"]) == {"audio"}
+
+
+def test_chat_about_a_picture_and_a_sound(sites, atoll: Atoll):
+    assert atoll("run", str(sites / "mine.yaml"), "--set", "finetune.rounds=1").status == 0
+    picture, sound = sites / "sites/see/p1.png", sites / "sites/hear/s1.wav"
+    with_both = atoll("chat", "mine-1", "what?", "--image", str(picture), "--audio", str(sound), "--max-tokens", "4")
+    assert (with_both.status, atoll("chat", "mine-1", "what?", "--max-tokens", "4").status) == (0, 0)
+    wrong = atoll("chat", "mine-1", "what?", "--image", str(sound))
+    assert wrong.status == 1
+    assert "image that cannot be read" in wrong.err
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ("model={use: assembled, language: 'tiny:llama', image: null, audio: null}", "needs an encoder"),
+    ("model.image.encoder=whisper-tiny.en", "this encoder takes no image"),
+    ("model.image.encoder='tiny:clap'", "did you mean 'clip'"),
+    ("model.image.connector={use: mpl}", "did you mean 'mlp'"),
+    ("model.image.connector={use: 'os:system', command: ls}", "a connector is of a shipped kind"),
+    ("model.image.connector={use: mlp, pool: 0}", "greater than or equal to 1"),
+    ("model.audio.seconds=31", "less than or equal to 30"),
+    ("model.sound={}", "has no such argument"),
+    ("finetune.space.modules=[conectors]", "did you mean 'connectors'"),
+])  # fmt: skip
+def test_mistakes_in_the_parts_of_a_model_are_told(sites, atoll: Atoll, change, said):
+    heard = atoll("plan", str(sites / "mine.yaml"), "--set", change)
+    assert heard.status == 1
+    assert said in heard.err
