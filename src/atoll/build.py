@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from atoll import parts, wire
-from atoll.aggregate.base import Aggregator
+from atoll.aggregate.base import Aggregator, modality_of
 from atoll.aggregate.mean import Mean, share
 from atoll.client import Side
 from atoll.compatible import refuse_clients, refuse_context, refuse_parts, warnings
@@ -29,11 +29,11 @@ from atoll.local.corrections import Correction
 from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.local.private import private
 from atoll.local.work import BindObjective, Gradients, optimizer_steps, plain
-from atoll.made import Made, cohort_sizes, make_parts
+from atoll.made import Made, make_parts
 from atoll.models.assembled import Assembled, assembled
 from atoll.models.shapes import Shapes
 from atoll.models.shapes import shapes as shapes_of_model
-from atoll.models.spaces import PlannedShapes, Space, modality_of
+from atoll.models.spaces import PlannedShapes, Space
 from atoll.params import Params
 from atoll.privacy.accounting import Release
 from atoll.privacy.examples import OfExamples
@@ -43,7 +43,7 @@ from atoll.privacy.party import Memory
 from atoll.privacy.protection import Mechanism, Protection, Samples
 from atoll.recipe import POOLED, Finetune, Recipe, Tree
 from atoll.round import RoundPlan
-from atoll.schedule import Sample, Schedule
+from atoll.schedule import Sample, Schedule, cohort_sizes
 from atoll.stream import Stream
 from atoll.transforms.chain import Chain
 
@@ -149,7 +149,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
         shapes = None if model.own_factory else shapes_of_model(model.name)
     refuse_context(recipe.finetune.context, shapes)
     everyone = population(recipe, tree, made, fleet, shapes, left_out, sources)
-    refuse_clients(recipe.finetune, made, list(everyone.sources), everyone.size, everyone.least)
+    refuse_clients(made, list(everyone.sources), everyone.size, everyone.least)
     trains = made.space.plan(shapes) if shapes else None
     protection = protected(made, recipe.finetune, everyone.size, trains)
     unwilling = tuple(f"without {name}: {why}" for name, why in everyone.unwilling.items())
@@ -319,7 +319,7 @@ def seen(made: Made, population: int) -> Release:
     """
     law = made.schedule.law
     assert made.privacy is not None
-    if made.privacy.where != "central" or law.kind == "everyone" or law.kind == "idle" or made.schedule.keeps_late:
+    if made.privacy.where != "central" or law.kind == "everyone" or law.kind == "idle":
         return Release(1.0)
     rate = law.answers(population) / population
     return Release(1.0, law.kind, rate, population if law.kind == "uniform" else 0)

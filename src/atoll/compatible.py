@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from atoll import parts
 from atoll.errors import AtollError
 from atoll.local.corrections import Correction
-from atoll.made import Made, cohort_sizes
+from atoll.made import Made
 from atoll.models.shapes import Shapes
 from atoll.models.spaces import LoRA
 from atoll.privacy.graph import degree, threshold
 from atoll.recipe import POOLED, Finetune, Recipe
-from atoll.schedule import Schedule
+from atoll.schedule import Schedule, cohort_sizes
 from atoll.transforms.chain import Chain
 from atoll.transforms.noise import GaussianNoise
 from atoll.transforms.residual import ErrorFeedback
@@ -26,17 +26,18 @@ from atoll.transforms.residual import ErrorFeedback
 
 def refuse_parts(recipe: Recipe, made: Made) -> None:
     """Parts that cannot work together, whoever takes part."""
+    refuse_pooled_twice(recipe)
     refuse_correction(recipe, made.correction)
     refuse_down(made.down)
     refuse_under_masks(recipe, made)
     refuse_private(recipe, made)
 
 
-def refuse_clients(stage: Finetune, made: Made, names: Sequence[str], population: int, least: int) -> None:
+def refuse_clients(made: Made, names: Sequence[str], population: int, least: int) -> None:
     """Clients of whom too few may be sampled for the parts, or who may not be called so."""
     refuse_names(names)
     refuse_schedule(made.schedule, population)
-    refuse_alone(stage, made, population)
+    refuse_alone(made, population)
     refuse_telling_size(made, least)
 
 
@@ -102,6 +103,15 @@ def refuse_correction(recipe: Recipe, correction: Correction) -> None:
             )  # fmt: skip
 
 
+def refuse_pooled_twice(recipe: Recipe) -> None:
+    """A run on everybody's data is its own pooled baseline, and has no single clients."""
+    if recipe.finetune.population == POOLED and recipe.baselines:
+        raise AtollError(
+            "a pooled run has no baselines", where="baselines", found=recipe.baselines, allowed="[]",
+            remedy="leave `population: pooled` out: `baselines: [pooled]` measures it beside the federated run",
+        )  # fmt: skip
+
+
 INSTEAD = {
     "Quantize": "leave it out: finetune.exchange.bits quantizes, with one scale for all clients",
     "TopK": "leave it out, or lower the rank of the space: the clients' largest entries are not the same",
@@ -141,10 +151,9 @@ def refuse_under_masks(recipe: Recipe, made: Made) -> None:
         )  # fmt: skip
 
 
-def waits_for_some(stage: Finetune, schedule: Schedule) -> bool:
+def waits_for_some(schedule: Schedule) -> bool:
     """Whether one client's answer, or its lateness, decides whose else are in a round."""
-    quorum = parts.spec(stage.schedule, "").arguments.get("quorum", 1)
-    return schedule.law.kind == "idle" or schedule.keeps_late or quorum != 1
+    return schedule.law.kind == "idle" or schedule.keeps_late or schedule.quorum != 1
 
 
 def fleets_of(written: Any) -> list[str]:
@@ -156,10 +165,11 @@ def fleets_of(written: Any) -> list[str]:
 def refuse_telling_size(made: Made, least: int) -> None:
     """A round that comes to nothing for want of clients tells how many were drawn, without noise."""
     central = made.privacy is not None and made.privacy.where == "central"
-    if central and least > 1 and made.schedule.law.kind == "poisson":
+    if central and least > 1:
         raise AtollError(
-            "a site's minimum_cohort and a cohort of random size tell who was drawn", where="finetune.schedule",
-            found="poisson", allowed="synchronous", remedy="a fixed cohort, or `privacy: distributed`",
+            "a round that comes to nothing tells, without noise, how many took part", where="finetune.privacy",
+            found=f"central, and a site that asks for {least} clients", allowed="distributed, local, examples",
+            remedy="another mechanism, or a policy without minimum_cohort",
         )  # fmt: skip
 
 
@@ -171,10 +181,11 @@ def refuse_private(recipe: Recipe, made: Made) -> None:
     wrong = wrong_for_clients(recipe.finetune, made) if unit == "client" else wrong_for_examples(recipe.finetune)
     for key, (fits, found, allowed) in wrong.items():
         if not fits:
+            at = f"finetune.{key}" + (".use" if isinstance(found, Mapping) else "")
             found = found if isinstance(found, list) else str(parts.spec(found, key))
             raise AtollError(
                 f"this does not go with differential privacy of {unit}s", where=f"finetune.{key}", found=found,
-                allowed=allowed, remedy=f"--set finetune.{key}={allowed.split(':')[0].split(',')[0]}",
+                allowed=allowed, remedy=f"--set {at}={allowed.split(':')[0].split(',')[0]}",
             )  # fmt: skip
 
 
@@ -223,12 +234,12 @@ def wrong_for_clients(stage: Finetune, made: Made) -> Wrong:
             "distributed, local: before a server's noise, rounding to a ring would add to what one client changes",
         ),
         "schedule": (
-            made.privacy.where != "central" or not waits_for_some(stage, made.schedule),
+            made.privacy.where != "central" or not waits_for_some(made.schedule),
             stage.schedule,
             "synchronous, poisson: without quorum and late replies, whom a round takes hangs on nobody's speed",
         ),
         "up": (
-            made.privacy.where != "distributed" or all(one.traits.linear for one in made.up.transforms),
+            made.exchange is None or all(one.traits.linear for one in made.up.transforms),
             stage.up,
             "[]: what one client does to its noised update is not done to the sum (privacy.clip clips it before)",
         ),
@@ -263,13 +274,13 @@ def refuse_schedule(schedule: Schedule, population: int) -> None:
         )  # fmt: skip
 
 
-def refuse_alone(stage: Finetune, made: Made, population: int) -> None:
+def refuse_alone(made: Made, population: int) -> None:
     """A sum that may be opened needs more clients than a round can have: every round would come to nothing."""
     if made.exchange is None:
         return
     asked, most = cohort_sizes(made.schedule, population)
-    least, quorum = made.exchange.least(asked), parts.spec(stage.schedule, "").arguments.get("quorum", 1)
-    if math.ceil(quorum * asked) < least <= most:
+    least, quorum = made.exchange.least(asked), made.schedule.quorum
+    if quorum < 1 and math.ceil(quorum * asked) < least <= most:
         raise AtollError(
             "a quorum of fewer clients than a sum needs to be opened", where="finetune.schedule.quorum", found=quorum,
             allowed=f"{least / asked:.2g} to 1: {least} of {asked} clients", remedy="a larger quorum, or fewer survivors",

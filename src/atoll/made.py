@@ -46,9 +46,3 @@ def make_parts(stage: Finetune) -> Made:
 
     made: dict[str, Any] = {"up": chain("up"), "down": chain("down")}
     return Made(**made, **{slot: make(slot, getattr(stage, slot)) for slot in Made._fields if slot not in made})
-
-
-def cohort_sizes(schedule: Schedule, population: int) -> tuple[int, int]:
-    """How many clients a round asks, on average and at most."""
-    asked = max(1, int(schedule.law.answers(population)))
-    return asked, asked if schedule.law.kind == "uniform" else population

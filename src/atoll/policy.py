@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atoll import parts
 from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
+from atoll.privacy.mechanisms import LEAST_DELTA
 from atoll.recipe import Recipe, load
 
 NEEDED = frozenset({"seconds_in_steps", "samples"})
@@ -39,7 +40,7 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
+    delta: float = Field(ge=LEAST_DELTA, lt=1)
 
 
 class Policy(BaseModel):
@@ -177,6 +178,10 @@ def read(path: Path | None) -> Policy:
             allowed=", ".join(Policy.model_fields), remedy=first["msg"],
         ) from error  # fmt: skip
     refuse_unknown_names(policy, path)
+    for i, one in enumerate(policy.require):
+        at = f"{path}: require[{i}]"
+        part = parts.spec(one, at)
+        parts.check(parts.find("transform", part.use, at), part, at)
     return policy
 
 

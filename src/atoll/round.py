@@ -90,9 +90,10 @@ def initial(plan: RoundPlan, params: Params, round: int = 0) -> State:
 
 def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = lambda verdict: None) -> State:
     """One round; `observe` hears every verdict as it falls. Gives the next state and leaves `state` as it was."""
-    population = [client for client in fleet.clients() if plan.population is None or client in plan.population]
     busy = [task.client for task in state.in_flight]
-    cohort = plan.schedule.sample(population, busy, key(plan.seed, state.round, "cohort"))
+    here, population = present(plan, fleet)
+    drawn = plan.schedule.sample(population, busy, key(plan.seed, state.round, "cohort"))
+    cohort = [client for client in drawn if client in here]
     began = fleet.now()
     tasks, down = broadcast(plan, state, cohort, began, variant=plan.attempt())
     totals = {stream.name: stream.aggregate.init(state.params[stream.name]) for stream in plan.streams}
@@ -107,7 +108,7 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
         settle(verdict, out, acknowledged)
         observe(verdict)
         taken += isinstance(verdict, Accepted)
-    if 0 < taken < plan.least:
+    if totals and 0 < taken < plan.least:
         totals.clear()
         observe(Abandoned(f"{taken} updates came; its clients ask for at least {plan.least}"))
     after = replace(state, round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()))
@@ -118,6 +119,12 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
         else:
             after = replace(after, params=params, outer=outer, acknowledged=acknowledged)
     return replace(after, clock=fleet.now())  # an abandoned round applies nothing, and nobody's new state counts
+
+
+def present(plan: RoundPlan, fleet: Fleet) -> tuple[set[str], list[str]]:
+    """Who is there, and who may be sampled: also those of a plan who are away, or drawing the others would be likelier."""
+    here = [client for client in fleet.clients() if plan.population is None or client in plan.population]
+    return set(here), here + sorted((plan.population or frozenset()) - set(here))
 
 
 def step(

@@ -47,6 +47,8 @@ class Schedule:
     deadline: float = math.inf
     """Seconds that anything a round asks for may take at most."""
     discount: Callable[[int], float] = lambda staleness: 1.0
+    quorum: float = 1.0
+    """The share of those asked after whose replies a round waits little longer."""
     keeps_late: bool = True
     """Whether a reply that comes after its round has closed counts in a later one; else its task is dropped."""
 
@@ -79,7 +81,7 @@ def synchronous(
         enough = math.ceil(quorum * asked)
         return came[enough - 1] + grace if quorum < 1 and len(came) >= enough else math.inf
 
-    return Schedule(law, sample, waits, deadline or math.inf, aging(exponent), keeps_late=late == "take")
+    return Schedule(law, sample, waits, deadline or math.inf, aging(exponent), quorum, late == "take")
 
 
 def aging(exponent: float) -> Callable[[int], float]:
@@ -125,4 +127,11 @@ def buffered(
 
 
 def _draw(population: Sequence[str], count: int, key: int) -> list[str]:
-    return [population[i] for i in sorted(rng(key).choice(len(population), size=count, replace=False))]
+    chosen = rng(key).choice(len(population), size=min(count, len(population)), replace=False)
+    return [population[i] for i in sorted(chosen)]
+
+
+def cohort_sizes(schedule: Schedule, population: int) -> tuple[int, int]:
+    """How many clients a round asks, on average and at most."""
+    asked = max(1, int(schedule.law.answers(population)))
+    return asked, asked if schedule.law.kind == "uniform" else population

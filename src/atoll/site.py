@@ -235,9 +235,13 @@ class Site:
     def spend(self, run: str, ready: Ready, round: int) -> None:
         """Enters a private release before the work for it. Raises Unwilling where it would pass the owner's budget."""
         protection, budget = ready.plan.protection, self.policy.privacy
-        if protection is None:
+        if protection is None:  # the policy has said whether that may be
             return
         if not protection.noise_multiplier:
+            if budget:
+                raise Unwilling(
+                    "a mechanism without noise: its epsilon is infinite, and this site's policy has a budget"
+                )
             return
         samples = {ready.name: len(ready.things.data[ready.name].train)}
         comes = for_one_who_was_asked(entry(protection, run, ready.plan.hash, round, samples))

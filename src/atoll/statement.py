@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from atoll.build import Plan
-from atoll.made import cohort_sizes
 from atoll.privacy.protection import Protection, Samples, promise
+from atoll.schedule import cohort_sizes
 from atoll.stream import UPDATE
 
 
@@ -27,7 +27,8 @@ def statement(plan: Plan, samples: Samples, about: bool = False) -> dict[str, An
 
 def server_sees(plan: Plan) -> str:
     """What becomes known to an honest but curious server."""
-    noised = plan.protection is not None and plan.protection.mechanism.where in ("local", "examples")
+    noise = plan.protection is not None and plan.protection.noise_multiplier > 0
+    noised = noise and plan.protection.mechanism.where in ("local", "examples")  # type: ignore[union-attr]
     if plan.exchange is None:
         return "every update by itself" + (", noised by its client" if noised else "")
     asked, _ = cohort_sizes(plan.rounds.schedule, len(plan.trainers))
@@ -70,7 +71,10 @@ ADJACENCY = dict.fromkeys(("local", "distributed"), "zero-out: what it sends, no
 HOLDS_AGAINST = {
     "central": "everybody but the server, as long as nobody is told who took part in which round",
     "local": "everybody, the server included",
-    "distributed": "everybody, the server included, as far as it follows the protocol",
+    "distributed": (
+        "everybody who takes no part, the server included, as far as it follows the protocol; a client that takes part"
+        " knows its own share of the noise, which `colluding: 1` makes up for"
+    ),
     "examples": "everybody, the server included, as long as it asks each client for no more rounds than these",
 }
 

@@ -28,7 +28,7 @@ MISTAKES = {
     "no budget": ([PRIVACY.format("central", 1, 0.01, ", epsilon: 0")], "privacy.epsilon", "0", "greater than 0"),
     "neither": ([PRIVACY.format("local", 1, 0.01, "")], "finetune.privacy", "neither", "write {use: local, clip: 1"),
     "large delta": ([PRIVACY.format("central", 1, 0.5, ", epsilon: 8")], "privacy.delta", "0.5", "privacy.delta=0.3"),
-    "delta 0": ([PRIVACY.format("central", 1, 0, ", epsilon: 8")], "privacy.delta", "0", "greater than 0"),
+    "delta 0": ([PRIVACY.format("central", 1, 0, ", epsilon: 8")], "privacy.delta", "0", "greater than or equal to"),
     "delta 1": ([PRIVACY.format("central", 1, 1, ", epsilon: 8")], "privacy.delta", "1", "less than 1"),
     "clip 0": ([PRIVACY.format("central", 0, 0.01, ", epsilon: 8")], "privacy.clip", "0", "greater than 0"),
     "quantile 0": ([PRIVACY.format("central", 1, 0.01, ", epsilon: 8, quantile: 0")], "quantile", "0", "greater than 0"),

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import atoll
+from atoll.aggregate.base import modality_of
 from atoll.assemble import assemble
 from atoll.data.collate import pack, pad
 from atoll.data.media import MOST_PIXELS, Medium, Unusable, placed_media, read_image, read_sound
@@ -25,7 +26,7 @@ from atoll.models.features import Features, features_of
 from atoll.models.load import load_model
 from atoll.models.multimodal import MultimodalModel
 from atoll.models.shapes import shapes
-from atoll.models.spaces import lora, modality_of
+from atoll.models.spaces import lora
 from atoll.record.card import read_story
 from support import Atoll
 

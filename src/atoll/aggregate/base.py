@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from atoll.data.media import MODALITIES
 from atoll.params import Params
 
 Weights = Mapping[str, float]
@@ -21,6 +22,18 @@ WEIGHT = "#weight/"
 
 ALL = "all"
 """The group of the parameters that everybody holds."""
+
+
+def modality_of(name: str) -> str:
+    """The group of a parameter, by its name: the modality that it is for, or `all` for what everybody holds.
+
+    >>> modality_of("base_model.model.connectors.image.norm.weight"), modality_of("language_model.lm_head.weight")
+    ('image', 'all')
+    """
+    for modality in MODALITIES:
+        if f"connectors.{modality}." in name or name.startswith(f"{modality}_encoder."):
+            return modality
+    return ALL
 
 
 def weight_of(weights: Weights, group: str) -> float:

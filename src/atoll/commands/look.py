@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atoll.commands.output import AsJson, RunName, show, show_json
+
+if TYPE_CHECKING:
+    from atoll.privacy.ledger import Entry
 
 
 def runs(as_json: AsJson = False) -> None:
@@ -68,13 +73,11 @@ def ledger(
     ],
     delta: Annotated[
         float | None,
-        typer.Option(min=1e-300, max=0.5, help="The delta that epsilon is said at.", show_default="that of the runs"),
+        typer.Option(min=1e-12, max=0.5, help="The delta that epsilon is said at.", show_default="that of the runs"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Add up what was spent of privacy: over all rounds of all the runs that used the same data."""
-    from pathlib import Path
-
     from atoll.errors import AtollError
     from atoll.privacy.ledger import Ledger, spending
     from atoll.record import tables
@@ -88,18 +91,34 @@ def ledger(
                 allowed="a ledger with an entry for each round that was released with noise",
                 remedy="what was released without noise has no epsilon: leave it out, and know that nothing bounds it",
             )  # fmt: skip
-    delta = delta or own_delta(where)
-    rows = spending({name: list(Ledger(path)) for name, path in files.items()}, delta)
+    delta = own_delta(where) if delta is None or math.isnan(delta) else delta
+    entries = {name: list(Ledger(path)) for name, path in files.items()}
+    refuse_short(entries, files)
+    rows = spending(entries, delta)
     if as_json:
         show_json(rows)
     else:
         show(tables.spending(rows, delta))
 
 
+def refuse_short(entries: Mapping[str, Sequence[Entry]], files: Mapping[str, Path]) -> None:
+    """A ledger with less entries than its run has made releases, or with none at all, is damaged. Raises AtollError."""
+    from atoll.errors import AtollError
+    from atoll.record.card import read_story
+    from atoll.record.folder import find
+
+    for name, found in entries.items():
+        story = None if files[name] == Path(name) else read_story(find(name))
+        least = max(1, len(story.spent) if story else 1)
+        if len(found) < least:
+            raise AtollError(
+                "the ledger has lost entries", where=str(files[name]), found=len(found), allowed=f"{least} or more",
+                remedy="put the file back from a copy: what was spent is not known without",
+            )  # fmt: skip
+
+
 def own_delta(where: Sequence[str]) -> float:
     """The delta of all these runs' plans. Raises AtollError where it is not one, or a site's ledger is named."""
-    from pathlib import Path
-
     from atoll.errors import AtollError
     from atoll.record.folder import find
     from atoll.record.views import summarize

@@ -24,12 +24,11 @@ from atoll.exchange import Abandoned, Dropped, Event, Refused, Reply, Verdict
 from atoll.fleet.inprocess import InProcess
 from atoll.leakage.subject import NotApplicable, Subject
 from atoll.local.work import Local
-from atoll.made import cohort_sizes
 from atoll.params import Params
 from atoll.privacy.hidden import Hidden
 from atoll.record.folder import RunFolder
 from atoll.round import initial, run_round
-from atoll.schedule import synchronous
+from atoll.schedule import cohort_sizes, synchronous
 from atoll.stream import UPDATE, Stream
 
 IN_THE_CLEAR = "one update, in the clear"

@@ -83,7 +83,8 @@ def samples_read(ready: Plan, things: Assembly, replies: Iterable[Replied]) -> d
     read: dict[str, list[int]] = {}
     sizes = {name: len(data.train) for name, data in things.data.items()}
     if ready.protection and ready.protection.mechanism.unit == "example":  # its batches nobody can tell again
-        return {reply.client: list(range(sizes[reply.client])) for reply in replies}
+        named = {name for reply in replies for name in (sizes if reply.client == POOLED else [reply.client])}
+        return {name: list(range(sizes[name])) for name in named}
     for reply in replies:
         count = sum(sizes.values()) if reply.client == POOLED else sizes[reply.client]
         task = key(ready.recipe.seed, reply.round - reply.staleness, reply.client)

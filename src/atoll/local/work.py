@@ -17,13 +17,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from atoll.aggregate.base import ALL
+from atoll.aggregate.base import ALL, modality_of
 from atoll.data.sources import ClientData, holders
 from atoll.exchange import Done, Task, WorkFailed
 from atoll.keys import rng
 from atoll.local.corrections import Correction, Start
 from atoll.local.optimizers import MakeOptimizer, Rate
-from atoll.models.spaces import Space, modality_of, read, write
+from atoll.models.spaces import Space, read, write
 from atoll.params import Params, subtract
 from atoll.stream import UPDATE
 

@@ -11,18 +11,17 @@ Connectors are drawn by a seed that is the same everywhere: whoever assembles th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Gt, Le
 
 from atoll import parts
-from atoll.cache import Say, content_hash, home, once, quiet
 from atoll.errors import AtollError, placed
 from atoll.models.connectors import make_connector
+from atoll.models.tiny import tiny
 
 ASSEMBLY = "1"
 """Raise this when the same parts are put together to another model."""
@@ -58,16 +57,6 @@ class Assembled:
         """By modality, those that it has."""
         return {name: sense for name, sense in (("image", self.image), ("audio", self.audio)) if sense is not None}
 
-    @property
-    def identity(self) -> str:
-        """Of the content: known before anything is fetched, for parts whose identities are."""
-        from atoll.models.encoders import resolve_encoder
-        from atoll.models.ref import resolve
-
-        encoders = {name: resolve_encoder(sense.encoder, name).identity for name, sense in self.senses.items()}
-        facts = [ASSEMBLY, resolve(self.language).identity, encoders, asdict(self)["image"], asdict(self)["audio"]]
-        return content_hash(json.dumps(facts, sort_keys=True))
-
 
 def image(encoder: str, connector: Mapping[str, Any]) -> Sense:
     """Pictures: an encoder, and the connector to the language model."""
@@ -101,37 +90,25 @@ def _sense(name: str, written: Mapping[str, Any] | None) -> Sense | None:
     return sense
 
 
-def assembled_folder(one: Assembled, say: Say = quiet) -> Path:
-    """The folder with the model, as `save_pretrained` writes it; put together the first time."""
-
-    def build(folder: Path) -> None:
-        say(f"putting {one} together once")
-        put_together(one, folder, say)
-
-    return once(home() / "models" / f"assembled-{one.identity[:12]}", build)
-
-
 def tokens(sense: Sense, positions: int) -> int:
     """Places of one medium in the text: its connector's tokens and their two marks."""
     return make_connector(sense.connector).tokens(positions) + 2
 
 
-def put_together(one: Assembled, folder: Path, say: Say) -> None:
-    """Writes model, tokenizer and preprocessing."""
+def put_together(one: Assembled, language: Path | None, encoders: Mapping[str, Path], folder: Path) -> None:
+    """Writes model, tokenizer and preprocessing, of the folders of language model (None: a tiny one) and encoders."""
     import torch
 
     from atoll.data.media import MODALITIES
-    from atoll.models.encoders import encoder_folder, load_encoder
-    from atoll.models.load import load_model
+    from atoll.models.encoders import load_encoder
     from atoll.models.multimodal import CONFIGS, ENCODERS, MultimodalConfig, MultimodalModel
-    from atoll.models.presets import no_progress_bars
 
-    language, tokenizer = load_model(one.language, device="cpu", say=say)
-    encoders = {}
+    model_of_text, tokenizer = language_model(one.language, language)
+    made = {}
     for name, sense in one.senses.items():
-        with placed(f"model.{name}.encoder"), no_progress_bars():
-            encoders[name] = load_encoder(name, encoder_folder(sense.encoder, name, say), sense.seconds)
-    tokenizer.add_special_tokens({"additional_special_tokens": [MODALITIES[name].placeholder for name in encoders]})
+        with placed(f"model.{name}.encoder"):
+            made[name] = load_encoder(name, encoders[name], sense.seconds)
+    tokenizer.add_special_tokens({"additional_special_tokens": [MODALITIES[name].placeholder for name in made]})
     said = {
         name: {
             "connector": dict(one.senses[name].connector),
@@ -141,17 +118,26 @@ def put_together(one: Assembled, folder: Path, say: Say) -> None:
             "seconds": one.senses[name].seconds,
             "token_id": tokenizer.convert_tokens_to_ids(MODALITIES[name].placeholder),
         }
-        for name, encoder in encoders.items()
+        for name, encoder in made.items()
     }
-    configs: dict[str, Any] = {CONFIGS[name]: encoder.module.config for name, encoder in encoders.items()}
+    configs: dict[str, Any] = {CONFIGS[name]: encoder.module.config for name, encoder in made.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = MultimodalModel(MultimodalConfig(language.config, **configs, **said))
-    model.language_model = language
-    embeddings: Any = language.get_input_embeddings().weight
-    for name, encoder in encoders.items():
+        model = MultimodalModel(MultimodalConfig(model_of_text.config, **configs, **said))
+    model.language_model = model_of_text
+    for name, encoder in made.items():
         setattr(model, ENCODERS[name], encoder.module)
-        model.connector(name).as_loud_as(embeddings)
+        model.connector(name).as_loud_as(model_of_text.get_input_embeddings().weight)
         encoder.prepare.processor.save_pretrained(folder / name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def language_model(name: str, folder: Path | None) -> tuple[Any, Any]:
+    """A causal language model in the type it is stored in, and its tokenizer."""
+    if folder is None:
+        return tiny(name.removeprefix("tiny:"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype="auto")
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

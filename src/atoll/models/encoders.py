@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from atoll.cache import Say, content_hash, home, once, quiet
 from atoll.carriers import EFFICIENTNET_LITE0, WHISPER_TINY_EN, Carrier, fetch
-from atoll.errors import AtollError, placed
+from atoll.errors import AtollError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -212,44 +212,6 @@ ENCODERS: dict[str, EncoderPreset] = {
         "audio", WHISPER_TINY_EN, convert_whisper,
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EncoderRef:
-    """A resolved name of an encoder: its content's identity, and how its folder is got."""
-
-    identity: str
-    folder: Callable[[Say], Path]
-
-
-def resolve_encoder(name: str, modality: str) -> EncoderRef:
-    """What an encoder's name stands for: a preset, `tiny:FAMILY`, a folder, or a hub id.
-
-    Raises:
-        AtollError: nothing goes by that name here, or it is an encoder of another modality.
-    """
-    if preset := ENCODERS.get(name):
-        if preset.modality != modality:
-            of_this = [known for known, one in ENCODERS.items() if one.modality == modality]
-            raise AtollError(
-                f"this encoder takes no {modality}", where=f"model.{modality}.encoder", found=name,
-                allowed=f"{', '.join(of_this)}; ./folder; org/name on the hub",
-            )  # fmt: skip
-        return EncoderRef(preset.identity, lambda say: preset_folder(name, say))
-    if name.startswith("tiny:"):
-        from atoll.models.tiny import tiny_encoder, tiny_encoder_identity
-
-        return EncoderRef(tiny_encoder_identity(name, modality), lambda say: tiny_encoder(name, modality))
-    from atoll.models.ref import folder_of, resolve
-
-    with placed(f"model.{modality}.encoder"):
-        ref = resolve(name)
-    return EncoderRef(ref.identity, lambda say: folder_of(ref, say))
-
-
-def encoder_folder(name: str, modality: str, say: Say = quiet) -> Path:
-    """The folder with an encoder and its preprocessing."""
-    return resolve_encoder(name, modality).folder(say)
 
 
 @dataclass(frozen=True)

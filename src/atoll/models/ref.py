@@ -16,11 +16,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoll.cache import Say, content_hash, file_hash, quiet
-from atoll.errors import AtollError, closest
-from atoll.models.assembled import Assembled, assembled_folder
-from atoll.models.presets import PRESETS, carrier_folder, preset_identity
-from atoll.models.tiny import FAMILIES
+from atoll.cache import Say, content_hash, file_hash, home, once, quiet
+from atoll.errors import AtollError, closest, placed
+from atoll.models.assembled import ASSEMBLY, Assembled, put_together
+from atoll.models.encoders import ENCODERS, preset_folder
+from atoll.models.presets import PRESETS, carrier_folder, no_progress_bars, preset_identity
+from atoll.models.tiny import FAMILIES, tiny_encoder, tiny_encoder_identity
 
 HUB_FILES = [
     "config.json",
@@ -72,7 +73,7 @@ def resolve(name: str | Assembled) -> ModelRef:
         ('tiny', 'smollm2-135m')
     """
     if isinstance(name, Assembled):
-        return ModelRef(str(name), "assembled", str(name), name.identity, parts=name)
+        return _assembled(name)
     if name.startswith("tiny:"):
         return _tiny(name)
     if name in PRESETS and PRESETS[name].carrier:
@@ -94,13 +95,62 @@ def resolve(name: str | Assembled) -> ModelRef:
 def folder_of(ref: ModelRef, say: Say = quiet) -> Path:
     """The local folder with the model's files; fetches and converts what is not there yet. Not for tiny models."""
     if ref.parts is not None:
-        return assembled_folder(ref.parts, say)
+        return _assembled_folder(ref.parts, ref.identity, say)
     if ref.kind == "preset":
         return carrier_folder(ref.location, say)
     if ref.kind == "hub":
         say(f"fetching {ref.location} from the hub, unless it is in the hub's cache")
         return _snapshot(ref)
     return Path(ref.location)
+
+
+def resolve_encoder(name: str, modality: str) -> ModelRef:
+    """What an encoder's name stands for: a preset of its own, `tiny:FAMILY`, a folder, or a hub id.
+
+    Raises:
+        AtollError: nothing goes by that name here, or it is an encoder of another modality.
+    """
+    where = f"model.{modality}.encoder"
+    if preset := ENCODERS.get(name):
+        if preset.modality != modality:
+            of_this = [known for known, one in ENCODERS.items() if one.modality == modality]
+            raise AtollError(
+                f"this encoder takes no {modality}", where=where, found=name,
+                allowed=f"{', '.join(of_this)}; ./folder; org/name on the hub",
+            )  # fmt: skip
+        return ModelRef(name, "encoder", name, preset.identity)
+    if name.startswith("tiny:"):
+        return ModelRef(name, "tiny", name, tiny_encoder_identity(name, modality))
+    with placed(where):
+        return resolve(name)
+
+
+def encoder_folder(ref: ModelRef, modality: str, say: Say = quiet) -> Path:
+    """The folder with an encoder and its preprocessing."""
+    if ref.kind == "encoder":
+        return preset_folder(ref.location, say)
+    return tiny_encoder(ref.location, modality) if ref.kind == "tiny" else folder_of(ref, say)
+
+
+def _assembled(one: Assembled) -> ModelRef:
+    """Its identity is known before anything is fetched, for parts whose identities are."""
+    encoders = {name: resolve_encoder(sense.encoder, name).identity for name, sense in one.senses.items()}
+    senses = {name: [dict(sense.connector), sense.seconds] for name, sense in one.senses.items()}
+    facts = json.dumps([ASSEMBLY, resolve(one.language).identity, encoders, senses], sort_keys=True)
+    return ModelRef(str(one), "assembled", str(one), content_hash(facts), parts=one)
+
+
+def _assembled_folder(one: Assembled, identity: str, say: Say) -> Path:
+    """Put together the first time."""
+
+    def build(folder: Path) -> None:
+        language = resolve(one.language)
+        encoders = {n: encoder_folder(resolve_encoder(s.encoder, n), n, say) for n, s in one.senses.items()}
+        say(f"putting {one} together once")
+        with no_progress_bars():
+            put_together(one, None if language.tiny else folder_of(language, say), encoders, folder)
+
+    return once(home() / "models" / f"assembled-{identity[:12]}", build)
 
 
 def _tiny(name: str) -> ModelRef:

@@ -19,8 +19,6 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import nn
 
-from atoll.aggregate.base import ALL
-from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.params import Params
 
@@ -202,18 +200,6 @@ def family_of(model: nn.Module) -> str:
 def beside_text(model: nn.Module) -> str:
     """A pattern of the modules beside the language model, of a model that has others: adapters are for text."""
     return r"(?!language_model\.).*" if hasattr(model, "language_model") else ""
-
-
-def modality_of(name: str) -> str:
-    """The group of a parameter, by its name: the modality that it is for, or `all` for what everybody holds.
-
-    >>> modality_of("base_model.model.connectors.image.norm.weight"), modality_of("language_model.lm_head.weight")
-    ('image', 'all')
-    """
-    for modality in MODALITIES:
-        if f"connectors.{modality}." in name or name.startswith(f"{modality}_encoder."):
-            return modality
-    return ALL
 
 
 ALL_LINEAR = "all-linear"

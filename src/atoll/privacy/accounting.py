@@ -129,6 +129,9 @@ def _event(one: Release) -> Any:
     return noise if one.sampling == "everyone" else dp.PoissonSampledDpEvent(one.rate, noise)
 
 
+LEAST_NOISE = 1e-3
+"""Of a noise multiplier: with less, numbers overflow and nothing is hidden."""
+
 MOST_NOISE = 1e4
 """The largest noise multiplier that a recipe may name, or that is tried."""
 
@@ -163,6 +166,8 @@ def noise_for(wanted: float, delta: float, like: Release) -> float:
     low = high - 1.0
     while over(low) < 0:
         low -= 1.0
+        if low < math.log(LEAST_NOISE):
+            return LEAST_NOISE
     found = float(brentq(over, low, high, xtol=1e-4))
     while over(found) > 0:
         found += 1e-4

@@ -7,17 +7,17 @@ release has spent what it entered: the account may say too much, never too littl
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from atoll.cache import sync
 from atoll.errors import AtollError
-from atoll.privacy.accounting import Release, worst
+from atoll.privacy.accounting import LEAST_NOISE, MOST_NOISE, Release, worst
 
 ANY = ""
 """In the place of a client's name: what is released is of all clients' data alike."""
@@ -43,15 +43,32 @@ def spent(entries: Iterable[Entry], delta: float) -> float:
     Where some hide clients and others examples, it is an example's: another example may turn a client's whole update around,
     which is twice the clip.
     """
-    histories: dict[str, list[Release]] = {}
-    entries = list(entries)
-    if len({entry.unit for entry in entries}) > 1:
-        entries = [of_examples(entry) for entry in entries]
+    return worst(histories(of_one_unit(list(entries))), delta)[1]
+
+
+def of_one_unit(entries: list[Entry]) -> list[Entry]:
+    """Entries as what they tell of examples, if some of them hide examples."""
+    return [of_examples(entry) for entry in entries] if len({entry.unit for entry in entries}) > 1 else entries
+
+
+def histories(entries: Iterable[Entry]) -> dict[str, list[Release]]:
+    """By client, the releases that tell of its data; those that tell of all clients alike are in each."""
+    found: dict[str, list[Release]] = {}
     for entry in entries:
         for client, release in zip(entry.clients or [ANY] * len(entry.releases), entry.releases, strict=True):
-            histories.setdefault(client, []).append(release)
-    of_all = histories.pop(ANY, [])
-    return worst({name: [*own, *of_all] for name, own in histories.items()} or {ANY: of_all}, delta)[1]
+            found.setdefault(client, []).append(release)
+    of_all = found.pop(ANY, [])
+    return {name: [*own, *of_all] for name, own in found.items()} or {ANY: of_all}
+
+
+def spent_together(ledgers: Sequence[Sequence[Entry]], delta: float) -> float:
+    """Epsilon of several ledgers of the same data, whatever their clients are called there: of each, what it tells most."""
+    entries = of_one_unit([entry for ledger in ledgers for entry in ledger])
+    if len({frozenset(histories(ledger)) for ledger in ledgers}) == 1:  # the same clients: each has what it has
+        return spent(entries, delta)
+    ends = list(accumulate(map(len, ledgers), initial=0))
+    each = [histories(entries[start:end]) for start, end in pairwise(ends)]
+    return worst({ANY: [one for found in each for one in found[worst(found, delta)[0]]]}, delta)[1]
 
 
 def of_examples(entry: Entry) -> Entry:
@@ -111,17 +128,23 @@ class Ledger:
                 ) from error  # fmt: skip
 
 
-NO_ENTRY = (ValueError, LookupError, TypeError, AttributeError)
+NO_ENTRY = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 """What reading a line raises that is no entry."""
 
 
 def _entry(data: dict[str, Any]) -> Entry:
     releases = tuple(Release(**one) for one in data.pop("releases"))
-    clients = tuple(data.pop("clients", ()))
+    clients = tuple(map(_name, data.pop("clients", ())))
     data.pop("time")
     if not all(map(possible, releases)) or len(clients) not in (0, len(releases)) or data["unit"] not in UNITS:
         raise ValueError("numbers that no release has")
     return Entry(**data, releases=releases, clients=clients)
+
+
+def _name(written: object) -> str:
+    if not isinstance(written, str):
+        raise TypeError("a client's name is a text")
+    return written
 
 
 UNITS = ("client", "example")
@@ -130,8 +153,9 @@ UNITS = ("client", "example")
 def possible(one: Release) -> bool:
     """Whether these can be a release's numbers."""
     whole = isinstance(one.count, int) and 1 <= one.count <= MOST_RELEASES and isinstance(one.population, int)
+    noise = isinstance(one.noise_multiplier, float | int) and LEAST_NOISE <= one.noise_multiplier <= MOST_NOISE
     drawn = one.sampling in ("everyone", "poisson") or (one.sampling == "uniform" and one.population >= 1)
-    return whole and drawn and 0 < one.noise_multiplier < math.inf and 0 <= one.rate <= 1
+    return whole and drawn and noise and 0 <= one.rate <= 1
 
 
 MOST_RELEASES = 10**7
@@ -146,7 +170,7 @@ def spending(ledgers: Mapping[str, Sequence[Entry]], delta: float) -> list[dict[
             "ledger": name,
             "releases": len(entries),
             "unit": max((entry.unit for entry in entries), default="-"),
-            "epsilon": spent(entries, delta),
+            "epsilon": spent(entries, delta) if name in ledgers else spent_together([*ledgers.values()], delta),
             "delta": delta,
         }
         for name, entries in named.items()

@@ -27,7 +27,7 @@ from atoll.errors import AtollError
 from atoll.exchange import Done, WorkFailed
 from atoll.outer import Outer
 from atoll.params import Params, clipped, global_norm
-from atoll.privacy.accounting import MOST_NOISE, Release, epsilon, noise_for
+from atoll.privacy.accounting import LEAST_NOISE, MOST_NOISE, Release, epsilon, noise_for
 from atoll.privacy.aliasing import slack
 from atoll.privacy.ledger import ANY
 from atoll.privacy.noise import with_noise
@@ -43,8 +43,14 @@ CLIP_SHARE = 0.1
 CLIP_RATE = 0.2
 """Andrew et al.'s eta_C."""
 
+LEAST_DELTA = 1e-12
+"""Noise made of 53 bits ends at about 8.6 standard deviations: at a smaller delta that would be told."""
+
 LARGEST_CLIP = 1e9
 """Beyond it nothing that trains is clipped, and sums with noise leave what float32 holds."""
+
+LARGEST_LOG = math.log(LARGEST_CLIP)
+"""Of an adaptive clip, and of one over it."""
 
 TAILS = 6.0
 """Standard deviations of a client's share of the noise that the ring has room for; beyond, it wraps around, rarely."""
@@ -190,7 +196,7 @@ def clip_stream(mechanism: Mechanism) -> Stream:
     assert mechanism.quantile is not None
 
     def step(state: Params, params: Params, update: Params) -> tuple[Params, Params]:
-        return state, {"log": params["log"] + CLIP_RATE * update["log"]}
+        return state, {"log": (params["log"] + CLIP_RATE * update["log"]).clamp(-LARGEST_LOG, LARGEST_LOG)}
 
     start = {"log": torch.tensor([math.log(mechanism.clip)])}
     return Stream(CLIP, outer=Outer(lambda params: {}, step), initial=lambda params: dict(start), ages=False)
@@ -236,7 +242,7 @@ def in_a_ring(made: OfClients, coordinates: int, bits: int) -> OfClients:
 
 
 Clip = Annotated[float, Gt(0), Le(LARGEST_CLIP)]
-Delta = Annotated[float, Gt(0), Lt(1)]
+Delta = Annotated[float, Ge(LEAST_DELTA), Lt(1)]
 Budget = Annotated[float, Gt(0)] | None
 Noise = Annotated[float, Ge(0), Le(MOST_NOISE)] | None
 Quantile = Annotated[float, Gt(0), Lt(1)] | None
@@ -249,7 +255,17 @@ def _mechanism(where: Where, clip: float, delta: float, *rest: float | None) -> 
             allowed="one of the two, or both",
             remedy=f"write {{use: {where}, clip: {clip:g}, delta: {delta:g}, epsilon: 8}}",
         )  # fmt: skip
+    refuse_hardly_any(rest[1])
     return Mechanism(where, clip, delta, *rest)
+
+
+def refuse_hardly_any(noise_multiplier: float | None) -> None:
+    """Raises AtollError for noise that hides nothing, and whose account overflows. None at all is said plainly, by 0."""
+    if noise_multiplier and noise_multiplier < LEAST_NOISE:
+        raise AtollError(
+            "hardly any noise", where="finetune.privacy.noise_multiplier", found=noise_multiplier,
+            allowed=f"0, or {LEAST_NOISE:g} to {MOST_NOISE:g}", remedy="0 is the clip without noise",
+        )  # fmt: skip
 
 
 def none() -> None:
