@@ -20,7 +20,6 @@ from annotated_types import Gt, Le
 
 from atoll import parts
 from atoll.errors import AtollError, placed
-from atoll.models.connectors import make_connector
 from atoll.models.tiny import tiny
 
 ASSEMBLY = "1"
@@ -84,6 +83,8 @@ def assembled(
 def _sense(name: str, written: Mapping[str, Any] | None) -> Sense | None:
     if written is None:
         return None
+    from atoll.models.connectors import make_connector
+
     at = f"model.{name}"
     sense: Sense = globals()[name](**parts.check(globals()[name], parts.Spec(name, written), at))
     make_connector(sense.connector, f"{at}.connector")
@@ -92,6 +93,8 @@ def _sense(name: str, written: Mapping[str, Any] | None) -> Sense | None:
 
 def tokens(sense: Sense, positions: int) -> int:
     """Places of one medium in the text: its connector's tokens and their two marks."""
+    from atoll.models.connectors import make_connector
+
     return make_connector(sense.connector).tokens(positions) + 2
 
 
