@@ -222,6 +222,7 @@ def test_features_are_made_once_and_no_more_is_kept_than_may_be(tmp_path, media)
     told: list[tuple[int, int]] = []
     assert kept.fill([*media, media[0]], lambda done, of: told.append((done, of))) == 3
     assert told[-1] == (3, 3)
+    assert oct(kept.folder.stat().st_mode)[-3:] == "700"
     first = kept.of(media)
     model.encode = lambda *_: pytest.fail("a kept feature was made again")  # type: ignore[method-assign]
     assert all(torch.equal(x, first[name]) for name, x in kept.of(media).items())

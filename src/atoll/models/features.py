@@ -112,6 +112,7 @@ class Features:
     def _make(self, media: Sequence[Medium]) -> None:
         """Encodes media of one modality, and writes each as float16."""
         name = media[0].modality
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures, nearly: nobody else reads a client's
         raw = torch.stack([self.inputs(medium) for medium in media])
         for medium, features in zip(media, self.model.encode(name, raw), strict=True):
             array = io.BytesIO()
