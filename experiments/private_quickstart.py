@@ -23,8 +23,8 @@ from pathlib import Path
 import atoll
 from atoll.cache import home
 from atoll.data.prepared import four_sites
-from atoll.record.card import read_story
 from atoll.record.folder import RunFolder, root
+from atoll.record.story import read_story
 from network import Demo
 
 RECIPE = "private-quickstart"

@@ -24,7 +24,7 @@ from atoll.data.sources import ClientSource, planted_in
 from atoll.models.spaces import PlannedShapes
 from atoll.params import numel
 from atoll.privacy.hidden import Hidden
-from atoll.record.card import Story
+from atoll.record.story import Story
 from atoll.statement import statement
 from atoll.stream import Stream
 

@@ -22,8 +22,10 @@ from atoll.errors import AtollError
 from atoll.models.presets import PRESETS
 from atoll.models.spaces import LoRA
 from atoll.params import Params, equal
-from atoll.record.card import human_bytes, loss_table, markdown_table, privacy_section, read_story
+from atoll.record.card import human_bytes, markdown_table, privacy_section
 from atoll.record.folder import RunFolder
+from atoll.record.measured import loss_table
+from atoll.record.story import read_story
 from atoll.result import load_result, tuned_params, unfinished
 
 TENSORS = "adapter_model.safetensors"

@@ -19,9 +19,9 @@ from atoll.keys import key
 from atoll.models.features import Features, features_of
 from atoll.models.spaces import Space, read, write
 from atoll.params import Params
-from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
+from atoll.record.story import read_story
 from atoll.stream import UPDATE
 
 

@@ -26,11 +26,12 @@ from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
 from atoll.params import Params
 from atoll.recipe import POOLED
-from atoll.record.card import read_story, write_card
+from atoll.record.card import write_card
 from atoll.record.events import (
     Sink,
 )
 from atoll.record.folder import RunFolder, create, find
+from atoll.record.story import read_story
 from atoll.stage import run_stage
 from atoll.stream import UPDATE
 

@@ -24,9 +24,9 @@ from atoll.data.sources import digest
 from atoll.errors import AtollError
 from atoll.keys import rng
 from atoll.local.work import Report, unwatched
-from atoll.record.card import read_story
 from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, root
+from atoll.record.story import read_story
 from atoll.run import write_recipe
 from atoll.stage import run_stage
 

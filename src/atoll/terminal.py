@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from atoll.record.card import counted as counted  # an ending counts in the same words
-from atoll.record.card import human_bytes, records_in_words, unmeasured
+from atoll.record.card import human_bytes, records_in_words
 from atoll.record.events import (
     ClientLeftOut,
     Evaluated,
@@ -28,6 +28,7 @@ from atoll.record.events import (
     Spent,
     SumOpened,
 )
+from atoll.record.measured import unmeasured
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

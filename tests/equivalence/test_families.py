@@ -10,8 +10,8 @@ import torch
 
 from atoll import run
 from atoll.models.tiny import FAMILIES, tiny
-from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
+from atoll.record.story import read_story
 
 RECIPE = """
 recipe: 1

@@ -16,8 +16,8 @@ from atoll import messages, run
 from atoll.exchange import Broadcast, Dropped, Reply, Task
 from atoll.fleet.processes import Worker, receive, send
 from atoll.params import equal
-from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
+from atoll.record.story import read_story
 from atoll.transforms.chain import Payload
 from atoll.wire import Buffer
 

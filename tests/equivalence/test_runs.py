@@ -16,9 +16,10 @@ from atoll.data.sources import ClientData
 from atoll.errors import AtollError, Interrupted
 from atoll.local.work import Objective
 from atoll.recipe import POOLED
-from atoll.record.card import loss_table, read_story
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder, find
+from atoll.record.measured import loss_table
+from atoll.record.story import read_story
 
 RECIPE = """
 recipe: 1

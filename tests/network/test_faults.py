@@ -10,8 +10,8 @@ import pytest
 from machines import Federation, wait_until
 from relay import Relay
 
-from atoll.record.card import read_story
 from atoll.record.folder import RunFolder
+from atoll.record.story import read_story
 
 pytestmark = pytest.mark.network
 

@@ -12,9 +12,9 @@ from machines import Federation, free_port, wait_until
 
 from atoll.fleet.flower import certs
 from atoll.params import equal
-from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
+from atoll.record.story import read_story
 from atoll.stream import UPDATE
 
 pytestmark = pytest.mark.network

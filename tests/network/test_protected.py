@@ -9,9 +9,9 @@ from machines import wait_until
 
 from atoll.params import equal
 from atoll.privacy.ledger import Ledger
-from atoll.record.card import read_story
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
+from atoll.record.story import read_story
 from atoll.stream import UPDATE
 
 pytestmark = pytest.mark.network

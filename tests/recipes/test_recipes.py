@@ -8,8 +8,8 @@ import pytest
 
 from atoll import recipe, run
 from atoll.build import build
-from atoll.record.card import read_story
 from atoll.record.folder import create
+from atoll.record.story import read_story
 
 SHIPPED = list(recipe.shipped())
 METHODS = [name for name in SHIPPED if name.startswith("methods/")]

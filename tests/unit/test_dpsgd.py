@@ -24,8 +24,8 @@ from atoll.params import Params, equal, global_norm, subtract, zeros_like
 from atoll.privacy.accounting import Release, epsilon, worst
 from atoll.privacy.examples import examples, rate
 from atoll.privacy.ledger import Entry, Ledger, spent
-from atoll.record.card import read_story
 from atoll.record.folder import find
+from atoll.record.story import read_story
 from atoll.run import plan
 from atoll.stream import UPDATE
 from support import Atoll

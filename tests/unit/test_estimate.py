@@ -11,8 +11,8 @@ import pytest
 import atoll
 from atoll.build import Plan
 from atoll.estimate import RUNS_REMEMBERED, as_data, counts, known_speed, remember_speed, seconds
-from atoll.record.card import Story
 from atoll.record.events import Evaluated, Replied, RunStarted
+from atoll.record.story import Story
 
 RECIPE = """
 recipe: 1

@@ -27,7 +27,7 @@ from atoll.models.load import load_model
 from atoll.models.multimodal import MultimodalModel
 from atoll.models.shapes import shapes
 from atoll.models.spaces import lora
-from atoll.record.card import read_story
+from atoll.record.story import read_story
 from support import Atoll
 
 MLP, RESAMPLER = {"use": "mlp", "pool": 4}, {"use": "resampler", "queries": 3}

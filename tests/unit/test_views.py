@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from atoll.errors import AtollError
-from atoll.record import tables, views
+from atoll.record import measured, tables, views
 from atoll.record.card import markdown, markdown_table
 from atoll.record.events import (
     ClientLeftOut,
@@ -93,7 +93,7 @@ def test_what_was_spent_is_in_every_view(tmp_path: Path) -> None:
     assert [(row.epsilon, row.delta) for row in rows] == [(7.6543, 0.01), (None, None)]
     assert "7.65 at 0.01" in shown(tables.runs(rows))
     assert "epsilon" not in shown(tables.runs(rows[1:]))
-    assert "7.654 at delta 0.01" in shown(tables.details(views.details(private), None))
+    assert "7.654 at delta 0.01" in shown(tables.details(views.details(private)))
     compared = views.compare([private, bare]) | {"settings": {}}
     assert next(line for line in shown(tables.comparison(compared)).splitlines() if "epsilon" in line).split()[-4:] == [
         "7.65",
@@ -126,7 +126,7 @@ def test_details_count_rounds_from_one_and_keep_reasons(tmp_path: Path) -> None:
     ]
     assert data["left_out"] == {"ward": "0 of 2 records kept"}
     assert data["spans"] == {"local_steps": 3.0, "outside": 1.0}
-    text = shown(tables.details(data, None))
+    text = shown(tables.details(data))
     assert "round 2, school: the loss is nan" in text
     assert "ward: 0 of 2 records kept" in text
 
@@ -160,14 +160,14 @@ SITES = ["clinic", "desk", "school", "social"]
 def wide_table(tmp_path: Path, sites: Sequence[str] = SITES) -> views.LossTable:
     each = {site: {"loss": 0.784, "standard_error": 0.039, "samples": 40.0} for site in sites}
     folder = written(tmp_path / "mine-1", [started(), Evaluated(0, True, each, 0.784, 0.784, 1.0)])
-    table = views.loss_table(views.need_story(folder))
+    table = measured.loss_table(views.need_story(folder))
     assert table is not None
     return table
 
 
 @pytest.mark.parametrize("width", [200, 80, 60, 40, 24])
 def test_no_number_is_cut_however_narrow_the_terminal(tmp_path: Path, width: int) -> None:
-    text = at_width(width, tables.losses(wide_table(tmp_path)))
+    text = at_width(width, tables.compared(wide_table(tmp_path)))
     assert "…" not in text
     assert text.count("0.784") == len(SITES) + 1
     assert max(map(len, text.splitlines())) <= width
@@ -187,7 +187,7 @@ def test_runs_in_a_narrow_terminal(tmp_path: Path, width: int) -> None:
 
 def test_facts_of_a_run_are_not_cut(tmp_path: Path) -> None:
     data = views.details(written(tmp_path / ("long" * 30), BEGUN))
-    assert "…" not in at_width(60, tables.details(data, None))
+    assert "…" not in at_width(60, tables.details(data))
 
 
 HELD_OUT = dataclasses.replace(started(), held_out={"clinic": 4, "school": 0})
@@ -197,10 +197,10 @@ ONE_SITE = Evaluated(0, True, {"clinic": {"loss": 2.0, "standard_error": 0.0, "s
 def test_sites_without_held_out_samples_are_named(tmp_path: Path) -> None:
     folder = written(tmp_path / "mine-1", [HELD_OUT, ONE_SITE])
     story = views.need_story(folder)
-    table = views.loss_table(story)
+    table = measured.loss_table(story)
     assert table is not None
     note = "school: no held-out sample, not in the mean"
-    assert note in shown(tables.losses(table))
+    assert note in shown(tables.compared(table))
     assert note in markdown("mine-1", story)
     assert "clinic (9 + 4), school (8 + 0); samples to train on + held out" in shown(
         tables.details(views.details(folder), table)
@@ -209,10 +209,10 @@ def test_sites_without_held_out_samples_are_named(tmp_path: Path) -> None:
 
 def test_one_sample_has_no_standard_error(tmp_path: Path) -> None:
     story = views.need_story(written(tmp_path / "mine-1", [started(), ONE_SITE]))
-    table = views.loss_table(story)
+    table = measured.loss_table(story)
     assert table is not None
     assert markdown_table(table)[2] == "| base | 2.000 ± n/a | 2.000 ± n/a |"
-    assert "2.000 ± n/a" in shown(tables.losses(table))
+    assert "2.000 ± n/a" in shown(tables.compared(table))
 
 
 def test_means_over_different_sites_are_not_compared_without_a_word(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_nothing_held_out_is_said_and_no_number_is_made_up(atoll: Atoll, tiny: s
 def test_a_site_may_be_called_mean(tmp_path: Path) -> None:
     table = wide_table(tmp_path, ["clinic", "mean"])
     assert markdown_table(table)[0] == "| held-out loss | clinic | mean | mean of sites |"
-    assert "mean of sites" in shown(tables.losses(table))
+    assert "mean of sites" in shown(tables.compared(table))
 
 
 def test_baselines_have_the_names_of_their_clients(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_card_of_one_round(tmp_path: Path) -> None:
 
 def test_mean_over_sites_and_its_error(tmp_path: Path) -> None:
     story = views.need_story(written(tmp_path / "mine-1", [*BEGUN, evaluated(4, 1.0, 2.0), RunEnded(4, "finished", 9)]))
-    base, federated = views.losses_as_data(views.loss_table(story))
+    base, federated = views.as_data(measured.loss_table(story))
     assert (base["model"], federated["model"]) == ("base", "federated")
     assert federated["sites"]["school"] == {"loss": 2.0, "standard_error": 0.3}
     assert federated["mean"]["loss"] == 1.5
@@ -294,17 +294,17 @@ def test_names_from_data_are_shown_as_they_are(tmp_path: Path) -> None:
     """Square brackets are markup to rich, unless it is told otherwise."""
     each = {"[red]ward": {"loss": 1.0, "standard_error": 0.1, "samples": 2.0}}
     folder = written(tmp_path / "mine-1", [started(), Evaluated(0, True, each, 1.0, 1.0, 1.0)])
-    table = views.loss_table(views.need_story(folder))
+    table = measured.loss_table(views.need_story(folder))
     assert table is not None
-    assert "[red]ward" in shown(tables.losses(table))
+    assert "[red]ward" in shown(tables.compared(table))
 
 
 def test_many_sites_are_counted_not_squeezed(tmp_path: Path) -> None:
     each = {f"site-{i:03}": {"loss": 1.0, "standard_error": 0.1, "samples": 2.0} for i in range(100)}
     folder = written(tmp_path / "mine-1", [started(), Evaluated(0, True, each, 1.0, 1.0, 1.0)])
-    table = views.loss_table(views.need_story(folder))
+    table = measured.loss_table(views.need_story(folder))
     assert table is not None
-    text = shown(tables.losses(table))
+    text = shown(tables.compared(table))
     assert "and 92 more sites" in text
     assert max(map(len, text.splitlines())) <= 200
 

@@ -8,9 +8,11 @@ from itertools import groupby
 from atoll.commands.output import say, show, show_json
 from atoll.errors import AtollError
 from atoll.record import tables, views
-from atoll.record.card import Story, human_bytes, loss_table, modality_table
+from atoll.record.card import human_bytes
 from atoll.record.events import Missing
 from atoll.record.folder import RunFolder
+from atoll.record.measured import measured
+from atoll.record.story import Story
 from atoll.terminal import counted
 
 SHOWN = 10
@@ -29,11 +31,10 @@ def conclude(folder: RunFolder, as_json: bool) -> None:
         show_json(data)
         refuse_fruitless(folder, story)
         return
-    if table := loss_table(story):
-        show(tables.losses(table))
-    if by := modality_table(story):
-        show("")
-        show(tables.losses(by))
+    for number, table in enumerate(measured(story)):
+        if number:
+            show("")
+        show(tables.compared(table))
     if lines := [*not_counted(story)]:
         more = [f"and {len(lines) - SHOWN} more: `atoll show {folder.name}`"] if len(lines) > SHOWN else []
         show("\n" + "\n".join(lines[:SHOWN] + more))

@@ -34,8 +34,8 @@ def runs(as_json: AsJson = False) -> None:
 def show_run(run: RunName = "latest", as_json: AsJson = False) -> None:
     """Show a run: held-out loss per site, bytes, time, and what went wrong."""
     from atoll.record import tables, views
-    from atoll.record.card import loss_table, modality_table
     from atoll.record.folder import find
+    from atoll.record.measured import measured
 
     folder = find(run)
     data = views.details(folder)
@@ -43,7 +43,7 @@ def show_run(run: RunName = "latest", as_json: AsJson = False) -> None:
         show_json(data)
     else:
         story = views.need_story(folder)
-        show(tables.details(data, loss_table(story), modality_table(story)))
+        show(tables.details(data, *measured(story)))
 
 
 def compare(
@@ -104,8 +104,8 @@ def ledger(
 def refuse_short(entries: Mapping[str, Sequence[Entry]], files: Mapping[str, Path]) -> None:
     """A ledger with less entries than its run has made releases, or with none at all, is damaged. Raises AtollError."""
     from atoll.errors import AtollError
-    from atoll.record.card import read_story
     from atoll.record.folder import find
+    from atoll.record.story import read_story
 
     for name, found in entries.items():
         story = None if files[name] == Path(name) else read_story(find(name))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atoll.errors import AtollError
@@ -26,8 +27,35 @@ from atoll.errors import AtollError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from atoll.data.media import Medium
+
 Sample = tuple[Any, ...]
-"""(input_ids, labels), both int32 [n]; of samples with pictures or sounds the media beside them (media.py)."""
+"""(input_ids, labels), both int32 [n]; where a sample has them, its media (media.py) and its choices beside them."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The answers that a sample's question allows: its text with each of them begins with the same tokens."""
+
+    shared: int
+    """How many those are: the first of the sample's own."""
+    rest: tuple[NDArray[np.int32], ...]
+    """What comes after them, of each choice; at least one token."""
+    labeled: tuple[NDArray[np.bool_], ...]
+    """Which of those are the answer's."""
+    right: int
+    """The choice that is the sample's answer."""
+
+
+def media_in(sample: Sample) -> tuple[Medium, ...]:
+    """The pictures and sounds of a sample, in the order of their placeholders."""
+    return tuple(sample[2]) if len(sample) > 2 else ()
+
+
+def choices_in(sample: Sample) -> Choices | None:
+    """The answers that it allows; None where it allows any."""
+    return sample[3] if len(sample) > 3 else None
+
 
 IGNORE = -100
 """The label of a position without loss, as in torch and transformers."""

@@ -62,7 +62,7 @@ class Medium:
 
 
 class Unusable(ValueError):
-    """Why a medium cannot be used: in words that name no path."""
+    """Why a record or one of its media cannot be used: in words that name no path."""
 
 
 @dataclass(frozen=True)

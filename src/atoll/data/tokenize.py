@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from atoll.cache import content_hash, file_hash, home, once
 from atoll.data.answers import PLAIN, ChatFormat, Spans
+from atoll.data.collate import Choices
 from atoll.data.files import content
 from atoll.data.media import Senses, Unusable, placed_media
 from atoll.data.read import NO_ANSWER, Record, Report, Source, media_of, open_source, records
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["sft", "causal_lm"]
 
-VERSION = 4
+VERSION = 5
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
@@ -64,6 +65,7 @@ class Encoded:
     ids: NDArray[np.int32]
     labeled: NDArray[np.bool_]
     record: Record
+    choices: Choices | None = None
 
     def expanded(self, senses: Senses) -> Encoded:
         """With as many placeholders for each medium as it has tokens; none of them has a loss."""
@@ -121,9 +123,8 @@ def _write(
         for encoded in encode(records(source, report), tokenizer, objective, report, senses):
             writer = train if encoded.record.split == "train" else test
             for start, stop in fit(encoded, context, objective, report):
-                writer.add(
-                    encoded.ids[start:stop], encoded.labeled[start:stop], encoded.record.row, encoded.record.media
-                )
+                part = encoded.ids[start:stop], encoded.labeled[start:stop]
+                writer.add(*part, encoded.record.row, encoded.record.media, encoded.choices)
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
     for path in folder.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
@@ -164,7 +165,41 @@ def encode(
         ]
         if written:
             for encoded in _encode(written, tokenizer, objective):
-                yield encoded.expanded(senses)
+                one = encoded.expanded(senses)
+                if not scored(one.record, objective):
+                    yield one
+                elif choices := _choices(one.record, tokenizer, chat, senses, report):
+                    yield replace(one, choices=choices)
+
+
+def scored(record: Record, objective: Objective) -> bool:
+    """Whether a record's choices are ever looked at: they are no more than its answer to train on."""
+    return bool(record.choices) and record.split == "test" and objective == "sft"
+
+
+def _choices(
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, senses: Senses, report: Report
+) -> Choices | None:
+    """The record's choices in tokens; None, counted in `report`, if the template does not write one of them."""
+    written = []
+    for choice in record.choices:
+        placed = _with_places(with_answer(record, choice), senses, report)
+        text = placed and _written(placed, tokenizer, chat, "sft", report)
+        if placed is None or text is None:
+            return None
+        written.append((placed, *text))
+    each = [one.expanded(senses) for one in _encode(written, tokenizer, "sft")]
+    longest = min(len(one.ids) for one in each) - 1  # something is left of each
+    same = np.all([one.ids[:longest] == each[0].ids[:longest] for one in each], axis=0)
+    shared = int(np.argmin(same)) if not same.all() else longest
+    rest = tuple(one.ids[shared:] for one in each)
+    labeled = tuple(one.labeled[shared:] for one in each)
+    return Choices(shared, rest, labeled, record.choices.index(record.messages[-1]["content"]))
+
+
+def with_answer(record: Record, answer: str) -> Record:
+    """The record with another answer to its last question."""
+    return record._replace(messages=[*record.messages[:-1], {**record.messages[-1], "content": answer}])
 
 
 def _with_places(record: Record, senses: Senses, report: Report) -> Record | None:

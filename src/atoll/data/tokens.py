@@ -3,8 +3,8 @@
 A split of n samples and t tokens is five .npy files: `ids` int32 [t], `mask` uint8 [t / 8 rounded up] (one bit a token:
 is there a loss?), `offsets` int64 [n + 1] (where each sample starts in `ids`), and per sample `rows` int64 [n] (the row
 of the source it came from) and `labeled` int32 [n] (its tokens with a loss). Beside them, `media.jsonl` names the pictures
-and sounds of each sample, which lie where the source has them. Reading a sample touches its own pages only, so a data set
-larger than memory costs what is used of it, and processes share the pages.
+and sounds of each sample, which lie where the source has them, and `choices.jsonl` holds the answers that it allows. Reading
+a sample touches its own pages only, so a data set larger than memory costs what is used of it, and processes share them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from atoll.data.collate import IGNORE, Sample
+from atoll.data.collate import IGNORE, Choices, Sample
 from atoll.data.media import Medium
 
 Ints = NDArray[np.int64]
@@ -42,6 +42,8 @@ class TokenDataset(Sequence[Sample]):
     chosen: Ints
     all_media: Sequence[tuple[Medium, ...]] = ()
     """Of each sample on disk; empty where there are none at all."""
+    all_choices: Sequence[Choices | None] = ()
+    """The same."""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -55,7 +57,10 @@ class TokenDataset(Sequence[Sample]):
         ids = np.array(self.ids[start:stop])
         bits = np.unpackbits(self.mask[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
         labels = np.where(bits, ids, np.int32(IGNORE))
-        return (ids, labels, self.all_media[at]) if self.all_media else (ids, labels)
+        if not self.all_media and not self.all_choices:
+            return ids, labels
+        media = self.all_media[at] if self.all_media else ()
+        return (ids, labels, media, self.all_choices[at]) if self.all_choices else (ids, labels, media)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -100,13 +105,32 @@ def load(folder: Path, root: Path = Path()) -> TokenDataset:
     ids, mask, offsets, rows, labeled = (
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _DTYPES
     )
-    return TokenDataset(ids, mask, offsets, rows, labeled, np.arange(len(rows), dtype=np.int64), _media(folder, root))
+    chosen = np.arange(len(rows), dtype=np.int64)
+    return TokenDataset(ids, mask, offsets, rows, labeled, chosen, _media(folder, root), _choices(folder))
 
 
 def _media(folder: Path, root: Path) -> list[tuple[Medium, ...]]:
     lines = (folder / MEDIA).read_text(encoding="utf-8").splitlines()
     each = [tuple(Medium(modality, root / path) for modality, path in json.loads(line)) for line in lines]
     return each if any(each) else []
+
+
+def _choices(folder: Path) -> list[Choices | None]:
+    lines = (folder / CHOICES).read_text(encoding="utf-8").splitlines()
+    each = [_read_choices(*found) if (found := json.loads(line)) else None for line in lines]
+    return each if any(each) else []
+
+
+def _read_choices(shared: int, rest: list[list[int]], labeled: list[list[int]], right: int) -> Choices:
+    ids = tuple(np.array(one, np.int32) for one in rest)
+    return Choices(shared, ids, tuple(np.array(one, bool) for one in labeled), right)
+
+
+def _written_choices(one: Choices | None) -> str:
+    found = one and [
+        one.shared, [ids.tolist() for ids in one.rest], [which.astype(int).tolist() for which in one.labeled], one.right
+    ]  # fmt: skip
+    return json.dumps(found) + "\n"
 
 
 class TokenWriter:
@@ -126,7 +150,9 @@ class TokenWriter:
         folder.mkdir(parents=True)
         self._root = root
         self._stack = ExitStack()
-        self._media = self._stack.enter_context((folder / MEDIA).open("w", encoding="utf-8"))
+        self._media, self._choices = (
+            self._stack.enter_context((folder / name).open("w", encoding="utf-8")) for name in (MEDIA, CHOICES)
+        )
         self._arrays = {
             name: self._stack.enter_context(_Growing(folder / f"{name}.npy", dtype)) for name, dtype in _DTYPES.items()
         }
@@ -134,8 +160,16 @@ class TokenWriter:
         self._bits = np.zeros(0, bool)
         self._tokens = 0
 
-    def add(self, ids: NDArray[Any], labeled: NDArray[np.bool_], row: int, media: Sequence[Medium] = ()) -> None:
-        """Append one sample: ids [length], labeled bool [length], the row of the source it came from, its media."""
+    def add(
+        self,
+        ids: NDArray[Any],
+        labeled: NDArray[np.bool_],
+        row: int,
+        media: Sequence[Medium] = (),
+        choices: Choices | None = None,
+    ) -> None:
+        """Append one sample: ids and labeled [length], the row of the source it came from, what it has beside them."""
+        self._choices.write(_written_choices(choices))
         self._media.write(json.dumps([(one.modality, str(one.path.relative_to(self._root))) for one in media]) + "\n")
         self._tokens += len(ids)
         self._arrays["ids"].extend(ids)
@@ -157,6 +191,9 @@ class TokenWriter:
 
 MEDIA = "media.jsonl"
 """A line a sample: its media, [modality, path] each."""
+
+CHOICES = "choices.jsonl"
+"""A line a sample: [tokens shared, the rest of each choice, which of those are the answer's, the right one], or null."""
 
 _DTYPES: dict[str, Any] = {
     "ids": np.int32,

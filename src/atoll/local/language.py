@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atoll.data.collate import IGNORE, Batch, pack, packable, pad
+from atoll.data.collate import IGNORE, Batch, choices_in, media_in, pack, packable, pad
 from atoll.errors import AtollError
+from atoll.local.choices import log_likelihoods
 from atoll.local.objectives import cross_entropy, token_losses
 from atoll.local.work import Objective
 from atoll.models.features import features_of
@@ -35,14 +36,16 @@ class Language:
 
         def collate(samples: Sequence[Any]) -> Batch:
             batch = pack(samples) if together else pad(samples, pad_id)
-            media = (
-                features.of([medium for _, _, *more in samples for medium in (more[0] if more else ())])
-                if features
-                else {}
-            )
+            media = features.of([one for sample in samples for one in media_in(sample)]) if features else {}
             return replace(batch, media=media).to(device)
 
-        return Objective(collate, cross_entropy, _terms, _sample_losses)
+        def likeliest(model: nn.Module, sample: Any) -> int:
+            choices = choices_in(sample)
+            assert choices is not None
+            beginning, media = sample[0][: choices.shared], media_in(sample)
+            return int(log_likelihoods(model, collate([(beginning, beginning, media)]), choices).argmax())
+
+        return Objective(collate, cross_entropy, _terms, _sample_losses, likeliest)
 
 
 def sft() -> Language:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.aggregate.base import ALL, modality_of
+from atoll.data.collate import choices_in, media_in
 from atoll.data.sources import ClientData, holders
 from atoll.exchange import Done, Task, WorkFailed
 from atoll.keys import rng
@@ -39,6 +40,8 @@ class Objective(NamedTuple):
     """How many terms a batch's loss has, before it is computed."""
     sample_losses: Callable[[nn.Module, Any], Tensor]
     """The mean loss of each sample, [samples], without gradients."""
+    likeliest: Callable[[nn.Module, Any], int] | None = None
+    """Of a sample that allows certain answers, the one that the model finds likeliest, without gradients."""
 
 
 class Tick(NamedTuple):
@@ -214,23 +217,51 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
             each.append(local.objective.sample_losses(local.model, batch))
             report(len(each), float(each[-1].mean()))
     losses = torch.cat(each).double()
-    return Done({}, {}, {**told(losses), **by_modality(losses, [data.test[i] for i in chosen])}, {})
+    answers = answered(local, [data.test[i] for i in chosen])
+    return Done({}, {}, {**told(losses, answers), **by_modality(losses, answers, [data.test[i] for i in chosen])}, {})
 
 
-def told(losses: Tensor, of: str = "") -> dict[str, float]:
-    """Mean, its standard error and the number of samples' losses, as metrics."""
-    error = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0
-    found = {"loss": float(losses.mean()), "standard_error": error, "samples": float(len(losses))}
+class Answered(NamedTuple):
+    """What came of a sample that allows certain answers."""
+
+    right: bool
+    chance: float
+    """That a guess is right."""
+
+
+@torch.no_grad()
+def answered(local: Local, samples: Sequence[Any]) -> list[Answered | None]:
+    """For each sample that allows certain answers, whether the likeliest is the right one."""
+    likeliest = local.objective.likeliest
+    found = [choices_in(sample) if likeliest else None for sample in samples]
+    return [
+        Answered(likeliest(local.model, sample) == one.right, 1 / len(one.rest)) if likeliest and one else None
+        for sample, one in zip(samples, found, strict=True)
+    ]
+
+
+def told(losses: Tensor, answers: Sequence[Answered | None], of: str = "") -> dict[str, float]:
+    """Mean, its standard error and the number of samples' losses, as metrics; the same of the answers, and their chance."""
+    found = {**summed(losses, "loss", "standard_error", "samples")}
+    if some := [one for one in answers if one]:
+        right, chance = (torch.tensor(each, dtype=torch.float64) for each in zip(*some, strict=True))
+        found |= summed(right, "accuracy", "accuracy_error", "questions") | {"chance": float(chance.mean())}
     return {f"{name}{of}": value for name, value in found.items()}
 
 
-def by_modality(losses: Tensor, samples: Sequence[Any]) -> dict[str, float]:
+def summed(values: Tensor, mean: str, error: str, count: str) -> dict[str, float]:
+    """Mean, standard error and number, under these names."""
+    spread = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return {mean: float(values.mean()), error: spread, count: float(len(values))}
+
+
+def by_modality(losses: Tensor, answers: Sequence[Answered | None], samples: Sequence[Any]) -> dict[str, float]:
     """The same for the samples with pictures, with sounds, and with neither: `loss/image`, ...; empty for text alone."""
-    kinds = [{medium.modality for medium in sample[2]} if len(sample) == 3 else set() for sample in samples]
+    kinds = [{medium.modality for medium in media_in(sample)} for sample in samples]
     if not any(kinds):
         return {}
     metrics: dict[str, float] = {}
     for name in sorted({TEXT, *set[str]().union(*kinds)}):
         chosen = [i for i, kind in enumerate(kinds) if name in (kind or {TEXT})]
-        metrics |= told(losses[chosen], f"/{name}") if chosen else {}
+        metrics |= told(losses[chosen], [answers[i] for i in chosen], f"/{name}") if chosen else {}
     return metrics

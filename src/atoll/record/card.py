@@ -7,187 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from atoll.cache import home
-from atoll.record.events import (
-    ClientLeftOut,
-    Evaluated,
-    Missing,
-    RecordsLeftOut,
-    Replied,
-    RoundEnded,
-    RunEnded,
-    RunStarted,
-    Spent,
-    read_events,
-)
+from atoll.record.events import RecordsLeftOut
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
-
-
-@dataclass(frozen=True)
-class Story:
-    """A record, sorted by what the readers of a run ask for."""
-
-    started: RunStarted
-    rounds: Sequence[RoundEnded]
-    evaluations: Sequence[Evaluated]
-    replies: Sequence[Replied]
-    missing: Sequence[Missing]
-    left_out: Sequence[ClientLeftOut]
-    records: Sequence[RecordsLeftOut]
-    ended: RunEnded | None
-    spent: Sequence[Spent] = ()
-    baselines: Mapping[str, Story] = field(default_factory=dict)
-
-    @property
-    def base(self) -> Evaluated | None:
-        """Before the first round."""
-        return next((e for e in self.evaluations if e.round == 0), None)
-
-    @property
-    def final(self) -> Evaluated | None:
-        """After the last, once the run is over."""
-        return next((e for e in reversed(self.evaluations) if e.final and e.round > 0), None)
-
-    @property
-    def bytes_up(self) -> int:
-        """All that clients sent."""
-        return sum(r.bytes_up for r in self.rounds)
-
-    @property
-    def bytes_down(self) -> int:
-        """All that the server sent to train."""
-        return sum(r.bytes_down for r in self.rounds)
-
-    @property
-    def bytes_to_evaluate(self) -> int:
-        """All that the server sent so that clients evaluate."""
-        return sum(e.bytes_down for e in self.evaluations)
-
-
-def read_story(folder: RunFolder) -> Story | None:
-    """The story so far; None before the run has begun."""
-    kinds: dict[type, list[object]] = {}
-    for event in read_events(folder.record):
-        kinds.setdefault(type(event), []).append(event)
-    if RunStarted not in kinds:
-        return None
-
-    def of(kind: type) -> list[object]:
-        return kinds.get(kind, [])
-
-    inner = {unquote(b.path.name): story for b in folder.baselines() if (story := read_story(b))}
-    return Story(
-        of(RunStarted)[0],  # type: ignore[arg-type]
-        of(RoundEnded), of(Evaluated), of(Replied), of(Missing), of(ClientLeftOut), of(RecordsLeftOut),  # type: ignore[arg-type]
-        next(iter(of(RunEnded)), None), of(Spent), inner,  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-Row = tuple[str, list[tuple[float, float] | None]]
-"""A model's name; per site the held-out loss and its standard error, which one sample alone does not have: NaN."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Held-out loss per site: base, each site alone, federated, pooled."""
-
-    sites: list[str]
-    rows: list[Row]
-    notes: tuple[str, ...] = ()
-    """Who is missing, and why."""
-
-    @property
-    def mean_name(self) -> str:
-        """The head of the mean's column. A site may be called `mean`, too."""
-        return "mean of sites" if "mean" in self.sites else "mean"
-
-    def mean(self, row: Row) -> tuple[float, float] | None:
-        """Over all sites, each counting once; with its standard error."""
-        if any(cell is None for cell in row[1]):
-            return None
-        cells = [cell for cell in row[1] if cell]
-        return sum(c[0] for c in cells) / len(cells), math.sqrt(sum(c[1] ** 2 for c in cells)) / len(cells)
-
-
-def loss_table(story: Story) -> Table | None:
-    """The comparison that the run was made for; None before anything is measured. It is but a note if nothing can be."""
-    notes = unmeasured(story.started)
-    measured = story.base or story.final
-    if measured is None or not measured.clients:
-        return Table([], [], notes) if notes else None
-    sites = list(measured.clients)
-    named: list[tuple[str, Evaluated | None]] = [("base", story.base)]
-    named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
-    named += [("federated", story.final)]
-    named += [("pooled", s.final) for _, s in _of(story, "pooled")]
-    return Table(
-        sites, [(name, [cell(e.clients, site) for site in sites]) for name, e in named if e is not None], notes
-    )
-
-
-def modality_table(story: Story) -> Table | None:
-    """The same by what samples hold: text alone, pictures, sounds; None for a run of text alone."""
-    table, measured = loss_table(story), story.base or story.final
-    if table is None or measured is None:
-        return None
-    names = sorted(
-        {key.partition("/")[2] for one in measured.clients.values() for key in one if key.startswith("loss/")}
-    )
-    models = [
-        story.base,
-        *(s.final for _, s in _of(story, "local-")),
-        story.final,
-        *(s.final for _, s in _of(story, "pooled")),
-    ]
-    rows = zip([row[0] for row in table.rows], [one for one in models if one is not None], strict=True)
-    return (
-        Table(names, [(name, [over_clients(one, modality) for modality in names]) for name, one in rows])
-        if names
-        else None
-    )
-
-
-def over_clients(evaluated: Evaluated, modality: str) -> tuple[float, float] | None:
-    """Of a modality, over all clients' samples, each sample counting once. Who tells of none has text alone."""
-    each = []
-    for metrics in evaluated.clients.values():
-        plain = not any(key.startswith("loss/") for key in metrics)
-        of = "" if plain and modality == "text" else f"/{modality}"
-        if f"loss{of}" in metrics:
-            loss, error, samples = (metrics[f"{name}{of}"] for name in ("loss", "standard_error", "samples"))
-            each.append((loss, error if samples > 1 else math.nan, samples))
-    count = sum(samples for _, _, samples in each)
-    if not count:
-        return None
-    error = math.sqrt(sum((samples * one) ** 2 for _, one, samples in each)) / count
-    return sum(loss * samples for loss, _, samples in each) / count, error
-
-
-def unmeasured(started: RunStarted) -> tuple[str, ...]:
-    """Whose held-out loss is not known, because nothing of theirs is held out."""
-    without = [name for name, count in started.held_out.items() if not count]
-    if without and len(without) == len(started.held_out):
-        return ("nothing is held out, so no loss is measured: set data.held_out, or name files for it",)
-    return tuple(f"{name}: no held-out sample, not in the mean" for name in without)
-
-
-def _of(story: Story, prefix: str) -> list[tuple[str, Story]]:
-    return [(name, s) for name, s in story.baselines.items() if name.startswith(prefix)]
-
-
-def cell(clients: Mapping[str, Mapping[str, float]], site: str) -> tuple[float, float] | None:
-    """A site's loss and its standard error, of which one sample says nothing."""
-    metrics = clients.get(site)
-    if metrics is None:
-        return None
-    return metrics["loss"], metrics["standard_error"] if metrics["samples"] > 1 else math.nan
+from atoll.record.measured import Cell, Table, measured
+from atoll.record.story import Story, read_story
 
 
 def write_card(folder: RunFolder) -> None:
@@ -298,29 +127,40 @@ def in_words(value: Any) -> str:
 
 
 def _loss_section(story: Story) -> list[str]:
-    table = loss_table(story)
-    if table is None:
+    found = measured(story)
+    if found.loss is None:
         return []
-    if not table.rows:
-        return ["## Held-out loss", "", *table.notes, ""]
-    note = (
-        "Mean over held-out samples of each sample's mean token loss, ± its standard error; "
-        "the mean over sites counts each once."
-    )
-    shown = [*markdown_table(table), "", note, ""]
-    if modalities := modality_table(story):
-        shown += [
-            "By what samples hold, over all sites, each sample counting once:",
-            "",
-            *markdown_table(modalities),
-            "",
-        ]
-    return ["## Held-out loss", "", *shown, "![loss per site](loss.svg)", ""]
+    if not found.loss.rows:
+        return ["## Held-out loss", "", *found.loss.notes, ""]
+    shown = ["## Held-out loss", "", *_shown(found.loss), LOSS_NOTE, ""]
+    if found.loss_by_modality:
+        shown += [BY_MODALITY, "", *_shown(found.loss_by_modality)]
+    shown += ["![loss per site](loss.svg)", ""]
+    if found.accuracy:
+        shown += ["## Accuracy", "", *_shown(found.accuracy), ACCURACY_NOTE, ""]
+    if found.accuracy_by_modality:
+        shown += [BY_MODALITY, "", *_shown(found.accuracy_by_modality)]
+    return shown
+
+
+LOSS_NOTE = (
+    "Mean over held-out samples of each sample's mean token loss, ± its standard error; "
+    "the mean over sites counts each once."
+)
+ACCURACY_NOTE = (
+    "Share of held-out questions with choices of which the right one is the likeliest, ± its standard error; "
+    "chance is what guessing comes to."
+)
+BY_MODALITY = "By what samples hold, over all sites, each sample counting once:"
+
+
+def _shown(table: Table) -> list[str]:
+    return [*markdown_table(table), ""]
 
 
 def markdown_table(table: Table) -> list[str]:
     """The table's lines in Markdown."""
-    head = "| held-out loss | " + " | ".join([*table.sites, table.mean_name]) + " |"
+    head = f"| {table.measure.name} | " + " | ".join([*table.sites, table.mean_name]) + " |"
     rule = "|---" * (len(table.sites) + 2) + "|"
     rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
     return [*([head, rule, *rows] if rows else []), *(f"\n{note}" for note in table.notes)]
@@ -355,7 +195,7 @@ def records_in_words(event: RecordsLeftOut) -> str:
     return f"{event.client}: {event.kept} of {counted(event.read, 'record')} used: {'; '.join(reasons)}"
 
 
-def format_cell(cell: tuple[float, float] | None) -> str:
+def format_cell(cell: Cell | None) -> str:
     """`0.321 ± 0.012`.
 
     >>> format_cell((0.3214, 0.012)), format_cell((0.3214, math.nan)), format_cell(None), format_cell((math.nan, 1.0))

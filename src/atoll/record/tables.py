@@ -12,8 +12,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from atoll.record.card import Table as LossTable
-from atoll.record.card import cell, format_cell, human_bytes
+from atoll.record.card import format_cell, human_bytes
+from atoll.record.measured import Cell, Measure, cell
+from atoll.record.measured import Table as Compared
 from atoll.record.views import Summary
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def epsilon_cell(epsilon: float | None, delta: float | None) -> str:
     return "-" if epsilon is None else f"{epsilon:.3g} at {delta:g}"
 
 
-def losses(table: LossTable) -> RenderableType:
-    """Held-out loss per site: base, each site alone, federated, pooled; the best of each column in bold.
+def compared(table: Compared) -> RenderableType:
+    """Base, each site alone, federated, pooled; the best of each column in bold.
 
     Where the terminal is too narrow the standard errors go first, then the columns go below each other.
     """
@@ -77,28 +78,28 @@ def losses(table: LossTable) -> RenderableType:
     return Group(*([Fitting(list(_layouts(table)))] if table.rows else []), *notes)
 
 
-def _layouts(table: LossTable) -> Iterator[RenderableType]:
+def _layouts(table: Compared) -> Iterator[RenderableType]:
     sites = table.sites[:SITES_SHOWN]
     columns = {site: [row[1][i] for row in table.rows] for i, site in enumerate(sites)}
     columns_with_mean = [*columns.items(), (table.mean_name, list(map(table.mean, table.rows)))]
     names = [row[0] for row in table.rows]
-    yield _losses(names, columns_with_mean, format_cell)
+    yield _side_by_side(table.measure, names, columns_with_mean, format_cell)
     for most in range(len(columns_with_mean), 0, -1):
         parts = [columns_with_mean[at : at + most] for at in range(0, len(columns_with_mean), most)]
         yield Group(
-            *(_losses(names, part, lambda value: loss_cell(value and value[0])) for part in parts),
+            *(_side_by_side(table.measure, names, part, lambda value: loss_cell(value and value[0])) for part in parts),
             "standard errors: --json and the card have them",
         )
 
 
-Values = list[tuple[float, float] | None]
+Values = list[Cell | None]
 
 
-def _losses(
-    models: Sequence[str], columns: Sequence[tuple[str, Values]], show: Callable[[tuple[float, float] | None], str]
+def _side_by_side(
+    measure: Measure, models: Sequence[str], columns: Sequence[tuple[str, Values]], show: Callable[[Cell | None], str]
 ) -> Table:
-    shown = plain_table("held-out loss", *(name for name, _ in columns))
-    best = [min((c[0] for c in values if c), default=None) for _, values in columns]
+    shown = plain_table(measure.name, *(name for name, _ in columns))
+    best = [measure.best((c[0] for c in values if c), default=None) for _, values in columns]
     for number, model in enumerate(models):
         cells = [values[number] for _, values in columns]
         bold = [cell is not None and cell[0] == low for cell, low in zip(cells, best, strict=True)]
@@ -145,14 +146,14 @@ def baselines(states: Mapping[str, str]) -> str:
     return f"{done} of {len(states)}" + (f", now {running[0]}" if running else "")
 
 
-def details(data: Mapping[str, Any], *compared: LossTable | None) -> RenderableType:
+def details(data: Mapping[str, Any], *measured: Compared) -> RenderableType:
     """One run."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")
     for name, value in _facts(data):
         facts.add_row(name, value)
-    return Group(facts, *(part for table in compared if table for part in ("", losses(table))))
+    return Group(facts, *(part for table in measured for part in ("", compared(table))))
 
 
 def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from atoll.errors import AtollError
-from atoll.record.card import Story, loss_table, modality_table, read_story, records_in_words
-from atoll.record.card import Table as LossTable
+from atoll.record.card import records_in_words
 from atoll.record.events import Evaluated
 from atoll.record.folder import RunFolder
+from atoll.record.measured import Cell, Table, measured
+from atoll.record.story import Story, read_story
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def need_story(folder: RunFolder) -> Story:
 def details(folder: RunFolder) -> dict[str, Any]:
     """One run: its summary, the table of held-out losses, where seconds went, what went wrong."""
     story = need_story(folder)
+    found = measured(story)
     spans: dict[str, float] = {}
     for one in story.rounds:
         for name, seconds in one.spans.items():
@@ -129,8 +131,10 @@ def details(folder: RunFolder) -> dict[str, Any]:
         "held_out": dict(story.started.held_out),
         "seconds_in_baselines": sum(_seconds(inner) for inner in story.baselines.values()),
         "ended": story.ended.reason if story.ended else None,
-        "losses": losses_as_data(loss_table(story)),
-        "modalities": losses_as_data(modality_table(story)),
+        "losses": as_data(found.loss),
+        "losses_by_modality": as_data(found.loss_by_modality),
+        "accuracies": as_data(found.accuracy),
+        "accuracies_by_modality": as_data(found.accuracy_by_modality),
         "evaluations": [{"round": e.round, "mean": e.mean, "worst": e.worst} for e in story.evaluations],
         "spans": spans,
         "left_out": {one.client: one.report for one in story.left_out},
@@ -140,14 +144,15 @@ def details(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def losses_as_data(table: LossTable | None) -> list[dict[str, Any]]:
-    """One row a model: {model, sites: {site: {loss, standard_error}}, mean: {loss, standard_error}}."""
-
-    def cell(value: tuple[float, float] | None) -> dict[str, float] | None:
-        return None if value is None else {"loss": value[0], "standard_error": value[1]}
-
+def as_data(table: Table | None) -> list[dict[str, Any]]:
+    """One row a model: {model, sites: {site: {loss, standard_error}}, mean: {loss, standard_error}}; so for accuracy."""
     if table is None:
         return []
+    name = table.measure.value
+
+    def cell(value: Cell | None) -> dict[str, float] | None:
+        return None if value is None else {name: value[0], "standard_error": value[1]}
+
     return [
         {
             "model": row[0],

@@ -1,0 +1,167 @@
+"""What held-out samples say of a run's models, as tables: base, each site alone, federated, pooled.
+
+Losses and accuracies, by site and by what samples hold. Here are numbers; how they look is the card's and the terminal's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from atoll.record.events import Evaluated, RunStarted
+from atoll.record.story import Story
+
+
+class Measure(NamedTuple):
+    """A number with its standard error and how many it is the mean of, as evaluations name them."""
+
+    name: str
+    value: str
+    error: str
+    counted: str
+    best: Callable[..., float]
+    """Of several: `min` or `max`."""
+
+
+LOSS = Measure("held-out loss", "loss", "standard_error", "samples", min)
+ACCURACY = Measure("accuracy", "accuracy", "accuracy_error", "questions", max)
+CHANCE = "chance"
+"""What a guess among a question's choices comes to."""
+
+Cell = tuple[float, float]
+"""A number and its standard error, which one sample alone does not have: NaN."""
+
+Row = tuple[str, list[Cell | None]]
+"""A model's name, and its cells."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measure per site, or per modality."""
+
+    sites: list[str]
+    rows: list[Row]
+    notes: tuple[str, ...] = ()
+    """Who is missing, and why."""
+    measure: Measure = LOSS
+
+    @property
+    def mean_name(self) -> str:
+        """The head of the mean's column. A site may be called `mean`, too."""
+        return "mean of sites" if "mean" in self.sites else "mean"
+
+    def mean(self, row: Row) -> Cell | None:
+        """Over all sites, each counting once; with its standard error."""
+        if any(cell is None for cell in row[1]):
+            return None
+        cells = [cell for cell in row[1] if cell]
+        return sum(c[0] for c in cells) / len(cells), math.sqrt(sum(c[1] ** 2 for c in cells)) / len(cells)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that was measured of a run; None for what was not."""
+
+    loss: Table | None
+    """By site: but a note if nothing can be measured."""
+    loss_by_modality: Table | None
+    accuracy: Table | None
+    accuracy_by_modality: Table | None
+
+    def __iter__(self) -> Iterator[Table]:
+        return (one for one in vars(self).values() if one is not None)
+
+
+def measured(story: Story) -> Tables:
+    """What was measured so far."""
+    return Tables(loss_table(story), by_modality(story, LOSS), accuracy_table(story), by_modality(story, ACCURACY))
+
+
+def loss_table(story: Story) -> Table | None:
+    """The comparison that the run was made for; None before anything is measured. It is but a note if nothing can be."""
+    notes = unmeasured(story.started)
+    first = first_of(story)
+    if first is None or not first.clients:
+        return Table([], [], notes) if notes else None
+    sites = list(first.clients)
+    return Table(sites, [(name, [cell(e.clients, site) for site in sites]) for name, e in models(story)], notes)
+
+
+def accuracy_table(story: Story) -> Table | None:
+    """The same of the answers to questions that allow certain ones; None where there are none."""
+    first = first_of(story)
+    sites = [name for name, metrics in first.clients.items() if ACCURACY.value in metrics] if first else []
+    if not first or not sites:
+        return None
+    guess: Row = (CHANCE, [(first.clients[site][CHANCE], 0.0) for site in sites])
+    rows = [(name, [cell(e.clients, site, ACCURACY) for site in sites]) for name, e in models(story)]
+    return Table(sites, [guess, *rows], measure=ACCURACY)
+
+
+def by_modality(story: Story, measure: Measure) -> Table | None:
+    """A measure by what samples hold: text alone, pictures, sounds; None for a run of text alone."""
+    first = first_of(story)
+    found = {key for one in first.clients.values() for key in one} if first else set()
+    names = sorted(key.partition("/")[2] for key in found if key.startswith(f"{measure.value}/"))
+    if not first or not names:
+        return None
+    rows: list[Row] = [
+        (name, [over_clients(one, modality, measure) for modality in names]) for name, one in models(story)
+    ]
+    if measure is ACCURACY:
+        guess = measure._replace(value=CHANCE)
+        cells = (over_clients(first, modality, guess) for modality in names)
+        rows = [(CHANCE, [one and (one[0], 0.0) for one in cells]), *rows]
+    return Table(names, rows, measure=measure)
+
+
+def first_of(story: Story) -> Evaluated | None:
+    """The evaluation that says what there is to measure."""
+    return story.base or story.final
+
+
+def models(story: Story) -> list[tuple[str, Evaluated]]:
+    """The models that were measured, in the order of the tables."""
+    named: list[tuple[str, Evaluated | None]] = [("base", story.base)]
+    named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
+    named += [("federated", story.final)]
+    named += [("pooled", s.final) for _, s in _of(story, "pooled")]
+    return [(name, one) for name, one in named if one is not None]
+
+
+def over_clients(evaluated: Evaluated, modality: str, measure: Measure) -> Cell | None:
+    """Of a modality, over all clients' samples, each sample counting once. Who tells of none has text alone."""
+    each = []
+    for metrics in evaluated.clients.values():
+        plain = not any("/" in key for key in metrics)
+        of = "" if plain and modality == "text" else f"/{modality}"
+        if f"{measure.value}{of}" in metrics:
+            value, error, count = (metrics[f"{name}{of}"] for name in measure[1:4])
+            each.append((value, error if count > 1 else math.nan, count))
+    total = sum(count for _, _, count in each)
+    if not total:
+        return None
+    error = math.sqrt(sum((count * one) ** 2 for _, one, count in each)) / total
+    return sum(value * count for value, _, count in each) / total, error
+
+
+def unmeasured(started: RunStarted) -> tuple[str, ...]:
+    """Whose held-out loss is not known, because nothing of theirs is held out."""
+    without = [name for name, count in started.held_out.items() if not count]
+    if without and len(without) == len(started.held_out):
+        return ("nothing is held out, so no loss is measured: set data.held_out, or name files for it",)
+    return tuple(f"{name}: no held-out sample, not in the mean" for name in without)
+
+
+def _of(story: Story, prefix: str) -> list[tuple[str, Story]]:
+    return [(name, s) for name, s in story.baselines.items() if name.startswith(prefix)]
+
+
+def cell(clients: Mapping[str, Mapping[str, float]], site: str, measure: Measure = LOSS) -> Cell | None:
+    """A site's number and its standard error, of which one sample says nothing."""
+    metrics = clients.get(site, {})
+    if measure.value not in metrics:
+        return None
+    return metrics[measure.value], metrics[measure.error] if metrics[measure.counted] > 1 else math.nan

@@ -1,0 +1,138 @@
+"""Questions that allow certain answers: read, tokenized, and scored by which of them is the likeliest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import FAMILIES, VOCABULARY, build, with_lora
+
+import atoll
+from atoll.data.collate import Choices, choices_in, pad
+from atoll.data.read import Report, open_source, records
+from atoll.data.tokenize import prepare
+from atoll.errors import AtollError
+from atoll.local.choices import in_full, log_likelihoods
+from atoll.models.fast import accelerate
+from atoll.models.tiny import byte_tokenizer
+from atoll.record.measured import measured
+from atoll.record.story import read_story
+
+
+def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def drawn(seed: int, shared: int, lengths: tuple[int, ...]) -> tuple[np.ndarray, Choices]:
+    """Random tokens that all choices begin with, and choices of these lengths whose first token is not the answer's."""
+    rng = np.random.default_rng(seed)
+    rest = tuple(rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths)
+    labeled = tuple(np.arange(n) > 0 if n > 2 else np.ones(n, bool) for n in lengths)
+    return rng.integers(3, VOCABULARY, shared).astype(np.int32), Choices(shared, rest, labeled, 0)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_choices_that_share_a_question_are_as_likely_as_each_in_full(family: str, swapped: bool) -> None:
+    model = with_lora(build(family)).eval() if swapped else build(family).eval()
+    if swapped:
+        accelerate(model)
+    for seed, lengths in enumerate([(1, 1), (4, 1, 7), (3, 3, 3, 9)]):
+        beginning, choices = drawn(seed, 5 + 3 * seed, lengths)
+        question = pad([(beginning, beginning)], 0)
+        with torch.no_grad():
+            found, expected = log_likelihoods(model, question, choices), in_full(model, question, choices)
+            alone = [by_hand(model, beginning, choices, i) for i in range(len(lengths))]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(expected, torch.stack(alone), rtol=1e-4, atol=1e-4)
+
+
+def by_hand(model: torch.nn.Module, beginning: np.ndarray, choices: Choices, number: int) -> torch.Tensor:
+    ids = torch.from_numpy(np.concatenate([beginning, choices.rest[number]]).astype(np.int64))
+    log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
+    places = [len(beginning) + i for i, one in enumerate(choices.labeled[number]) if one]
+    return torch.stack([log_p[at - 1, ids[at]] for at in places]).sum()
+
+
+def test_choices_in_tokens_are_the_texts_with_each_answer(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    options = ["a cat", "a dog", "a c"]
+    folder = written(tmp_path / "data", "test", [chat("Which?", "a dog", choices=options), chat("Free?", "yes")])
+    written(tmp_path / "data", "train", [chat("Which one?", "a cat", choices=options)])
+    found = prepare(folder, tokenizer, 256, cache_root=tmp_path)
+    (ids, _, media, choices), free = found.test
+    assert media == ()
+    assert choices_in(free) is None
+    assert choices.right == 1
+    texts = [tokenizer.decode(np.concatenate([ids[: choices.shared], rest])) for rest in choices.rest]
+    assert texts == [tokenizer.apply_chat_template(chat("Which?", one)["messages"], tokenize=False) for one in options]
+    answers = [tokenizer.decode(r[which]) for r, which in zip(choices.rest, choices.labeled, strict=True)]
+    assert answers == ["cat<|im_end|>", "dog<|im_end|>", "c<|im_end|>"]  # what they share says nothing
+    assert len(found.train[0]) == 2  # to train on it is its answer alone
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        (["yes"], "choices that are not 2 to 100 different ones"),
+        (["yes", "yes"], "choices that are not 2 to 100 different ones"),
+        ([str(i) for i in range(101)], "choices that are not 2 to 100 different ones"),
+        (["no", "perhaps"], "an answer that is not among its choices"),
+    ],
+)
+def test_choices_that_cannot_be_scored_leave_their_record_out(tmp_path: Path, choices: list[str], reason: str) -> None:
+    folder = written(tmp_path / "data", "data", [chat("Well?", "yes", choices=choices), chat("So?", "no")])
+    report = Report()
+    assert [one.messages[0]["content"] for one in records(open_source(folder), report)] == ["So?"]
+    assert report.left_out == {reason: (1, "data/data.jsonl:1")}
+
+
+def test_choices_of_another_type_stop_with_their_place(tmp_path: Path) -> None:
+    folder = written(tmp_path / "data", "data", [chat("Well?", "yes", choices=[1, 2])])
+    with pytest.raises(AtollError, match="choices has the wrong type") as caught:
+        list(records(open_source(folder), Report()))
+    assert "data.jsonl:1" in str(caught.value)
+    assert "a list of strings" in str(caught.value)
+
+
+def test_choices_of_a_csv_cell_and_of_prompt_and_completion(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,completion,choices\nWell?,yes,"[""yes"", ""no""]"\n')
+    [one] = records(open_source(path), Report())
+    assert one.choices == ("yes", "no")
+
+
+def test_a_run_tells_how_many_questions_it_answers_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOLL_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for site in ("east", "west"):
+        for name in ("train", "test"):
+            asked = [chat(f"Is it {name} {i}?", "yes", choices=["yes", "no", "maybe"]) for i in range(12)]
+            written(tmp_path / site, name, [*asked, chat("Say something", f"{site}, {name}")])
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "recipe: 1\nname: mine\nmodel: tiny:llama\n"
+        f"data: {{use: clients, paths: {{east: {tmp_path}/east, west: {tmp_path}/west}}}}\n"
+        "finetune: {rounds: 3, local_steps: 8, batch_size: 4, optimizer: {use: adamw, lr: 0.02}}\n"
+        "baselines: [local]\n"
+    )
+    folder = atoll.run(recipe)
+    found = measured(read_story(folder))
+    assert [name for name, _ in found.accuracy.rows] == ["chance", "base", "east alone", "west alone", "federated"]
+    chance, base, *_, federated = (cells[0] for _, cells in found.accuracy.rows)
+    assert chance == (pytest.approx(1 / 3), 0.0)
+    assert 0 <= base[0] <= 1
+    assert federated[0] == 1.0  # always the same answer
+    assert found.accuracy_by_modality is None
+    assert "| accuracy | east | west | mean |" in folder.card.read_text()
