@@ -12,7 +12,7 @@ import torch
 from tiny_families import FAMILIES, VOCABULARY, build, with_lora
 
 import atoll
-from atoll.data.collate import Choices, choices_in, pad
+from atoll.data.collate import Choices, choices_in
 from atoll.data.read import Report, open_source, records
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
@@ -34,12 +34,13 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def drawn(seed: int, shared: int, lengths: tuple[int, ...]) -> tuple[np.ndarray, Choices]:
-    """Random tokens that all choices begin with, and choices of these lengths whose first token is not the answer's."""
+def drawn(seed: int, shared: int, lengths: tuple[int, ...]) -> tuple[Any, ...]:
+    """A sample of random tokens: choices of these lengths, of which the first token is not the answer's."""
     rng = np.random.default_rng(seed)
     rest = tuple(rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths)
     labeled = tuple(np.arange(n) > 0 if n > 2 else np.ones(n, bool) for n in lengths)
-    return rng.integers(3, VOCABULARY, shared).astype(np.int32), Choices(shared, rest, labeled, 0)
+    beginning = rng.integers(3, VOCABULARY, shared).astype(np.int32)
+    return beginning, beginning, (), Choices(shared, rest, labeled, 0)
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["plain", "fast"])
@@ -48,21 +49,29 @@ def test_choices_that_share_a_question_are_as_likely_as_each_in_full(family: str
     model = with_lora(build(family)).eval() if swapped else build(family).eval()
     if swapped:
         accelerate(model)
-    for seed, lengths in enumerate([(1, 1), (4, 1, 7), (3, 3, 3, 9)]):
-        beginning, choices = drawn(seed, 5 + 3 * seed, lengths)
-        question = pad([(beginning, beginning)], 0)
-        with torch.no_grad():
-            found, expected = log_likelihoods(model, question, choices), in_full(model, question, choices)
-            alone = [by_hand(model, beginning, choices, i) for i in range(len(lengths))]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(expected, torch.stack(alone), rtol=1e-4, atol=1e-4)
+    samples = [drawn(seed, 5 + 3 * seed, lengths) for seed, lengths in enumerate([(1, 1), (4, 1, 7), (3, 3, 3, 9)])]
+    with torch.no_grad():
+        found = log_likelihoods(model, samples, no_media)
+        alone = [log_likelihoods(model, [sample], no_media)[0] for sample in samples]
+        expected = [in_full(model, sample, no_media) for sample in samples]
+        hands = [by_hand(model, sample) for sample in samples]
+    for each in (alone, expected, hands):
+        torch.testing.assert_close(found, each, rtol=1e-4, atol=1e-4)
 
 
-def by_hand(model: torch.nn.Module, beginning: np.ndarray, choices: Choices, number: int) -> torch.Tensor:
-    ids = torch.from_numpy(np.concatenate([beginning, choices.rest[number]]).astype(np.int64))
-    log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
-    places = [len(beginning) + i for i, one in enumerate(choices.labeled[number]) if one]
-    return torch.stack([log_p[at - 1, ids[at]] for at in places]).sum()
+def no_media(samples: Any) -> dict[str, torch.Tensor]:
+    return {}
+
+
+def by_hand(model: torch.nn.Module, sample: Any) -> torch.Tensor:
+    beginning, choices = sample[0], sample[3]
+    found = []
+    for rest, labeled in zip(choices.rest, choices.labeled, strict=True):
+        ids = torch.from_numpy(np.concatenate([beginning, rest]).astype(np.int64))
+        log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
+        places = [len(beginning) + i for i, one in enumerate(labeled) if one]
+        found.append(torch.stack([log_p[at - 1, ids[at]] for at in places]).sum())
+    return torch.stack(found)
 
 
 def test_choices_in_tokens_are_the_texts_with_each_answer(tmp_path: Path) -> None:

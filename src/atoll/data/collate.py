@@ -75,6 +75,8 @@ class Batch:
     packed: bool
     media: Mapping[str, Tensor] = field(default_factory=dict)
     """Features by modality, [media, T, F], in the order of their placeholders."""
+    mask: Tensor | None = None
+    """Which positions count where padding comes first, those in a cache before them: long [B, cached + T]."""
 
     @property
     def tokens(self) -> int:
@@ -102,6 +104,7 @@ class Batch:
             labels=self.labels.to(device),
             position_ids=self.position_ids.to(device),
             media={name: x.to(device) for name, x in self.media.items()},
+            mask=None if self.mask is None else self.mask.to(device),
         )
 
 
@@ -136,6 +139,23 @@ def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
         labels[row, : lengths[row]] = sample_labels
     positions = np.broadcast_to(np.arange(max(lengths)), ids.shape).copy()
     return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), lengths, packed=False)
+
+
+def pad_first(texts: Sequence[NDArray[np.int32]]) -> Batch:
+    """One row per text [B, longest n], padded on the left: all end at the same place, where something may follow.
+
+    >>> batch = pad_first([np.array([5, 6, 7], np.int32), np.array([8], np.int32)])
+    >>> batch.input_ids.tolist(), batch.mask.tolist(), batch.position_ids.tolist()
+    ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [0, 0, 0]])
+    """
+    lengths = tuple(map(len, texts))
+    ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, -len(text) :] = torch.from_numpy(text.astype(np.int64))
+        mask[row, -len(text) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(ids, torch.full_like(ids, IGNORE), positions, lengths, packed=False, mask=mask)
 
 
 def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:

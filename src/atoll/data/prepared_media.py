@@ -37,6 +37,9 @@ NAMES = {"en": "English", "fr": "French", "es": "Spanish", "it": "Italian"}
 LONGEST = 5.0
 """Seconds of a prompt."""
 
+LONGEST_NAME = 30
+"""Characters: longer captions are descriptions."""
+
 OPTIONS, SAYINGS = 8, 4
 """Of a question about a picture, and about what is said."""
 
@@ -148,8 +151,8 @@ def stamps_in(folder: Path) -> Iterator[Picture]:
     for caption in sorted(folder.rglob("*.txt")):
         picture, category = caption.with_suffix(".png"), caption.relative_to(folder).parts[0]
         first = caption.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
-        if picture.is_file() and first and category in (*ALIVE, *MADE):
-            yield Picture(picture, thing(first[0]), category)
+        if picture.is_file() and first and category in (*ALIVE, *MADE) and len(name := thing(first[0])) <= LONGEST_NAME:
+            yield Picture(picture, name, category)
 
 
 def thing(caption: str) -> str:

@@ -2,7 +2,7 @@
 
     log p(choice | question) = sum over the choice's tokens t_i of log p(t_i | question, t_1 ... t_{i-1})
 
-The question's keys and values are computed once and repeated for the choices, which then go through the model together:
+The question's keys and values are computed once and repeated for its choices, which then go through the model together:
 eight choices of five tokens after a question of a hundred are 140 tokens, in the place of 840. Families that keep a
 recurrent state in the place of keys and values are given every text in full.
 
@@ -11,69 +11,110 @@ Source of the measure: likelihood scoring as in Brown et al. 2020 (arXiv 2005.14
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atoll.data.collate import IGNORE, Batch, Choices, language_model, pad
-from atoll.local.objectives import token_losses
+from atoll.data.collate import IGNORE, Batch, Choices, Sample, language_model, pad, pad_first
+from atoll.local.objectives import chunked_cross_entropy, run_without_head, token_losses
+
+Media = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
+"""The features of samples' media, by modality."""
+
+MOST_ROWS = 64
+"""Choices that go through the model together: the keys and values of their questions are repeated for each."""
 
 
-def log_likelihoods(model: nn.Module, question: Batch, choices: Choices) -> Tensor:
-    """The log-likelihood of each choice, float64 [choices].
+def log_likelihoods(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[Tensor]:
+    """Of each sample the log-likelihood of each of its choices, float64 [choices].
 
     Args:
         model: any transformers causal LM, plain or wrapped by PEFT.
-        question: the one sample that is the beginning of all the choices' texts, `choices.shared` tokens.
-        choices: what comes after it.
+        samples: all of them with choices.
+        media: what the model sees and hears of samples.
     """
     if getattr(language_model(model), "_is_stateful", False):
-        return in_full(model, question, choices)
-    media = {f"{name}_features": x for name, x in question.media.items()}
-    asked: Any = model(input_ids=question.input_ids, use_cache=True, **media, **_last_alone(model))
-    if not hasattr(asked.past_key_values, "batch_repeat_interleave"):
-        return in_full(model, question, choices)
-    count, device = len(choices.rest), question.input_ids.device
-    cache = asked.past_key_values
-    cache.batch_repeat_interleave(count)
-    ids, labels = rows(choices)
-    answer: Any = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
-    logits = torch.cat([asked.logits[:, -1:].expand(count, -1, -1), answer.logits[:, :-1]], dim=1)
-    return summed(logits, labels.to(device))
+        return [in_full(model, sample, media) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: shape(samples[i]))  # those of a size together: little padding
+    found: dict[int, Tensor] = {}
+    for part in parts(order, [len(choices_of(sample).rest) for sample in samples]):
+        found |= zip(part, together(model, [samples[i] for i in part], media), strict=True)
+    return [found[i] for i in range(len(samples))]
 
 
-def rows(choices: Choices) -> tuple[Tensor, Tensor]:
-    """What comes after the question, a row a choice, padded on the right: tokens and labels, long [choices, longest]."""
-    samples = [
-        (ids, np.where(labeled, ids, IGNORE)) for ids, labeled in zip(choices.rest, choices.labeled, strict=True)
-    ]
-    batch = pad(samples, pad_id=0)
-    return batch.input_ids, batch.labels
+def shape(sample: Sample) -> tuple[int, int]:
+    """The longest choice, and the question, in tokens."""
+    choices = choices_of(sample)
+    return max(map(len, choices.rest)), choices.shared
 
 
-def summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """The log-probabilities [rows, n, V] of the labels [rows, n], summed over each row's."""
-    log_p = torch.log_softmax(logits.float(), -1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
-    return log_p.double().masked_fill(labels == IGNORE, 0).sum(1)
+def parts(order: Sequence[int], rows: Sequence[int]) -> Iterator[list[int]]:
+    """Samples in this order, as many at a time as have `MOST_ROWS` choices; at least one.
+
+    >>> list(parts([2, 0, 1], rows=[60, 5, 3]))
+    [[2, 0], [1]]
+    """
+    part: list[int] = []
+    for one in order:
+        if part and sum(rows[i] for i in [*part, one]) > MOST_ROWS:
+            yield part
+            part = []
+        part.append(one)
+    yield part
 
 
-def in_full(model: nn.Module, question: Batch, choices: Choices) -> Tensor:
-    """The same from every text in full, one at a time."""
-    beginning = question.input_ids[0].cpu().numpy()
+def together(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[Tensor]:
+    """See `log_likelihoods`."""
+    from transformers import DynamicCache
+
+    each = [choices_of(sample) for sample in samples]
+    device = next(model.parameters()).device
+    questions = pad_first([sample[0][: one.shared] for sample, one in zip(samples, each, strict=True)])
+    questions = replace(questions, media=media(samples)).to(device)
+    last = torch.zeros_like(questions.input_ids, dtype=torch.bool)
+    last[:, -1] = True
+    cache = DynamicCache(config=language_model(model).config)
+    before_first, head = run_without_head(model, questions, last, cache)
+    counts = [len(one.rest) for one in each]
+    sample_of = torch.arange(len(samples), device=device).repeat_interleave(torch.tensor(counts, device=device))
+    cache.batch_select_indices(sample_of)
+    rest = after(questions, each, sample_of)
+    scored, first = rest.targets != IGNORE, rest.labels[:, 0] != IGNORE
+    before_others, _ = run_without_head(model, rest, scored, cache)
+    hidden = torch.cat([before_first[sample_of[first]], before_others])
+    targets = torch.cat([rest.labels[first, 0], rest.targets[scored]])
+    rows = torch.cat([first.nonzero()[:, 0], scored.nonzero()[:, 0]])
+    losses = chunked_cross_entropy(hidden, targets, head).double()
+    return list(torch.split(-losses.new_zeros(len(sample_of)).index_add(0, rows, losses), counts))
+
+
+def after(questions: Batch, each: Sequence[Choices], sample_of: Tensor) -> Batch:
+    """What comes after the questions, a row a choice, padded on the right."""
+    texts = [pair for one in each for pair in zip(one.rest, one.labeled, strict=True)]
+    batch = pad([(ids, np.where(labeled, ids, IGNORE)) for ids, labeled in texts], pad_id=0).to(sample_of.device)
+    assert questions.mask is not None
+    mask = torch.cat([questions.mask[sample_of], torch.ones_like(batch.input_ids)], dim=1)
+    lengths = torch.tensor(questions.lengths, device=sample_of.device)[sample_of]
+    return replace(batch, mask=mask, position_ids=batch.position_ids + lengths[:, None])
+
+
+def choices_of(sample: Sample) -> Choices:
+    """The sample's choices."""
+    choices: Choices = sample[3]
+    return choices
+
+
+def in_full(model: nn.Module, sample: Sample, media: Media) -> Tensor:
+    """The same of one sample, from every text in full, one at a time."""
+    choices, device = choices_of(sample), next(model.parameters()).device
+    beginning = sample[0][: choices.shared]
     found = []
     for ids, labeled in zip(choices.rest, choices.labeled, strict=True):
         text = np.concatenate([beginning, ids])
         labels = np.concatenate([np.full(len(beginning), IGNORE), np.where(labeled, ids, IGNORE)])
-        batch = pad([(text, labels)], pad_id=0).to(question.input_ids.device)
-        batch = Batch(batch.input_ids, batch.labels, batch.position_ids, batch.lengths, False, question.media)
+        batch = replace(pad([(text, labels)], pad_id=0), media=media([sample])).to(device)
         found.append(-token_losses(model, batch)[0].double().sum())
     return torch.stack(found)
-
-
-def _last_alone(model: nn.Module) -> dict[str, int]:
-    """Logits of the last position alone, where the family can."""
-    takes = "logits_to_keep" in inspect.signature(language_model(model).forward).parameters
-    return {"logits_to_keep": 1} if takes else {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from atoll.data.collate import IGNORE, Batch, choices_in, media_in, pack, packable, pad
+from atoll.data.collate import IGNORE, Batch, media_in, pack, packable, pad
 from atoll.errors import AtollError
 from atoll.local.choices import log_likelihoods
 from atoll.local.objectives import cross_entropy, token_losses
@@ -36,14 +36,13 @@ class Language:
 
         def collate(samples: Sequence[Any]) -> Batch:
             batch = pack(samples) if together else pad(samples, pad_id)
-            media = features.of([one for sample in samples for one in media_in(sample)]) if features else {}
-            return replace(batch, media=media).to(device)
+            return replace(batch, media=media(samples)).to(device)
 
-        def likeliest(model: nn.Module, sample: Any) -> int:
-            choices = choices_in(sample)
-            assert choices is not None
-            beginning, media = sample[0][: choices.shared], media_in(sample)
-            return int(log_likelihoods(model, collate([(beginning, beginning, media)]), choices).argmax())
+        def media(samples: Sequence[Any]) -> Mapping[str, Tensor]:
+            return features.of([one for sample in samples for one in media_in(sample)]) if features else {}
+
+        def likeliest(model: nn.Module, samples: Sequence[Any]) -> list[int]:
+            return [int(each.argmax()) for each in log_likelihoods(model, samples, media)]
 
         return Objective(collate, cross_entropy, _terms, _sample_losses, likeliest)
 

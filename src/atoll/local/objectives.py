@@ -17,6 +17,7 @@ Shapes: B rows, T positions, L labeled positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atoll.data.collate import IGNORE, Batch
+from atoll.data.collate import IGNORE, Batch, language_model
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits formed at a time (64 MiB in bf16): many rows, because each product reads the whole head."""
@@ -53,7 +54,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     targets = batch.targets
     keep = targets != IGNORE
-    rows, head = _run_without_head(model, batch, keep)
+    rows, head = run_without_head(model, batch, keep)
     return chunked_cross_entropy(rows, targets[keep], head), batch.owners[keep]
 
 
@@ -150,8 +151,11 @@ def _loss_and_gradient(
     return losses, grads
 
 
-def _run_without_head(model: nn.Module, batch: Batch, keep: Tensor) -> tuple[Tensor, Head]:
-    """Hidden states [L, D] where `keep` [B, T] is true, and the head that makes logits of them."""
+def run_without_head(model: nn.Module, batch: Batch, keep: Tensor, cache: Any = None) -> tuple[Tensor, Head]:
+    """Hidden states [L, D] where `keep` [B, T] is true, and the head that makes logits of them.
+
+    `cache` is transformers': the batch goes on from what lies there, and is added to it.
+    """
     module = model.get_output_embeddings()  # type: ignore[operator]
     gathered: list[Tensor] = []
     probe = torch.linspace(-4, 4, 9, device=keep.device)[None]
@@ -161,11 +165,13 @@ def _run_without_head(model: nn.Module, batch: Batch, keep: Tensor) -> tuple[Ten
         return probe
 
     with _forward_replaced(module, gather):
-        came_out = _forward(model, batch)
+        came_out = _forward(model, batch, cache)
     after = _after_head(model, probe, came_out)
     vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     if after is None:
-        return _forward(model, batch)[keep], Head(nn.Identity(), _unchanged, vocabulary)
+        if cache is not None:
+            cache.crop(cache.get_seq_length() - batch.input_ids.shape[1])
+        return _forward(model, batch, cache)[keep], Head(nn.Identity(), _unchanged, vocabulary)
     return gathered[0], Head(module, after, vocabulary)
 
 
@@ -179,11 +185,14 @@ def _forward_replaced(module: nn.Module, forward: Elementwise) -> Iterator[None]
         del module.forward
 
 
-def _forward(model: nn.Module, batch: Batch) -> Tensor:
-    """What the model returns as logits. Positions go with packed rows only: not every family takes them."""
-    positions = {"position_ids": batch.position_ids} if batch.packed else {}
+def _forward(model: nn.Module, batch: Batch, cache: Any = None) -> Tensor:
+    """What the model returns as logits. Positions go where they are not 0, 1, 2, ...: not every family takes them."""
+    takes = batch.packed or "position_ids" in inspect.signature(language_model(model).forward).parameters
+    positions = {"position_ids": batch.position_ids} if takes and (batch.packed or batch.mask is not None) else {}
+    masked = {} if batch.mask is None else {"attention_mask": batch.mask}
     media = {f"{name}_features": x for name, x in batch.media.items()}
-    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **positions, **media).logits
+    cached = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    logits: Tensor = model(input_ids=batch.input_ids, **cached, **positions, **masked, **media).logits
     return logits
 
 

@@ -40,8 +40,8 @@ class Objective(NamedTuple):
     """How many terms a batch's loss has, before it is computed."""
     sample_losses: Callable[[nn.Module, Any], Tensor]
     """The mean loss of each sample, [samples], without gradients."""
-    likeliest: Callable[[nn.Module, Any], int] | None = None
-    """Of a sample that allows certain answers, the one that the model finds likeliest, without gradients."""
+    likeliest: Callable[[nn.Module, Sequence[Any]], Sequence[int]] | None = None
+    """Of each sample that allows certain answers, the one that the model finds likeliest, without gradients."""
 
 
 class Tick(NamedTuple):
@@ -232,12 +232,12 @@ class Answered(NamedTuple):
 @torch.no_grad()
 def answered(local: Local, samples: Sequence[Any]) -> list[Answered | None]:
     """For each sample that allows certain answers, whether the likeliest is the right one."""
-    likeliest = local.objective.likeliest
-    found = [choices_in(sample) if likeliest else None for sample in samples]
-    return [
-        Answered(likeliest(local.model, sample) == one.right, 1 / len(one.rest)) if likeliest and one else None
-        for sample, one in zip(samples, found, strict=True)
-    ]
+    choices = [choices_in(sample) if local.objective.likeliest else None for sample in samples]
+    asked = [i for i, one in enumerate(choices) if one]
+    if not local.objective.likeliest or not asked:
+        return [None] * len(samples)
+    said = dict(zip(asked, local.objective.likeliest(local.model, [samples[i] for i in asked]), strict=True))
+    return [Answered(said[i] == one.right, 1 / len(one.rest)) if one else None for i, one in enumerate(choices)]
 
 
 def told(losses: Tensor, answers: Sequence[Answered | None], of: str = "") -> dict[str, float]:

@@ -43,12 +43,12 @@ class Said:
 def listen(model: nn.Module) -> Said:
     """Run `model` on nine tokens, as one sample and as two packed ones, with and without shaking."""
     heard, added = _run(model)
-    _, shaken = _run(model, heard, shake=torch.finfo(next(model.parameters()).dtype).eps)
+    _, shaken = _run(model, heard, shake=True)
     return Said(heard, added, _moved(shaken, added))
 
 
 def _run(
-    model: nn.Module, instead: list[Tensor] | None = None, shake: float = 0.0
+    model: nn.Module, instead: list[Tensor] | None = None, shake: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What each decoder layer hears and what it adds, [1, T, D] each; with `instead`, each layer hears that."""
     heard: list[Tensor] = []
@@ -59,7 +59,8 @@ def _run(
         hidden = _hidden(args, kwargs)
         if instead is not None:
             noise = torch.randn(hidden.shape, generator=generator).to(hidden)
-            hidden.copy_(instead[len(heard)] * (1 + shake * noise))
+            size = torch.finfo(hidden.dtype).eps if shake else 0.0  # encoders beside may have another type
+            hidden.copy_(instead[len(heard)] * (1 + size * noise))
         heard.append(hidden.clone())
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
