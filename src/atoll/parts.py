@@ -27,6 +27,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "four-sites": "atoll.data.sources:four_sites",
         "multimodal-sites": "atoll.data.sources:multimodal_sites",
         "with-canaries": "atoll.data.canaries:with_canaries",
+        "without-media": "atoll.data.sources:without_media",
     },
     "partition": {
         "natural": "atoll.data.partition:natural",

@@ -18,6 +18,7 @@ from atoll.assemble import assemble
 from atoll.data.collate import pack, pad
 from atoll.data.media import MOST_PIXELS, Medium, Unusable, placed_media, read_image, read_sound
 from atoll.data.sources import holders
+from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
 from atoll.local.objectives import token_losses
 from atoll.models.assembled import assembled
@@ -262,8 +263,6 @@ def test_broken_hostile_and_foreign_clips_are_named_and_left_out(tmp_path, media
     good = [{"images": ["noise.png", "clear.png"]}, {"audio": "noise.wav"}, {}]
     marked = [{"messages": [{"role": "user", "content": "<image>?"}, RECORD["messages"][1]]}]
     write(folder, [{"images": [n]} for n in wrong] + [{"audio": n} for n in wrong_sounds] + marked + good)
-    from atoll.data.tokenize import prepare
-
     model, tokenizer = load_model(parts())
     found = prepare(folder, tokenizer, 512, cache_root=tmp_path, senses=features_of(model).senses)
     reasons = set(found.report.left_out)
@@ -427,3 +426,54 @@ def test_mistakes_in_the_parts_of_a_model_are_told(sites, atoll: Atoll, change, 
     heard = atoll("plan", str(sites / "mine.yaml"), "--set", change)
     assert heard.status == 1
     assert said in heard.err
+
+
+def test_what_is_missing_is_learned_and_what_drops_out_is_taken_for_missing():
+    torch.manual_seed(0)
+    connector = Connector(make_connector(MLP), 8, 16, 32, dropout=0.5)
+    embeddings, features = torch.randn(9, 32), torch.randn(6, 8, 16)
+    torch.nn.init.normal_(connector.null)
+    said = connector.eval()(features, embeddings)
+    features[2] = float("nan")
+    without = connector(features, embeddings)
+    assert torch.equal(without[2, 1:-1], connector.null.expand(2, -1))
+    assert all(torch.equal(without[i], said[i]) for i in (0, 1, 3, 4, 5))
+    torch.manual_seed(1)
+    trained = connector.train()(features, embeddings)
+    dropped = [i for i in range(6) if torch.equal(trained[i, 1:-1], connector.null.expand(2, -1))]
+    assert 2 in dropped
+    assert 1 < len(dropped) < 6
+    trained.sum().backward()
+    assert torch.isfinite(connector.null.grad).all()
+    assert all(x.grad is None or torch.isfinite(x.grad).all() for x in connector.parameters())
+
+
+def without_media(sites: Path, instead: str) -> str:
+    inner = f"{{use: folders, path: {sites}/sites, held_out: 0.3}}"
+    return f"data={{use: without-media, inner: {inner}, share: 0.6, instead: {instead}}}"
+
+
+@pytest.mark.parametrize("instead", ["nothing", "learned"])
+def test_a_share_of_records_misses_its_media_and_held_out_ones_are_whole(sites, monkeypatch, instead):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    each = ([], [without_media(sites, instead)])
+    whole, less = (assemble(atoll.plan(sites / "mine.yaml", settings)).data["see"] for settings in each)
+    there = [sum(bool(one and one[0].path) for one in data.train.media) for data in (whole, less)]
+    assert 0 < there[1] < there[0]
+    assert holders(less.train)["image"] == there[1]
+    assert less.test.media == whole.test.media
+    shorter = [len(a[0]) - len(b[0]) for a, b in zip(whole.train, less.train, strict=True)]
+    assert any(shorter) == (instead == "nothing")  # a null takes the places that the picture took
+    run = atoll.run(sites / "mine.yaml", ["finetune.rounds=1", without_media(sites, instead)])
+    assert all(torch.isfinite(x).all() for x in final(run).values())
+
+
+def test_a_record_may_say_that_its_picture_is_missing(tmp_path, media):
+    model, tokenizer = load_model(parts())
+    chat = [{"role": "user", "content": "Look: <image>"}, {"role": "assistant", "content": "yes"}]
+    write(tmp_path, [{"messages": chat, "images": [None]}, {"messages": chat, "images": ["noise.png"]}])
+    found = prepare(tmp_path, tokenizer, 256, cache_root=tmp_path / "home", senses=features_of(model).senses)
+    both = [*found.train, *found.test]
+    assert len({len(sample[0]) for sample in both}) == 1
+    features = features_of(model).of([sample[2][0] for sample in both])["image"]
+    assert sorted(bool(one.isnan().all()) for one in features) == [False, True]

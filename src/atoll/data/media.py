@@ -8,15 +8,15 @@ question. What is broken, too large or of another kind leaves its record out, wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.cache import file_hash
+from atoll.cache import content_hash, file_hash
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
@@ -53,12 +53,13 @@ class Medium:
     """A picture or a sound that a record names."""
 
     modality: str
-    path: Path
+    path: Path | None
+    """None: it is missing, and what the model sees or hears in its place is learned."""
 
     @property
     def key(self) -> str:
         """Names its content."""
-        return file_hash(self.path)
+        return "missing" if self.path is None else file_hash(self.path)
 
 
 class Unusable(ValueError):
@@ -80,6 +81,8 @@ class Sense:
 
     def read(self, medium: Medium) -> Any:
         """A picture, or a sound at the model's rate. Raises Unusable."""
+        if medium.path is None:
+            raise Unusable(f"{medium.modality} that is missing")
         return read_sound(medium.path, self.rate, self.seconds) if self.rate else read_image(medium.path)
 
 
@@ -98,12 +101,12 @@ def named_media(row: Mapping[str, Any], folder: Path, place: str) -> list[Medium
     for column, modality in COLUMNS.items():
         value = row.get(column)
         paths = [value] if isinstance(value, str) else [] if value is None else value
-        if not isinstance(paths, Sequence) or not all(isinstance(one, str) for one in paths):
+        if not isinstance(paths, Sequence) or not all(isinstance(one, str | None) for one in paths):
             raise AtollError(
                 f"'{column}' has the wrong type", where=place, found=f"{type(value).__name__}: {str(value)[:60]}",
-                allowed="a path, or a list of paths, from the folder of this file",
+                allowed="a path, or a list of paths (null: one that is missing), from the folder of this file",
             )  # fmt: skip
-        found += [Medium(modality.name, _inside(folder, one, modality.name)) for one in paths]
+        found += [Medium(modality.name, None if one is None else _inside(folder, one, modality.name)) for one in paths]
     return found
 
 
@@ -116,6 +119,38 @@ def _inside(folder: Path, name: str, modality: str) -> Path:
     if path.stat().st_size > MOST_BYTES:
         raise Unusable(f"{modality} of more than {MOST_BYTES // 1024**2} MiB")
     return path
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A share of the records that miss their media of a modality, drawn by their content."""
+
+    share: float
+    instead: Literal["nothing", "learned"]
+    """Their places go, or something learned stands there."""
+    seed: int
+
+    def __call__(
+        self, messages: Sequence[Mapping[str, Any]], media: Sequence[Medium], content: int
+    ) -> tuple[list[dict[str, Any]], tuple[Medium, ...]]:
+        """The record without what it misses; `content` is the hash of what it held."""
+        gone = {
+            name for name in MODALITIES
+            if int(content_hash(str(self.seed), str(content), name)[:8], 16) < self.share * 2**32
+        }  # fmt: skip
+        if self.instead == "learned":
+            return list(map(dict, messages)), tuple(
+                replace(one, path=None) if one.modality in gone else one for one in media
+            )
+        kept = tuple(one for one in media if one.modality not in gone)
+        lost = {MODALITIES[one.modality].placeholder for one in media if one.modality in gone}
+        return [{**message, "content": _without(str(message["content"]), lost)} for message in messages], kept
+
+
+def _without(text: str, words: Collection[str]) -> str:
+    for word in words:
+        text = text.replace(word, "")
+    return text
 
 
 def placed_media(messages: Sequence[Mapping[str, Any]], media: Sequence[Medium]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from atoll.data.files import READERS, Row, parse_json, rows
 from atoll.data.media import COLUMNS as MEDIA_COLUMNS
-from atoll.data.media import Medium, Unusable, named_media
+from atoll.data.media import Medium, Missing, Unusable, named_media
 from atoll.errors import AtollError, closest
 
 Form = Literal["chat", "prompt_completion", "text"]
@@ -130,6 +130,8 @@ class Source:
     files: tuple[tuple[Path, Split | None], ...]
     held_out: float = 0.1
     planted: tuple[Planted, ...] = ()
+    missing: Missing | None = None
+    """Of what is trained on."""
 
 
 def open_source(path: str | Path, held_out: float = 0.1) -> Source:
@@ -227,13 +229,15 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
             except Unusable as reason:
                 report.leave_out(str(reason), where)
                 continue
-            digest = _digest(content if not media else [*content, *({"clip": medium.key} for medium in media)])
+            digest = _digest(content if not media else [*content, *({"medium": medium.key} for medium in media)])
             split = named or ("test" if digest < source.held_out * 2**64 else "train")
             if named == "test":
                 held_out.add(digest)
             elif named == "train" and digest in held_out:
                 report.leave_out(ALSO_HELD_OUT, where)
                 continue
+            if source.missing and split == "train":
+                content, media = source.missing(content, media, digest)
             yield Record(form, content, split, report.read - 1, where, media, choices)
     if form:
         report.read += len(source.planted)

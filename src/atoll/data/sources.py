@@ -8,7 +8,7 @@ from the cache) what the run needs. Both tell what is wrong with all clients at 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from annotated_types import Ge, Lt
 
 from atoll.cache import content_hash, home
 from atoll.data.files import READERS
-from atoll.data.media import MODALITIES, Senses
+from atoll.data.media import MODALITIES, Missing, Senses
 from atoll.data.partition import Ints, Partition
 from atoll.data.read import Planted, Report, Source, column, open_source, records
 from atoll.errors import AtollError
@@ -130,6 +130,25 @@ def multimodal_sites() -> dict[str, ClientSource]:
     return folders(str(fetch()))
 
 
+def without_media(
+    inner: Annotated[Any, Slot("data")],
+    share: Share,
+    instead: Literal["nothing", "learned"] = "nothing",
+    seed: Annotated[int, Ge(0)] = 0,
+) -> dict[str, ClientSource]:
+    """Other data, in which a share of the records to train on misses its pictures, and a share its sounds.
+
+    Their places go with them (`nothing`), or something learned stands there (`learned`). Held-out records are whole.
+    """
+    if not isinstance(inner, dict) or not all(isinstance(client, ClientSource) for client in inner.values()):
+        raise AtollError(
+            "media are taken off records, and this part has none", where="data.inner", found=type(inner).__name__,
+            allowed="a data part whose clients have files, such as folders or multimodal-sites",
+        )  # fmt: skip
+    missing = Missing(share, instead, seed)
+    return {name: replace(one, source=replace(one.source, missing=missing)) for name, one in inner.items()}
+
+
 def _is_data(path: Path) -> bool:
     return path.suffix.lower() in READERS
 
@@ -222,8 +241,8 @@ def holders(samples: Any) -> dict[str, int]:
     if inside := getattr(samples, "datasets", None):  # several clients' together
         each = [holders(one) for one in inside]
         return {name: sum(one.get(name, 0) for one in each) for name in MODALITIES if any(name in one for one in each)}
-    media = getattr(samples, "media", ())
-    found = {name: sum(any(medium.modality == name for medium in some) for some in media) for name in MODALITIES}
+    each_has = [{medium.modality for medium in some if medium.path} for some in getattr(samples, "media", ())]
+    found = {name: sum(name in some for some in each_has) for name in MODALITIES}
     return {name: count for name, count in found.items() if count}
 
 

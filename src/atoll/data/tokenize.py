@@ -210,7 +210,8 @@ def _with_places(record: Record, senses: Senses, report: Report) -> Record | Non
         for medium in record.media:
             if medium.modality not in senses:
                 raise Unusable(f"{medium.modality} that this model cannot take")
-            senses[medium.modality].read(medium)
+            if medium.path is not None:
+                senses[medium.modality].read(medium)
         return record._replace(messages=placed_media(record.messages, record.media))
     except Unusable as reason:
         report.leave_out(str(reason), record.place)
@@ -337,12 +338,17 @@ def _fingerprint(
 
 
 def source_hash(source: Source) -> str:
-    """Names what a source holds: bytes of files and media, names, splits, the share held out, what is planted."""
-    facts: list[Any] = [source.path.name, source.held_out, *source.planted]
+    """Names what a source holds: bytes of files and media, names, splits, the share held out, what is planted or misses."""
+    facts: list[Any] = [
+        source.path.name,
+        source.held_out,
+        *source.planted,
+        *((source.missing and [source.missing]) or []),
+    ]
     for path, split in source.files:
         facts += [(str(part.relative_to(source.path.parent)), split, file_hash(part)) for part in content(path)]
         facts += [(medium.modality, medium.key) for medium in media_of(path)]
-    return content_hash(json.dumps(facts))
+    return content_hash(json.dumps(facts, default=str))
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

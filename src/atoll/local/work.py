@@ -257,7 +257,7 @@ def summed(values: Tensor, mean: str, error: str, count: str) -> dict[str, float
 
 def by_modality(losses: Tensor, answers: Sequence[Answered | None], samples: Sequence[Any]) -> dict[str, float]:
     """The same for the samples with pictures, with sounds, and with neither: `loss/image`, ...; empty for text alone."""
-    kinds = [{medium.modality for medium in media_in(sample)} for sample in samples]
+    kinds = [{medium.modality for medium in media_in(sample) if medium.path} for sample in samples]
     if not any(kinds):
         return {}
     metrics: dict[str, float] = {}

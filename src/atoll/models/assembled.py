@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from atoll import parts
 from atoll.errors import AtollError, placed
 from atoll.models.tiny import tiny
 
-ASSEMBLY = "1"
+ASSEMBLY = "2"
 """Raise this when the same parts are put together to another model."""
 
 SEED = 0
@@ -38,6 +38,8 @@ class Sense:
     """As written."""
     seconds: float | None = None
     """The longest sound; None for pictures."""
+    dropout: float = 0.0
+    """The share of media that are taken for missing while the connector trains."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,22 @@ class Assembled:
         return {name: sense for name, sense in (("image", self.image), ("audio", self.audio)) if sense is not None}
 
 
-def image(encoder: str, connector: Mapping[str, Any]) -> Sense:
-    """Pictures: an encoder, and the connector to the language model."""
-    return Sense(encoder, connector)
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
-def audio(encoder: str, connector: Mapping[str, Any], seconds: Annotated[float, Gt(0), Le(30)] = 30.0) -> Sense:
-    """Sounds of at most `seconds`: an encoder, and the connector to the language model."""
-    return Sense(encoder, connector, seconds)
+def image(encoder: str, connector: Mapping[str, Any], dropout: Share = 0.0) -> Sense:
+    """Pictures: an encoder, and the connector to the language model.
+
+    A share `dropout` of them is taken for missing in training: the model learns to do without (modality dropout).
+    """
+    return Sense(encoder, connector, dropout=dropout)
+
+
+def audio(
+    encoder: str, connector: Mapping[str, Any], seconds: Annotated[float, Gt(0), Le(30)] = 30.0, dropout: Share = 0.0
+) -> Sense:
+    """Sounds of at most `seconds`: an encoder, the connector to the language model, and dropout as of pictures."""
+    return Sense(encoder, connector, seconds, dropout)
 
 
 def assembled(
@@ -119,6 +129,7 @@ def put_together(one: Assembled, language: Path | None, encoders: Mapping[str, P
             "features": encoder.features,
             "tokens": tokens(one.senses[name], encoder.positions),
             "seconds": one.senses[name].seconds,
+            "dropout": one.senses[name].dropout,
             "token_id": tokenizer.convert_tokens_to_ids(MODALITIES[name].placeholder),
         }
         for name, encoder in made.items()

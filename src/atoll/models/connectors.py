@@ -38,26 +38,38 @@ class MakeConnector(Protocol):
 
 
 class Connector(nn.Module):
-    """A connector with its marks: [media, T, F] -> [media, K + 2, D]."""
+    """A connector with its marks: [media, T, F] -> [media, K + 2, D].
 
-    def __init__(self, make: MakeConnector, positions: int, features: int, width: int) -> None:
+    In the place of a medium that is missing, and of a share `dropout` of them while it trains, stands a learned `null`.
+    """
+
+    def __init__(self, make: MakeConnector, positions: int, features: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.body = make.body(positions, features, width)
         self.norm = nn.LayerNorm(width)
         self.start = nn.Parameter(torch.zeros(width))
         self.end = nn.Parameter(torch.zeros(width))
+        self.null = nn.Parameter(torch.zeros(width))
 
     def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
-        """In the type of its own parameters; `embeddings` [V, D] are the language model's."""
-        tokens = self.norm(self.body(features.to(self.start.dtype), embeddings))
+        """In the type of its own parameters; `embeddings` [V, D] are the language model's.
+
+        A medium whose features are no numbers is missing.
+        """
+        missing = features.isnan().flatten(1).all(1)
+        tokens = self.norm(self.body(features.masked_fill(missing[:, None, None], 0).to(self.start.dtype), embeddings))
+        if self.training and self.dropout:
+            missing = missing | (torch.rand(len(features), device=features.device) < self.dropout)
+        tokens = torch.where(missing[:, None, None], self.null, tokens)
         ends = (mark.expand(len(tokens), 1, -1) for mark in (self.start, self.end))
         return torch.cat([next(ends), tokens, next(ends)], dim=1)
 
     @torch.no_grad()
     def as_loud_as(self, embeddings: Tensor) -> None:
-        """Tokens of the size of the rows of `embeddings` [V, D], and marks that are their mean."""
+        """Tokens of the size of the rows of `embeddings` [V, D]; marks and null that are their mean."""
         self.norm.weight.fill_(float(embeddings.float().square().mean().sqrt()))
-        for mark in (self.start, self.end):
+        for mark in (self.start, self.end, self.null):
             mark.copy_(embeddings.float().mean(0))
 
 

@@ -7,6 +7,7 @@ folder is bounded; what was read longest ago goes first, and is made again when 
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,11 +78,14 @@ class Features:
         }
 
     def of(self, media: Sequence[Medium]) -> dict[str, Tensor]:
-        """By modality, [media, T, F] in float32: read, or made and kept."""
+        """By modality, [media, T, F] in float32: read, or made and kept; not numbers for a medium that is missing."""
         each = {name: [medium for medium in media if medium.modality == name] for name in self.preparations}
         return {name: torch.stack([self._one(medium) for medium in some]) for name, some in each.items() if some}
 
     def _one(self, medium: Medium) -> Tensor:
+        if medium.path is None:
+            said = getattr(self.model.config, medium.modality)
+            return torch.full((said["positions"], said["features"]), math.nan)
         path = self._path(medium)
         if not path.is_file():
             self._make([medium])
@@ -94,7 +98,8 @@ class Features:
 
     def fill(self, media: Iterable[Medium], tell: Callable[[int, int], None] = lambda done, of: None) -> int:
         """Makes all that are missing; how many they were."""
-        missing = list({self._path(medium): medium for medium in media if not self._path(medium).is_file()}.values())
+        named = {self._path(medium): medium for medium in media if medium.path}
+        missing = [medium for path, medium in named.items() if not path.is_file()]
         done = 0
         for name in self.preparations:
             some = [medium for medium in missing if medium.modality == name]

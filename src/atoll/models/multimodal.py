@@ -46,7 +46,8 @@ class MultimodalConfig(PreTrainedConfig):
     Args:
         text_config: of the causal language model.
         vision_config, audio_config: of the encoders; None for a modality that the model does not know.
-        image, audio: of each modality {"connector": as in a recipe, "positions": T, "features": F, "token_id": int}.
+        image, audio: of each modality {"connector": as in a recipe, "positions": T, "features": F, "token_id": int,
+            "dropout": a share of media}.
     """
 
     model_type = MODEL_TYPE
@@ -104,7 +105,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             said = getattr(config, name)
             width = config.text_config.hidden_size
             make = make_connector(said["connector"])
-            self.connectors[name] = Connector(make, said["positions"], said["features"], width)
+            self.connectors[name] = Connector(
+                make, said["positions"], said["features"], width, said.get("dropout", 0.0)
+            )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
