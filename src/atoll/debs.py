@@ -57,6 +57,15 @@ TUXPAINT_STAMPS = Deb(
     "GPL-2",
 )
 
+NOTO_EMOJI = Deb(
+    "fonts-noto-color-emoji",
+    "2.042-0+deb12u1",
+    "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+    9_893_872,
+    ("./usr/share/fonts/truetype/noto/", "./usr/share/doc/fonts-noto-color-emoji/copyright"),
+    "OFL-1.1 (the font), Apache-2.0 (its pictures)",
+)
+
 _ASTERISK = {
     "en": (
         (18_272_864, "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d"),

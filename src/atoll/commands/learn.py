@@ -12,8 +12,18 @@ from atoll.commands.output import AsJson, say, show, show_json
 
 
 def data(
-    path: Annotated[Path, typer.Argument(help="A client's file or folder.")],
-    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "smollm2-135m",
+    path: Annotated[Path, typer.Argument(help="A client's file or folder; or `get`.")],
+    name: Annotated[str | None, typer.Argument(help="After `get`: tuxpaint, asterisk or emoji.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="After `get`: the new folder; by the set's name if not given.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose tokenizer, chat template and senses; or a recipe, for its model.",
+            show_default="smollm2-135m; where records name media, that of the recipe multimodal",
+        ),
+    ] = None,
     context: Annotated[int, typer.Option(min=8, help="The longest sample, in tokens.")] = 512,
     samples: Annotated[int, typer.Option("--show", min=0, help="Samples to show, the labeled part marked.")] = 3,
     objective: Annotated[
@@ -21,23 +31,54 @@ def data(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Preview what training would see of a file or folder: counts, lengths, what is left out, the label mask."""
-    from atoll.data.read import open_source
+    """Preview what training would see of a file or folder; or get a public set of pictures or sounds.
 
-    open_source(path)  # a wrong path is told before the tokenizer is loaded
-    say(f"loading the tokenizer of {model}")
+    The preview has counts, lengths, what is left out, media, and the label mask.
+    """
+    from atoll.data.read import media_of, open_source
+
+    if str(path) == "get" and not path.exists():
+        return get(name, to)
+    if name is not None or to is not None:
+        raise typer.BadParameter(f"one path, or `atoll data get NAME`; found {path} {name or '--to'}")
+    source = open_source(path)  # a wrong path is told before the tokenizer is loaded
+    named = model or (MULTIMODAL if any(True for file, _ in source.files for _ in media_of(file)) else TEXT)
+    say(f"loading the tokenizer of {named}")
     from atoll.data.preview import preview, render
     from atoll.errors import placed
-    from atoll.models.load import load_tokenizer
+    from atoll.models.load import load_senses, load_tokenizer
 
     wanted: Any = objective and objective.replace("-", "_")
     with placed("--model"):
-        tokenizer = load_tokenizer(model, say)
-    seen = preview(path, tokenizer, context, samples, wanted)
+        whose = model_of(named)
+        tokenizer, senses = load_tokenizer(whose, say), load_senses(whose, say)
+    seen = preview(path, tokenizer, context, samples, wanted, senses)
     if as_json:
         show_json(seen.as_dict())
     else:
         show(render(seen))
+
+
+TEXT, MULTIMODAL = "smollm2-135m", "multimodal"
+"""Whose view of the data is shown if nobody says."""
+
+
+def model_of(name: str) -> Any:
+    """A model by name, or that of a recipe: a file, or one that is shipped."""
+    from atoll import recipe
+    from atoll.build import choose_model
+
+    if name.endswith((".yaml", ".yml")) or f"runs/{name}" in recipe.shipped():
+        return choose_model(recipe.read(name)[0].model).name
+    return name
+
+
+def get(name: str | None, to: Path | None) -> None:
+    """Fetches a set into the cache, and writes its records."""
+    from atoll.data import media_sets
+
+    folder = media_sets.get(name or "", to or Path(name or ""), say)
+    show(f"{folder} is written: `atoll data {folder} --model multimodal` shows it; SOURCES.md has its licenses")
 
 
 def methods(as_json: AsJson = False) -> None:

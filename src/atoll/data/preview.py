@@ -6,16 +6,18 @@ Behind `atoll data FOLDER`. It reads and tokenizes by the same functions as a ru
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from atoll.data.media import MODALITIES, Medium, Senses
 from atoll.data.read import Report, open_source, records
-from atoll.data.tokenize import Encoded, Objective, encode, fit
+from atoll.data.tokenize import NO_SENSES, Encoded, Objective, encode, fit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +52,9 @@ class Preview:
         lengths: quantile -> tokens of a record, those longer than the context included.
         tokens: tokens in all samples.
         labeled_tokens: those with a loss.
-        shown: the first samples, token by token.
+        shown: the first samples, token by token; places of a medium are one.
+        shown_media: the files that stand there.
+        media: modality -> pictures or sounds in all samples.
     """
 
     path: str
@@ -63,6 +67,8 @@ class Preview:
     tokens: int
     labeled_tokens: int
     shown: tuple[tuple[Token, ...], ...]
+    shown_media: tuple[tuple[str, ...], ...] = ()
+    media: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def labeled_share(self) -> float:
@@ -84,6 +90,7 @@ def preview(
     context: int,
     show: int = 3,
     objective: Objective | None = None,
+    senses: Senses = NO_SENSES,
 ) -> Preview:
     """Read and tokenize everything at `path` once, and keep what tells how training would see it.
 
@@ -93,6 +100,7 @@ def preview(
         context: the longest sample, in tokens.
         show: how many samples to keep token by token.
         objective: where the loss is; by the data's format if not given.
+        senses: how the model takes pictures and sounds; records with others are left out.
 
     Raises:
         AtollError: the source cannot be read.
@@ -104,13 +112,17 @@ def preview(
     objective = objective or ("causal_lm" if first and first[0].form == "text" else "sft")
     samples, lengths, totals = {"train": 0, "test": 0}, array("q"), np.zeros(2, np.int64)
     shown: list[tuple[Token, ...]] = []
-    for encoded in encode(chain(first, found), tokenizer, objective, report):
+    shown_media: list[tuple[str, ...]] = []
+    media: Counter[str] = Counter()
+    for encoded in encode(chain(first, found), tokenizer, objective, report, senses):
         lengths.append(len(encoded.ids))
         for start, stop in fit(encoded, context, objective, report):
             samples[encoded.record.split] += 1
             totals += stop - start, encoded.labeled[start:stop].sum()
+            media.update(one.modality for one in encoded.record.media)
             if len(shown) < show:
-                shown.append(tuple(_tokens(encoded, start, stop, tokenizer)))
+                shown.append(tuple(_once(_tokens(encoded, start, stop, tokenizer))))
+                shown_media.append(tuple(_named(one, source.path.parent) for one in encoded.record.media))
     return Preview(
         path=str(path),
         files={str(file.relative_to(source.path.parent)): split or "" for file, split in source.files},
@@ -122,7 +134,21 @@ def preview(
         tokens=int(totals[0]),
         labeled_tokens=int(totals[1]),
         shown=tuple(shown),
+        shown_media=tuple(shown_media),
+        media=dict(media),
     )
+
+
+def _named(medium: Medium, root: Path) -> str:
+    return f"{medium.modality}: {medium.path.relative_to(root) if medium.path else 'missing'}"
+
+
+def _once(tokens: Iterable[Token]) -> Iterator[Token]:
+    """The places of one medium as one, with their number."""
+    places = {one.placeholder for one in MODALITIES.values()}
+    for text, same in groupby(tokens, key=lambda token: token.text if token.text in places else None):
+        run = list(same)
+        yield from run if text is None else [Token(f"{text} x {len(run)}", False)]
 
 
 def _tokens(encoded: Encoded, start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Token]:
@@ -151,8 +177,8 @@ def render(preview: Preview) -> RenderableType:
     return Group(
         table,
         *(
-            Panel(_marked(sample), title=f"sample {number}: the loss is on the green part", title_align="left")
-            for number, sample in enumerate(preview.shown, 1)
+            Panel(_marked(sample, media), title=f"sample {number}: the loss is on the green part", title_align="left")
+            for number, (sample, media) in enumerate(zip(preview.shown, preview.shown_media, strict=True), 1)
         ),
     )
 
@@ -170,14 +196,15 @@ def _facts(preview: Preview) -> list[tuple[str, str]]:
         ("samples", f"{preview.samples['train']} train, {preview.samples['test']} test"),
         ("tokens", f"{preview.tokens}, {preview.labeled_share:.1%} with a loss, context {preview.context}"),
         ("length", ", ".join(f"{q:.0%}: {length}" for q, length in preview.lengths.items()) or "-"),
+        *([("media", ", ".join(f"{n} {name}" for name, n in preview.media.items()))] if preview.media else []),
         *([] if preview.tokens else [("usable", "no: a run leaves this client out")]),
     ]
 
 
-def _marked(sample: tuple[Token, ...]) -> Text:
+def _marked(sample: tuple[Token, ...], media: tuple[str, ...]) -> Text:
     from rich.text import Text
 
-    marked = Text()
+    marked = Text("".join(f"{one}\n" for one in media), style="cyan")
     for labeled, run in groupby(sample, key=lambda token: token.labeled):
         marked.append("".join(token.text for token in run), style="bold green" if labeled else "dim")
     return marked

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,26 @@ def features_of(model: Any) -> Features | None:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(model, MultimodalModel):
         return None
-    folder = Path(model.config._name_or_path)
-    prepared = {
-        name: load_preparation(name, folder / name, getattr(model.config, name)["seconds"])
-        for name in model.config.modalities
-    }
+    prepared = preparations(model.config)
     identities = {
         name: content_hash(prepared[name].identity, *_bytes(getattr(model, ENCODERS[name]))) for name in prepared
     }
     return Features(model, prepared, identities, home() / "features")
+
+
+def preparations(config: Any) -> dict[str, Preparation]:
+    """What makes an encoder's inputs of media, by modality; they lie beside the model whose configuration it is."""
+    folder = Path(config._name_or_path)
+    return {name: load_preparation(name, folder / name, getattr(config, name)["seconds"]) for name in config.modalities}
+
+
+def senses_of(config: Any, prepared: Mapping[str, Preparation]) -> Senses:
+    """How a model of this configuration takes media."""
+    said = {name: getattr(config, name) for name in prepared}
+    return {
+        name: Sense(said[name]["token_id"], said[name]["tokens"], one.rate, one.seconds or 0.0)
+        for name, one in prepared.items()
+    }
 
 
 def _bytes(encoder: Any) -> Iterator[bytes]:
@@ -71,11 +82,7 @@ class Features:
     @property
     def senses(self) -> Senses:
         """How the model takes media."""
-        said = {name: getattr(self.model.config, name) for name in self.preparations}
-        return {
-            name: Sense(said[name]["token_id"], said[name]["tokens"], one.rate, one.seconds or 0.0)
-            for name, one in self.preparations.items()
-        }
+        return senses_of(self.model.config, self.preparations)
 
     def of(self, media: Sequence[Medium]) -> dict[str, Tensor]:
         """By modality, [media, T, F] in float32: read, or made and kept; not numbers for a medium that is missing."""

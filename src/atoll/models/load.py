@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.cache import Say, quiet
+from atoll.data.media import Senses
 from atoll.errors import AtollError
 from atoll.models.assembled import Assembled
 from atoll.models.presets import no_progress_bars
@@ -91,6 +92,20 @@ def load_tokenizer(name: str | Assembled, say: Say = quiet) -> PreTrainedTokeniz
     except (OSError, ValueError) as error:
         raise AtollError("cannot load the tokenizer", where=f"{name} in {folder}", found=_first_line(error)) from error
     return tokenizer
+
+
+def load_senses(name: str | Assembled, say: Say = quiet) -> Senses:
+    """How the model `name` takes media, without loading it; empty for one that takes text alone."""
+    from transformers import AutoConfig
+
+    ref = resolve(name)
+    if ref.parts is None:
+        return {}
+    from atoll.models.features import preparations, senses_of
+
+    know_own_family()
+    config = AutoConfig.from_pretrained(folder_of(ref, say))
+    return senses_of(config, preparations(config))
 
 
 def choose_device(device: str) -> torch.device:
