@@ -35,7 +35,7 @@ class Chat:
     @property
     def help(self) -> str:
         """What may be typed beside questions."""
-        return f"{HELP}; {MEDIA}" if self.result.features else HELP
+        return f"{HELP}; {MEDIA}" if self.result.processor else HELP
 
     @property
     def raw(self) -> bool:
@@ -56,8 +56,7 @@ class Chat:
 
     def attach(self, modality: str, path: Path) -> None:
         """Lets a picture or a sound go with the next question. Raises AtollError for one that cannot be used."""
-        features = self.result.features
-        senses = features.senses if features else {}
+        senses = self.result.processor.senses if self.result.processor else {}
         if modality not in senses:
             raise AtollError(
                 f"this model takes no {modality}", found=str(path), allowed=", ".join(["text", *senses]),
@@ -75,8 +74,8 @@ class Chat:
         import torch
 
         tokenizer, model = self.result.tokenizer, self.result.model
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=self.raw, return_token_type_ids=False)
-        inputs = self._with_media(dict(inputs), next(model.parameters()).device)
+        device = next(model.parameters()).device
+        inputs = {name: x.to(device) for name, x in self._inputs(text).items()}
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
@@ -95,16 +94,15 @@ class Chat:
             )  # fmt: skip
         return "".join(pieces)
 
-    def _with_media(self, inputs: dict[str, Any], device: Any) -> dict[str, Any]:
-        """With as many placeholders as the media have tokens, and the media' features."""
-        import torch
-
-        if self.result.features:
-            places = {sense.token_id: sense.tokens for sense in self.result.features.senses.values()}
-            repeats = torch.tensor([places.get(int(one), 1) for one in inputs["input_ids"][0]])
-            inputs = {name: x.repeat_interleave(repeats, dim=1) for name, x in inputs.items()}
-            inputs |= {f"{name}_features": x for name, x in self.result.features.of(self.media).items()}
-        return {name: x.to(device) for name, x in inputs.items()}
+    def _inputs(self, text: str) -> dict[str, Any]:
+        """What the model takes of a text, and of the media so far."""
+        special: dict[str, Any] = {"add_special_tokens": self.raw, "return_token_type_ids": False}
+        if self.result.processor is None:
+            return dict(self.result.tokenizer(text, return_tensors="pt", **special))
+        by_modality = {
+            name: [one.path for one in self.media if one.path and one.modality == name] for name in MODALITIES
+        }
+        return dict(self.result.processor(text, images=by_modality["image"], audio=by_modality["audio"], **special))
 
     def _ends(self) -> list[int] | None:
         """The tokens that end an answer."""

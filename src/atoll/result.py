@@ -7,7 +7,7 @@ how to load the model. The clients' data are not needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,13 +16,15 @@ from atoll.build import choose_model
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
 from atoll.keys import key
-from atoll.models.features import Features, features_of
 from atoll.models.spaces import Space, read, write
 from atoll.params import Params
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story
 from atoll.stream import UPDATE
+
+if TYPE_CHECKING:
+    from atoll.models.processor import MultimodalProcessor
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Result:
     tuned: Params
     rounds: int
     """How many rounds the tuned params have behind them."""
-    features: Features | None = None
-    """Of pictures and sounds; None for a model that takes text alone."""
+    processor: MultimodalProcessor | None = None
+    """Of texts with pictures and sounds; None for a model that takes text alone."""
 
     def use(self, base: bool) -> None:
         """Puts the base params, or the tuned ones, into the model."""
@@ -64,6 +66,15 @@ def unfinished(folder: RunFolder, rounds: int) -> str:
     return f"after round {rounds} of {story.started.rounds}, {'running' if folder.is_running() else 'stopped'}"
 
 
+def processor_of(model: Any, tokenizer: Any) -> MultimodalProcessor | None:
+    """Of a loaded model, wrapped by PEFT or not."""
+    from atoll.models.multimodal import MultimodalModel
+    from atoll.models.processor import MultimodalProcessor
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return MultimodalProcessor(tokenizer, inner.config) if isinstance(inner, MultimodalModel) else None
+
+
 def load_result(folder: RunFolder, say: Say = quiet) -> Result:
     """Loads the run's model, prepared in the run's space, with the tuned params in it.
 
@@ -85,6 +96,6 @@ def load_result(folder: RunFolder, say: Say = quiet) -> Result:
     space: Space = parts.make("space", written.finetune.space, "finetune.space")
     prepared = space.prepare(model, key(written.seed, "init"))
     base = {name: x.clone() for name, x in read(space, prepared).items()}
-    result = Result(prepared.eval(), tokenizer, space, written, base, tuned, rounds, features_of(model))
+    result = Result(prepared.eval(), tokenizer, space, written, base, tuned, rounds, processor_of(model, tokenizer))
     result.use(base=False)
     return result

@@ -26,6 +26,7 @@ from atoll.models.connectors import Connector, make_connector
 from atoll.models.features import Features, features_of
 from atoll.models.load import load_model
 from atoll.models.multimodal import MultimodalModel
+from atoll.models.processor import MultimodalProcessor
 from atoll.models.shapes import shapes
 from atoll.models.spaces import lora
 from atoll.record.story import read_story
@@ -108,6 +109,32 @@ def test_a_saved_model_is_read_by_transformers_and_generates_the_same(tmp_path, 
     ]
     slow = model.generate(input_ids=ids, **given, max_new_tokens=5, do_sample=False, use_cache=False)
     assert all(torch.equal(one, slow) for one in made)
+
+
+def test_a_processor_makes_a_models_inputs_and_is_read_by_transformers(tmp_path, media):
+    from transformers import AutoProcessor
+
+    model, tokenizer = load_model(parts())
+    processor = MultimodalProcessor(tokenizer, model.config)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    again = AutoProcessor.from_pretrained(tmp_path / "saved")
+    picture, clear, sound = (medium.path for medium in media)
+    texts = ["<image> and <audio>?", "a longer question on <image>"]
+    for side in ("left", "right"):
+        made, same = (
+            one(texts, images=[picture, clear], audio=[sound], padding_side=side) for one in (processor, again)
+        )
+        assert made.keys() == same.keys()
+        assert all(torch.equal(made[name], same[name]) for name in made)
+        rows = [row[mask.bool()] for row, mask in zip(made["input_ids"], made["attention_mask"], strict=True)]
+        assert all(torch.equal(row, asked(model, text, tokenizer)[0]) for row, text in zip(rows, texts, strict=True))
+        assert made["attention_mask"][:, 0 if side == "right" else -1].all()
+        assert torch.isfinite(model(**made).logits).all()
+    shown = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}], tokenize=False
+    )
+    assert "<image>\nwhat?" in shown
 
 
 def test_rows_of_a_padded_batch_say_what_they_say_alone(media):

@@ -117,7 +117,7 @@ def read_config(ref: ModelRef, folder: Path | None) -> PretrainedConfig:
 
 def know_own_family() -> None:
     """Lets transformers read the one family that is ours."""
-    import atoll.models.multimodal  # noqa: F401 - it registers itself
+    import atoll.models.processor  # noqa: F401 - it and the model register themselves
 
 
 def _check_causal(config: PretrainedConfig, where: str) -> None:
