@@ -33,7 +33,7 @@ from atoll.data.media_sets import (
 from atoll.data.prepared import SITES, estimate_tokens, hold_out, to_sample, unique
 from atoll.debs import LANGUAGES, TUXPAINT_STAMPS, fetch_deb
 
-VERSION = 3
+VERSION = 4
 """Raise it when the same packages give other records."""
 
 ALIVE = ("animals", "food", "plants", "people", "naturalforces", "seasonal")
@@ -43,6 +43,9 @@ KINDS = {"naturalforces": "weather", "seasonal": "a feast", "town": "a place in 
 
 OPTIONS, SAYINGS = 8, 4
 """Of a question about a picture, and about what is said."""
+
+SHORT = 12
+"""Characters of what is asked for as said: of longer sayings the loss would be of little else."""
 
 TEXTS, TEXTS_HELD_OUT = 1200, 150
 """Samples of text, and of those that are held out, at each site that has text."""
@@ -120,15 +123,17 @@ def kind_of(category: str) -> str:
 
 
 def heard(prompts: Sequence[Prompt]) -> list[Asked]:
-    """Two questions about each prompt: which language is spoken, and which of four things is said."""
+    """Which language each prompt is in, and of short ones which of four things is said."""
     asked = []
     for one in prompts:
-        out, others = held_out(one.path), sorted({p.says for p in prompts if p.language == one.language})
+        out = held_out(one.path)
+        others = sorted({p.says for p in prompts if p.language == one.language and len(p.says) <= SHORT})
         language, languages = NAMES[one.language], list(NAMES.values())
         asked.append(Asked("Which language is spoken?", language, out, audio=one.path, choices=languages))
-        said = options(one.says, others, SAYINGS, str(one.path))
-        which = "\n".join(["Which of these is said?", *said])
-        asked.append(Asked(which, one.says, out, audio=one.path, choices=said))
+        if len(one.says) <= SHORT:
+            said = options(one.says, others, SAYINGS, str(one.path))
+            which = f"Which of these is said: {', '.join(said)}?"
+            asked.append(Asked(which, one.says, out, audio=one.path, choices=said))
     return asked
 
 
