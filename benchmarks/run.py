@@ -11,7 +11,7 @@ from types import ModuleType
 
 from benchmarks.harness import Failed, commit, measure
 
-CLAIMS = ("cli", "mean", "overhead", "simulation", "training", "gpu", "tuning", "network", "masks")
+CLAIMS = ("cli", "mean", "overhead", "simulation", "training", "gpu", "tuning", "network", "masks", "multimodal")
 
 
 def claim(name: str) -> ModuleType:
