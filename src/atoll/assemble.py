@@ -25,7 +25,7 @@ from atoll.keys import key
 from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.models.fast import accelerate
 from atoll.models.features import Features, features_of
-from atoll.models.spaces import read
+from atoll.models.spaces import read, split
 from atoll.params import Params
 from atoll.privacy.party import Memory
 from atoll.recipe import POOLED, Tree, validate
@@ -47,7 +47,7 @@ class Assembly:
     digests: Mapping[str, str]
     """What each client holds, by content: a resumed run must find the same."""
     start: Params
-    """The params before the first round."""
+    """What trains, before the first round."""
 
 
 def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assembly:
@@ -71,8 +71,8 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
     model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
     if not plan.model.own_factory:
         accelerate(model)
-    local = make_local(plan, model, tokenizer, report)
     start = {name: x.clone() for name, x in read(plan.space, model).items()}
+    local = make_local(plan, model, tokenizer, start, report)
     return Assembly(
         model,
         tokenizer,
@@ -154,7 +154,7 @@ def why_useless(one: Loaded) -> str:
     return str(one.report)
 
 
-def make_local(plan: Plan, model: nn.Module, tokenizer: Any, report: Report) -> Local:
+def make_local(plan: Plan, model: nn.Module, tokenizer: Any, start: Params, report: Report) -> Local:
     """The plan's local work on this model."""
     stage = plan.recipe.finetune
     return Local(
@@ -173,12 +173,14 @@ def make_local(plan: Plan, model: nn.Module, tokenizer: Any, report: Report) -> 
         weighting=stage.weighting,
         gradients=plan.gradients,
         report=report,
+        personal=split(start, stage.personal)[1],
     )
 
 
 def again(assembly: Assembly, plan: Plan) -> Assembly:
     """The same model and data for another plan that differs in rounds and population alone: a baseline."""
-    return replace(assembly, local=make_local(plan, assembly.model, assembly.tokenizer, assembly.local.report))
+    one = assembly
+    return replace(one, local=make_local(plan, one.model, one.tokenizer, one.start, one.local.report))
 
 
 def clients(

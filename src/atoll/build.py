@@ -22,7 +22,7 @@ from atoll import parts, wire
 from atoll.aggregate.base import Aggregator, modality_of
 from atoll.aggregate.mean import Mean, share
 from atoll.client import Side
-from atoll.compatible import refuse_clients, refuse_context, refuse_parts, warnings
+from atoll.compatible import refuse_clients, refuse_context, refuse_parts, refuse_personal, warnings
 from atoll.errors import AtollError, closest, placed
 from atoll.fleet.inprocess import Elsewhere, MakeFleet, inprocess
 from atoll.local.corrections import Correction
@@ -33,7 +33,7 @@ from atoll.made import Made, make_parts
 from atoll.models.assembled import Assembled, assembled
 from atoll.models.shapes import Shapes
 from atoll.models.shapes import shapes as shapes_of_model
-from atoll.models.spaces import PlannedShapes, Space
+from atoll.models.spaces import PlannedShapes, Space, split
 from atoll.params import Params
 from atoll.privacy.accounting import Release
 from atoll.privacy.examples import OfExamples
@@ -150,7 +150,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     refuse_context(recipe.finetune.context, shapes)
     everyone = population(recipe, tree, made, fleet, shapes, left_out, sources)
     refuse_clients(made, list(everyone.sources), everyone.size, everyone.least)
-    trains = made.space.plan(shapes) if shapes else None
+    trains = travelling(made.space.plan(shapes), recipe.finetune.personal, made) if shapes else None
     protection = protected(made, recipe.finetune, everyone.size, trains)
     unwilling = tuple(f"without {name}: {why}" for name, why in everyone.unwilling.items())
     return Plan(
@@ -173,6 +173,12 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
         trains=trains,
         warnings=(*warnings(recipe, made, everyone.size), *unwilling),
     )
+
+
+def travelling(planned: PlannedShapes, personal: Sequence[str], made: Made) -> PlannedShapes:
+    """Of what trains, what is sent."""
+    refuse_personal(list(planned), personal, made.correction)
+    return split(planned, personal)[0]
 
 
 class Population(NamedTuple):

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from atoll import parts
-from atoll.errors import AtollError
+from atoll.errors import AtollError, closest
 from atoll.local.corrections import Correction
 from atoll.made import Made
 from atoll.models.shapes import Shapes
@@ -101,6 +101,28 @@ def refuse_correction(recipe: Recipe, correction: Correction) -> None:
                 f"'{name}' needs other local work", where=f"finetune.{key}", found=found, allowed=allowed,
                 remedy="its control variates are mean gradients, (x - y) / (K eta), averaged over clients",
             )  # fmt: skip
+
+
+def refuse_personal(planned: Collection[str], personal: Sequence[str], correction: Correction) -> None:
+    """What stays at its client must be there, must leave something that travels, and is in no control variate."""
+    endings = sorted({".".join(name.split(".")[-2:]) for name in planned})
+    for i, word in enumerate(personal):
+        if not any(word in name for name in planned):
+            raise AtollError(
+                "no parameter has this in its name", where=f"finetune.personal[{i}]", found=word,
+                allowed=f"a part of a trained parameter's name, such as {', '.join(endings[:6])}",
+                remedy=closest(word, endings),
+            )  # fmt: skip
+    if personal and all(any(word in name for word in personal) for name in planned):
+        raise AtollError(
+            "nothing travels: all parameters are personal", where="finetune.personal", found=list(personal),
+            remedy="`extends: methods/local-only` trains each client by itself",
+        )  # fmt: skip
+    if personal and correction.streams:
+        raise AtollError(
+            "this correction is about all that trains", where="finetune.personal", found=list(personal),
+            allowed="correction: none, or proximal", remedy="leave out `personal`, or the correction",
+        )  # fmt: skip
 
 
 def refuse_pooled_twice(recipe: Recipe) -> None:

@@ -51,6 +51,8 @@ class Finetune(Section):
     """The longest sample in tokens."""
     space: PartAsWritten = "lora"
     """What trains and travels."""
+    personal: list[str] = []
+    """Of that, what stays at its client and is never sent: parameters whose names hold one of these words."""
     batch_size: Count = 4
     """Samples in a batch."""
     local_steps: Count | None = None

@@ -14,10 +14,12 @@ from torch import nn
 from atoll import parts, recipe
 from atoll.build import choose_model
 from atoll.cache import Say, quiet
-from atoll.errors import AtollError
+from atoll.client import FileStore
+from atoll.errors import AtollError, closest
 from atoll.keys import key
+from atoll.local.work import PERSONAL
 from atoll.models.spaces import Space, read, write
-from atoll.params import Params
+from atoll.params import Params, under
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story
@@ -44,7 +46,7 @@ class Result:
 
     def use(self, base: bool) -> None:
         """Puts the base params, or the tuned ones, into the model."""
-        write(self.space, self.model, self.base if base else self.tuned)
+        write(self.space, self.model, self.base if base else {**self.base, **self.tuned})
 
 
 def tuned_params(folder: RunFolder) -> tuple[Params, int]:
@@ -75,13 +77,27 @@ def processor_of(model: Any, tokenizer: Any) -> MultimodalProcessor | None:
     return MultimodalProcessor(tokenizer, inner.config) if isinstance(inner, MultimodalModel) else None
 
 
-def load_result(folder: RunFolder, say: Say = quiet) -> Result:
-    """Loads the run's model, prepared in the run's space, with the tuned params in it.
+def own_params(folder: RunFolder, client: str) -> Params:
+    """What stays at a client of the run, as after its last task. Raises AtollError where there is nothing."""
+    state = load_state(folder.checkpoint)
+    if client not in state.acknowledged:
+        raise AtollError(
+            "nothing of this client's own is here", where=f"{folder.name}: --client", found=client,
+            allowed=", ".join(state.acknowledged) or "a client of a run with `finetune.personal`",
+            remedy=closest(client, state.acknowledged) if state.acknowledged else "leave it out",
+        )  # fmt: skip
+    kept = FileStore(folder.client(client)).settle(state.acknowledged[client])
+    return under(PERSONAL, under("work", kept))
+
+
+def load_result(folder: RunFolder, say: Say = quiet, client: str | None = None) -> Result:
+    """Loads the run's model, prepared in the run's space, with the tuned params in it; of a client, with its own parts.
 
     Raises:
         AtollError: the run has no checkpoint, its model cannot be loaded, or is one of the user's own factory.
     """
     tuned, rounds = tuned_params(folder)
+    tuned |= own_params(folder, client) if client else {}
     written, _ = recipe.read(str(folder.recipe))
     choice = choose_model(written.model)
     if choice.own_factory:

@@ -202,6 +202,7 @@ ALONE: dict[str, Any] = {
     "down": [],
     "exchange": "plain",
     "privacy": "none",
+    "personal": [],
 }
 """What one client that trains by itself has no use for: sampling, correction, compression, masks, a server's step."""
 
@@ -221,7 +222,7 @@ def variant(ready: Plan, finetune: dict[str, Any]) -> Plan:
 
 def save_adapter(ready: Plan, things: Assembly, params: Params, folder: RunFolder) -> None:
     """Leaves the federated params in the model, and writes what trained where the ecosystem's tools find it."""
-    write(ready.space, things.model, params)
+    write(ready.space, things.model, {**things.start, **params})  # what stays at clients as it was at the start
     with no_progress_bars():
         ready.space.save(things.model, folder.adapter)
     if things.tokenizer is not None:

@@ -24,6 +24,7 @@ from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdict
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
+from atoll.models.spaces import split
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
@@ -181,16 +182,16 @@ def refuse_short_ledger(rounds: int, folder: RunFolder) -> None:
 
 def start_of(ready: Plan, things: Assembly) -> Params:
     """The params before the first round."""
+    mine, _ = split(things.start, ready.recipe.finetune.personal)
     if ready.recipe.start is None:
-        return things.start
+        return mine
     other = find(ready.recipe.start)
     if not other.checkpoint.exists():
         raise AtollError(
             "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
         )
     params = load_with_extra(other.checkpoint)[0].params[UPDATE]
-    mine = {name: tuple(x.shape) for name, x in things.start.items()}
-    if {name: tuple(x.shape) for name, x in params.items()} != mine:
+    if {name: x.shape for name, x in params.items()} != {name: x.shape for name, x in mine.items()}:
         raise AtollError(
             "the run trained in another space", where="from", found=other.name,
             remedy="use the model and the finetune.space of that run",
@@ -209,7 +210,7 @@ def introduce(at: Stage) -> None:
             clients=ready.trainers,
             samples={name: len(data.train) for name, data in things.data.items()},
             held_out={name: len(data.test) for name, data in things.data.items()},
-            trains=numel(things.start),
+            trains=numel(start_of(ready, things)),
             of=ready.shapes.count if ready.shapes else sum(p.numel() for p in things.model.parameters()),
             seed=ready.recipe.seed,
             baselines=baseline_names(ready),

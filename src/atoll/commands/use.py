@@ -20,6 +20,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="Above 0, answers are drawn at random.")] = 0.0,
     image: Annotated[list[Path] | None, typer.Option(help="A picture for the first question; may be repeated.")] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="A sound for the first question; may be repeated.")] = None,
+    client: Annotated[str | None, typer.Option(help="Whose own parts, of a run with `finetune.personal`.")] = None,
 ) -> None:
     """Talk to a run's result. In a conversation /base switches to the base model and back."""
     from atoll.record.folder import find
@@ -28,7 +29,7 @@ def chat(
     from atoll.chat import Chat, converse
     from atoll.result import load_result, unfinished
 
-    talk = Chat(load_result(folder, say), max_tokens, temperature, base)
+    talk = Chat(load_result(folder, say, client), max_tokens, temperature, base)
     if early := unfinished(folder, talk.result.rounds):
         say(f"{folder.name} is not finished: this is the model {early}")
     for modality, paths in (("image", image), ("audio", audio)):

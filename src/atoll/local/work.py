@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from atoll.keys import rng
 from atoll.local.corrections import Correction, Start
 from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.models.spaces import Space, read, write
-from atoll.params import Params, subtract
+from atoll.params import Params, nested, subtract, under
 from atoll.stream import UPDATE
 
 
@@ -57,6 +57,9 @@ class Tick(NamedTuple):
     loss: float
     """Of the last local step or batch; not a number before the first."""
 
+
+PERSONAL = "personal"
+"""In a client's state, what stays there."""
 
 Report = Callable[[Tick], None]
 """Told at the start of a client's work and after each local step or held-out batch: work may take minutes."""
@@ -109,6 +112,13 @@ class Local:
     weighting: Literal["examples", "uniform"] = "examples"
     report: Report = unwatched
     gradients: Gradients = plain
+    personal: Params = field(default_factory=dict)
+    """What stays at its client, as it is before a client's first task."""
+
+    def whole(self, params: Mapping[str, Params], state: Params) -> dict[str, Params]:
+        """The broadcast's params, with the client's own beside those that travel."""
+        own = under(PERSONAL, state) or self.personal
+        return {**params, UPDATE: {**params[UPDATE], **own}}
 
     def steps(self, count: int) -> int:
         """Optimizer steps a round for a client with `count` samples."""
@@ -126,6 +136,7 @@ class Local:
 
 def train(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
     """A client's round. Raises WorkFailed where the loss stops being a number: the server hears it as a refusal."""
+    params = local.whole(params, state)
     write(local.space, local.model, params[UPDATE])
     trainable = local.space.trainable(local.model)
     optimizer = local.optimizer(trainable.values())
@@ -157,8 +168,9 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
     metrics |= {"steps": float(steps), "seconds_in_steps": time.perf_counter() - started}
     after = read(local.space, local.model)
     extra, new_state = local.correction.conclude(after, start, moved)
-    update = subtract(after, params[UPDATE])
-    return Done({UPDATE: update, **extra}, weights(local, data, update), metrics, new_state)
+    own = {name: after[name].clone() for name in local.personal}
+    update = {name: x for name, x in subtract(after, params[UPDATE]).items() if name not in own}
+    return Done({UPDATE: update, **extra}, weights(local, data, update), metrics, new_state | nested(PERSONAL, own))
 
 
 def weights(local: Local, data: ClientData, update: Params) -> dict[str, float]:
@@ -204,7 +216,7 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
     """Held-out loss: the mean over samples of each sample's mean loss, with its standard error."""
     if not len(data.test):
         raise WorkFailed("no held-out samples")
-    write(local.space, local.model, params[UPDATE])
+    write(local.space, local.model, local.whole(params, state)[UPDATE])
     local.model.eval()
     limit = int(task.data.get("samples", len(data.test))) or len(data.test)
     chosen = range(min(limit, len(data.test)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from atoll.models.shapes import Shapes
 
 PlannedShapes = dict[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
 class Space(Protocol):
@@ -58,6 +59,19 @@ def write(space: Space, model: nn.Module, params: Mapping[str, torch.Tensor]) ->
     """Sets every coordinate."""
     for name, parameter in space.trainable(model).items():
         parameter.copy_(params[name])
+
+
+def split(params: Mapping[str, T], personal: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
+    """What travels, and what stays at its client: the parameters whose names hold one of the `personal` words.
+
+    >>> split({"x.lora_A.weight": 1, "x.lora_B.weight": 2}, ["lora_A"])
+    ({'x.lora_B.weight': 2}, {'x.lora_A.weight': 1})
+    """
+    stays = {name for name in params if any(word in name for word in personal)}
+    return (
+        {name: x for name, x in params.items() if name not in stays},
+        {name: x for name, x in params.items() if name in stays},
+    )
 
 
 @dataclass(frozen=True)
