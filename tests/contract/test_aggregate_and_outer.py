@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll import outer
-from atoll.aggregate.mean import Mean, mean
+from atoll.aggregate.mean import Mean, mean, share
 from atoll.params import add
 
 SHAPE = (3, 2)
@@ -63,6 +65,15 @@ def test_a_group_that_a_client_does_not_hold_is_not_diluted_and_one_that_nobody_
     result = rule.finish(rule.add(total, two, {"image": 0.0, "text": 1.0}), same)
     assert torch.allclose(result["w"], one["w"])
     assert torch.allclose(result["b"], (one["b"] + two["b"]) / 2)
+
+
+def test_a_fixed_denominator_may_be_smaller_for_a_group_that_few_hold():
+    rule = replace(share(4), group_of=lambda name: {"w": "image", "b": "all"}[name], shares={"image": 0.5})
+    one, two = updates(2)
+    total = rule.add(rule.add(rule.init(one), one, {"all": 1.0}), two, {"all": 1.0})
+    result = rule.finish(total, same)
+    assert torch.allclose(result["w"], (one["w"] + two["w"]) / 2)
+    assert torch.allclose(result["b"], (one["b"] + two["b"]) / 4)
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,23 @@ def test_a_connector_is_averaged_over_those_who_hold_its_modality(sites, monkeyp
             assert torch.equal(untouched[name], begun[name])  # nobody held it: it stays
 
 
+def test_by_a_public_share_of_holders_a_connector_moves_as_far_as_if_all_held_it(sites, monkeypatch):
+    """Clipped by a bound that nothing reaches, without noise: sums divided by what the recipe says of who holds what."""
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    private = "finetune.privacy={{use: central, clip: 1e6, delta: 0.1, noise_multiplier: 0, holders: {}}}"
+    one_in_three = "{image: 0.33333333, audio: 0.33333333}"
+    told, silent = (
+        final(atoll.run(sites / "mine.yaml", [private.format(of), "finetune.rounds=1", "finetune.weighting=uniform"]))
+        for of in (one_in_three, "{}")
+    )
+    plain = final(atoll.run(sites / "mine.yaml", ["finetune.rounds=1", "finetune.weighting=uniform"]))
+    begun = assemble(atoll.plan(sites / "mine.yaml")).start
+    for name, x in plain.items():
+        torch.testing.assert_close(told[name], x, rtol=1e-4, atol=1e-6)
+        if ".connectors." in name:
+            torch.testing.assert_close(3 * (silent[name] - begun[name]), x - begun[name], rtol=1e-3, atol=1e-5)
+
+
 def test_masked_sums_weigh_by_modality_too(sites, monkeypatch):
     monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
     clear = final(atoll.run(sites / "mine.yaml", ["name=clear"]))
@@ -448,6 +465,8 @@ def test_chat_about_a_picture_and_a_sound(sites, atoll: Atoll):
     ("model.audio.seconds=31", "less than or equal to 30"),
     ("model.sound={}", "has no such argument"),
     ("finetune.space.modules=[conectors]", "did you mean 'connectors'"),
+    ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {images: 1}}", "did you mean 'image'"),
+    ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {image: 2}}", "less than or equal to 1"),
 ])  # fmt: skip
 def test_mistakes_in_the_parts_of_a_model_are_told(sites, atoll: Atoll, change, said):
     heard = atoll("plan", str(sites / "mine.yaml"), "--set", change)

@@ -8,8 +8,8 @@ federated multimodal framework, where a client without images has weight 0 for t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,6 +23,8 @@ class Mean:
 
     group_of: Callable[[str], str] = lambda name: ALL
     denominator: float | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of a fixed denominator, by group; 1 for those that are not named."""
     summable = True
 
     def groups(self, like: Params) -> set[str]:
@@ -72,7 +74,7 @@ class Mean:
         weights = {name.removeprefix(WEIGHT): float(w) for name, w in total.items() if name.startswith(WEIGHT)}
         sums = decode({name: x for name, x in total.items() if not name.startswith(WEIGHT)})
         if self.denominator is not None:
-            return {n: x.div_(self.denominator) for n, x in sums.items()}
+            return {n: x.div_(self.denominator * self.shares.get(self.group_of(n), 1.0)) for n, x in sums.items()}
         held = {n: x for n, x in sums.items() if weights[self.group_of(n)] > 0}
         return {n: x.div_(weights[self.group_of(n)]) for n, x in held.items()}
 

@@ -21,9 +21,10 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 
-from atoll.aggregate.base import ALL
+from atoll.aggregate.base import ALL, modality_of
 from atoll.aggregate.mean import share
-from atoll.errors import AtollError
+from atoll.data.media import MODALITIES
+from atoll.errors import AtollError, closest
 from atoll.exchange import Done, WorkFailed
 from atoll.outer import Outer
 from atoll.params import Params, clipped, global_norm
@@ -142,7 +143,8 @@ class OfClients:
         return tuple(self._protected(stream) for stream in with_clip)
 
     def _protected(self, stream: Stream) -> Stream:
-        stream = replace(stream, aggregate=share(self.cohorts.expected))  # noise is on all groups: all count alike
+        shares = self.mechanism.holders  # noise is on every client's part in all groups: what divides them is public
+        stream = replace(stream, aggregate=replace(share(self.cohorts.expected), group_of=modality_of, shares=shares))
         if self.mechanism.where != "central":
             return stream
 
@@ -246,17 +248,32 @@ Delta = Annotated[float, Ge(LEAST_DELTA), Lt(1)]
 Budget = Annotated[float, Gt(0)] | None
 Noise = Annotated[float, Ge(0), Le(MOST_NOISE)] | None
 Quantile = Annotated[float, Gt(0), Lt(1)] | None
+Holders = Mapping[str, Annotated[float, Gt(0), Le(1)]] | None
 
 
-def _mechanism(where: Where, clip: float, delta: float, *rest: float | None) -> Mechanism:
-    if rest[0] is None and rest[1] is None:
+def _mechanism(
+    where: Where,
+    clip: float,
+    delta: float,
+    epsilon: float | None,
+    noise_multiplier: float | None,
+    quantile: float | None,
+    holders: Mapping[str, float] | None,
+) -> Mechanism:
+    if epsilon is None and noise_multiplier is None:
         raise AtollError(
             f"'{where}' lacks epsilon or noise_multiplier", where="finetune.privacy", found="neither",
             allowed="one of the two, or both",
             remedy=f"write {{use: {where}, clip: {clip:g}, delta: {delta:g}, epsilon: 8}}",
         )  # fmt: skip
-    refuse_hardly_any(rest[1])
-    return Mechanism(where, clip, delta, *rest)
+    refuse_hardly_any(noise_multiplier)
+    for name in holders or ():
+        if name not in MODALITIES:
+            raise AtollError(
+                "unknown modality", where=f"finetune.privacy.holders.{name}", found=name,
+                allowed=", ".join(MODALITIES), remedy=closest(name, MODALITIES),
+            )  # fmt: skip
+    return Mechanism(where, clip, delta, epsilon, noise_multiplier, quantile, dict(holders or {}))
 
 
 def refuse_hardly_any(noise_multiplier: float | None) -> None:
@@ -273,7 +290,12 @@ def none() -> None:
 
 
 def central(
-    clip: Clip, delta: Delta, epsilon: Budget = None, noise_multiplier: Noise = None, quantile: Quantile = None
+    clip: Clip,
+    delta: Delta,
+    epsilon: Budget = None,
+    noise_multiplier: Noise = None,
+    quantile: Quantile = None,
+    holders: Holders = None,
 ) -> Mechanism:
     """Central differential privacy of clients: the server clips each update and adds noise to their sum.
 
@@ -285,19 +307,31 @@ def central(
         epsilon: the budget of the run: its noise is found from it, and the run stops before it is passed.
         noise_multiplier: the noise's standard deviation over the clip.
         quantile: the share of updates that the clip shall leave as they are; it follows their norms then.
+        holders: by modality, the share of the clients that hold it, told to everybody: what a connector's sum is divided by,
+            so that it moves as far as if all held it, with as much more noise. 1 if not given.
     """
-    return _mechanism("central", clip, delta, epsilon, noise_multiplier, quantile)
+    return _mechanism("central", clip, delta, epsilon, noise_multiplier, quantile, holders)
 
 
 def local(
-    clip: Clip, delta: Delta, epsilon: Budget = None, noise_multiplier: Noise = None, quantile: Quantile = None
+    clip: Clip,
+    delta: Delta,
+    epsilon: Budget = None,
+    noise_multiplier: Noise = None,
+    quantile: Quantile = None,
+    holders: Holders = None,
 ) -> Mechanism:
     """Local differential privacy of clients: each adds all the noise to its own update. Arguments as for `central`."""
-    return _mechanism("local", clip, delta, epsilon, noise_multiplier, quantile)
+    return _mechanism("local", clip, delta, epsilon, noise_multiplier, quantile, holders)
 
 
 def distributed(
-    clip: Clip, delta: Delta, epsilon: Budget = None, noise_multiplier: Noise = None, quantile: Quantile = None
+    clip: Clip,
+    delta: Delta,
+    epsilon: Budget = None,
+    noise_multiplier: Noise = None,
+    quantile: Quantile = None,
+    holders: Holders = None,
 ) -> Mechanism:
     """Distributed differential privacy of clients: each adds a share of the noise, and the server sees the sum alone.
 
@@ -305,4 +339,4 @@ def distributed(
     who collude, bring all the noise. Departs from Kairouz et al. 2021 (arXiv 2102.06387) in that noise is added before
     rounding (privacy/aliasing.py). Arguments as for `central`.
     """
-    return _mechanism("distributed", clip, delta, epsilon, noise_multiplier, quantile)
+    return _mechanism("distributed", clip, delta, epsilon, noise_multiplier, quantile, holders)

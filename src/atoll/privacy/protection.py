@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from atoll.params import Params
@@ -31,6 +31,8 @@ class Mechanism:
     epsilon: float | None
     noise_multiplier: float | None
     quantile: float | None = None
+    holders: Mapping[str, float] = field(default_factory=dict)
+    """By modality, the share of the clients that hold it: public, as the recipe says it."""
 
     @property
     def unit(self) -> Literal["client", "example"]:
