@@ -1,4 +1,4 @@
-"""Export a run's adapter: a folder that plain `peft` loads, with a README that says where it comes from.
+"""Export a run's result, as an adapter that plain `peft` loads or merged, with a README that says where it comes from.
 
 The folder appears as a whole or not at all, and only after the tensors in it were compared with the run's checkpoint.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -19,25 +20,70 @@ from atoll import parts, recipe
 from atoll.build import choose_model
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
-from atoll.models.presets import PRESETS
-from atoll.models.spaces import LoRA
+from atoll.models.assembled import Assembled
+from atoll.models.presets import PRESETS, no_progress_bars
+from atoll.models.spaces import LoRA, split
 from atoll.params import Params, equal
 from atoll.record.card import human_bytes, markdown_table, privacy_section
 from atoll.record.folder import RunFolder
-from atoll.record.measured import loss_table
-from atoll.record.story import read_story
-from atoll.result import load_result, tuned_params, unfinished
+from atoll.record.measured import measured
+from atoll.record.story import Story, read_story
+from atoll.result import load_result, own_params, tuned_params, unfinished
 
 TENSORS = "adapter_model.safetensors"
 
+ROUNDED = 0.05
+"""By how much of the largest logit a merged model may differ from the adapted one: its weights are rounded once more."""
 
-def export_adapter(folder: RunFolder, out: Path, say: Say = quiet) -> Path:
-    """Writes the adapter of a run to the new folder `out`, and returns it.
+
+def export_adapter(folder: RunFolder, out: Path, say: Say = quiet, client: str | None = None) -> Path:
+    """Writes the adapter of a run to the new folder `out`, and returns it; of a client, with its own parts.
 
     Raises:
         AtollError: the run trained no adapter or has no result yet, `out` is there already, or what was written is not
             what the checkpoint holds.
     """
+    written, space = adapted(folder)
+    refuse_there(out)
+    tuned, rounds = tuned_params(folder)
+    tuned |= own_params(folder, client) if client else {}
+    with appearing(out) as partial:
+        fill(folder, partial, say, client)
+        check(partial / TENSORS, tuned, space, [] if client else written.finetune.personal)
+        point_to_base(partial / "adapter_config.json", hub_id(str(choose_model(written.model).name)))
+        (partial / "README.md").write_text(readme(folder, written, rounds, adapter_use(written)), encoding="utf-8")
+    return out
+
+
+def export_merged(folder: RunFolder, out: Path, say: Say = quiet, client: str | None = None) -> Path:
+    """Writes the model of a run, the adapter merged into it, to the new folder `out`, and returns it.
+
+    Raises:
+        AtollError: as for `export_adapter`; or the merged model does not say what the adapted one says.
+    """
+    written, _ = adapted(folder)
+    refuse_there(out)
+    result = load_result(folder, say, client)
+    said = logits_of(result.model)
+    say("merging the adapter into the model")
+    merged: Any = result.model.merge_and_unload()  # type: ignore[operator]
+    moved = float((logits_of(merged) - said).abs().max() / said.abs().max())
+    if not moved <= ROUNDED:
+        raise AtollError(
+            "the merged model does not say what the adapted one says", where=folder.name,
+            found=f"logits differ by {moved:.1%}", allowed=f"{ROUNDED:.0%}, from rounding weights to their type",
+            remedy="export the adapter: atoll export RUN --to adapter",
+        )  # fmt: skip
+    with appearing(out) as partial, no_progress_bars():
+        merged.save_pretrained(partial)
+        (result.processor or result.tokenizer).save_pretrained(partial)
+        use = merged_use(written)
+        (partial / "README.md").write_text(readme(folder, written, result.rounds, use), encoding="utf-8")
+    return out
+
+
+def adapted(folder: RunFolder) -> tuple[recipe.Recipe, LoRA]:
+    """A run's recipe, and its space. Raises AtollError where that is no adapter's."""
     written, _ = recipe.read(str(folder.recipe))
     space = parts.make("space", written.finetune.space, "finetune.space")
     if not isinstance(space, LoRA):
@@ -45,15 +91,21 @@ def export_adapter(folder: RunFolder, out: Path, say: Say = quiet) -> Path:
             "the run trained no adapter", where=folder.name, found=f"space {parts.spec(written.finetune.space, '')}",
             allowed="lora", remedy=f"the trained model itself is in {folder.adapter}",
         )  # fmt: skip
+    return written, space
+
+
+def refuse_there(out: Path) -> None:
+    """Nothing is written over."""
     if out.exists():
         raise AtollError("the folder is there already", where=str(out), remedy="choose another by --out, or remove it")
-    tuned, rounds = tuned_params(folder)
-    with appearing(out) as partial:
-        fill(folder, partial, say)
-        check(partial / TENSORS, tuned, space)
-        point_to_base(partial / "adapter_config.json", hub_id(str(choose_model(written.model).name)))
-        (partial / "README.md").write_text(readme(folder, written, rounds), encoding="utf-8")
-    return out
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """Of a few tokens of text, float32."""
+    ids = torch.arange(3, 35, device=next(model.parameters()).device)[None]
+    found: torch.Tensor = model(input_ids=ids).logits
+    return found.float()
 
 
 @contextmanager
@@ -69,21 +121,24 @@ def appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fill(folder: RunFolder, target: Path, say: Say) -> None:
-    """The adapter as the finished run left it; for one that is not finished, made from its checkpoint."""
-    if (folder.adapter / TENSORS).exists():
+def fill(folder: RunFolder, target: Path, say: Say, client: str | None) -> None:
+    """The adapter as the finished run left it; a client's, or one of a run that is not finished, from the checkpoint."""
+    if (folder.adapter / TENSORS).exists() and client is None:
         shutil.copytree(folder.adapter, target, dirs_exist_ok=True)
         return
-    result = load_result(folder, say)
+    result = load_result(folder, say, client)
     result.space.save(result.model, target)
     result.tokenizer.save_pretrained(target)
 
 
-def check(path: Path, expected: Params, space: LoRA) -> None:
-    """Compares the tensors of a file that train with the checkpoint's, bit for bit. A frozen A is in the file alone."""
+def check(path: Path, expected: Params, space: LoRA, personal: Sequence[str]) -> None:
+    """Compares the tensors of a file that train with the checkpoint's, bit for bit.
+
+    In the file alone are a frozen A, and what is clients' own, as it was at the start.
+    """
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if not space.freezes(name)]  # noqa: SIM118 - safe_open is no dict
-        found = {name: file.get_tensor(name) for name in names}
+        trained = {name: name for name in file.keys() if not space.freezes(name)}  # noqa: SIM118 - safe_open is no dict
+        found = {name: file.get_tensor(name) for name in split(trained, personal)[0]}
     if not equal(found, {name: x.to(torch.float32) for name, x in expected.items()}):
         odd = sorted(found.keys() ^ expected.keys()) or ["values"]
         raise AtollError(
@@ -103,36 +158,90 @@ def point_to_base(config: Path, base: str) -> None:
     config.write_text(json.dumps(written | {"base_model_name_or_path": base}, indent=2), encoding="utf-8")
 
 
-def loads(base: str) -> list[str]:
-    """The lines of Python that load the base model. Tiny random ones are made by Atoll and lie nowhere."""
-    if base.startswith("tiny:"):
-        return ["from atoll.models.load import load_model", "", f'base, tokenizer = load_model("{base}")']
+def loads(written: recipe.Recipe) -> list[str]:
+    """The lines of Python that load the base model. What Atoll makes or puts together lies nowhere else."""
+    name = choose_model(written.model).name
+    if isinstance(name, Assembled):
+        own = {key: value for key, value in spec_of(written).items() if key in ("language", "image", "audio")}
+        return [
+            "from atoll.models.assembled import assembled", "from atoll.models.load import load_model", "",
+            f"base, tokenizer = load_model(assembled(**{own}))",
+        ]  # fmt: skip
+    if name.startswith("tiny:"):
+        return ["from atoll.models.load import load_model", "", f'base, tokenizer = load_model("{name}")']
     return [
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{hub_id(name)}")',
     ]
 
 
-def readme(folder: RunFolder, written: recipe.Recipe, rounds: int) -> str:
-    """The card of the adapter: what it is, how it is loaded, what it gained."""
+def spec_of(written: recipe.Recipe) -> dict[str, Any]:
+    """What a recipe says of its model beside its kind."""
+    return dict(parts.spec(written.model, "model").arguments)
+
+
+class Use(NamedTuple):
+    """What an export is for its card."""
+
+    library: str
+    tags: str
+    what: str
+    code: list[str]
+
+
+def adapter_use(written: recipe.Recipe) -> Use:
+    """See `readme`."""
+    code = [
+        "from peft import PeftModel",
+        *loads(written),
+        "",
+        'model = PeftModel.from_pretrained(base, "this-folder")',
+    ]
+    return Use("peft", "[lora, federated]", "A LoRA adapter for", code)
+
+
+def merged_use(written: recipe.Recipe) -> Use:
+    """See `readme`."""
+    ours = isinstance(choose_model(written.model).name, Assembled)
+    code = [
+        *(["import atoll.models.processor  # the model's class, and its processor's"] if ours else []),
+        f"from transformers import AutoModelForCausalLM, {'AutoProcessor' if ours else 'AutoTokenizer'}",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this-folder")',
+        'processor = AutoProcessor.from_pretrained("this-folder")'
+        if ours
+        else 'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+    ]
+    return Use("transformers", "[federated]", "A model merged from an adapter and", code)
+
+
+def readme(folder: RunFolder, written: recipe.Recipe, rounds: int, use: Use) -> str:
+    """The card of an export: what it is, how it is loaded, what it gained."""
     base = hub_id(str(choose_model(written.model).name))
     story = read_story(folder)
-    table = loss_table(story) if story else None
     lines = [
-        "---", "library_name: peft", f"base_model: {base}", "tags: [lora, federated]", "---", "",
+        "---", f"library_name: {use.library}", f"base_model: {base}", f"tags: {use.tags}", "---", "",
         f"# {folder.name}", "",
-        f"A LoRA adapter for {base}, fine-tuned over {rounds} rounds by clients whose data stayed with them.", "",
-        "```python",
-        "from peft import PeftModel", *loads(base), "",
-        'model = PeftModel.from_pretrained(base, "this-folder")',
-        "```", "",
+        f"{use.what} {base}, fine-tuned over {rounds} rounds by clients whose data stayed with them.", "",
+        "```python", *use.code, "```", "",
     ]  # fmt: skip
     if early := unfinished(folder, rounds):
-        lines += [f"The run is not finished: this is the adapter {early}.", ""]
+        lines += [f"The run is not finished: this is its result {early}.", ""]
+    if words := written.finetune.personal:
+        lines += [
+            f"Clients have parts of their own (names with {', '.join(words)}); see --client of `atoll export`.",
+            "",
+        ]
     if story:
         moved = f"{human_bytes(story.bytes_down)} down and {human_bytes(story.bytes_up)} up"
         lines += [f"{len(story.started.clients)} clients; {moved} travelled.", ""]
-    if table:
-        lines += ["## Held-out loss", "", *markdown_table(table), ""]
-    return "\n".join([*lines, *(privacy_section(story) if story else [])]) + "\n"
+        lines += measured_section(story)
+        lines += privacy_section(story)
+    return "\n".join(lines) + "\n"
+
+
+def measured_section(story: Story) -> list[str]:
+    """Losses and accuracies."""
+    tables = [line for table in measured(story) for line in (*markdown_table(table), "")]
+    return ["## Measured on held-out samples", "", *tables] if tables else []

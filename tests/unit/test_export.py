@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import atoll
 from atoll.errors import AtollError
-from atoll.export import export_adapter, hub_id, loads
+from atoll.export import export_adapter, export_merged, hub_id
 from atoll.models.tiny import tiny as tiny_model
 from atoll.params import equal
 from atoll.record.folder import RunFolder
@@ -78,7 +78,6 @@ def test_python_of_the_card_loads_the_adapter(run: RunFolder, tmp_path: Path, mo
     namespace: dict[str, object] = {}
     exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], namespace)
     assert isinstance(namespace["model"], PeftModel)
-    assert 'AutoModelForCausalLM.from_pretrained("org/name")' in loads("org/name")[-1]
 
 
 def test_run_that_is_not_finished_is_exported_from_its_checkpoint(run: RunFolder, tmp_path: Path) -> None:
@@ -128,3 +127,28 @@ def test_command_says_where(atoll: Atoll, run: RunFolder, tmp_path: Path) -> Non
     said = atoll("export", "latest", "--to", "adapter")
     assert (said.status, said.out) == (0, "tiny-1-adapter\n")
     assert (tmp_path / "tiny-1-adapter/adapter_config.json").exists()
+
+
+def test_merged_model_says_what_the_adapted_one_says(run: RunFolder, tmp_path: Path, monkeypatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = export_merged(run, tmp_path / "this-folder")
+    assert not (out / "adapter_config.json").exists()
+    inputs = AutoTokenizer.from_pretrained(out)("item", return_tensors="pt")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out).eval()(**inputs).logits
+    torch.testing.assert_close(found, logits(run.adapter), rtol=1e-4, atol=1e-4)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], namespace)
+    assert type(namespace["model"]).__name__ == "LlamaForCausalLM"
+    assert "| federated |" in (out / "README.md").read_text()
+
+
+def test_merged_model_that_says_something_else_is_not_left(run: RunFolder, tmp_path: Path, monkeypatch) -> None:
+    from peft.tuners.lora import LoraModel
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())
+    with pytest.raises(AtollError, match="does not say what the adapted one says"):
+        export_merged(run, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]

@@ -29,7 +29,9 @@ from atoll.models.multimodal import MultimodalModel
 from atoll.models.processor import MultimodalProcessor
 from atoll.models.shapes import shapes
 from atoll.models.spaces import lora
+from atoll.record.folder import find
 from atoll.record.story import read_story
+from atoll.result import load_result
 from support import Atoll
 
 MLP, RESAMPLER = {"use": "mlp", "pool": 4}, {"use": "resampler", "queries": 3}
@@ -453,6 +455,28 @@ def test_chat_about_a_picture_and_a_sound(sites, atoll: Atoll):
     wrong = atoll("chat", "mine-1", "what?", "--image", str(sound))
     assert wrong.status == 1
     assert "image that cannot be read" in wrong.err
+
+
+@pytest.mark.parametrize("to", ["adapter", "merged"])
+def test_an_export_is_loaded_as_its_card_says_and_answers_as_the_run(sites, atoll: Atoll, monkeypatch, to):
+    assert atoll("run", str(sites / "mine.yaml"), "--set", "finetune.rounds=1").status == 0
+    assert atoll("export", "mine-1", "--to", to, "--out", str(sites / "this-folder")).status == 0
+    monkeypatch.chdir(sites)
+    namespace: dict[str, Any] = {}
+    exec((sites / "this-folder" / "README.md").read_text().split("```python\n")[1].split("```")[0], namespace)
+    result = load_result(find(str(sites / "runs" / "mine-1")))
+    given = result.processor(
+        "<image> or <audio>?", images=[sites / "sites/see/p1.png"], audio=[sites / "sites/hear/s1.wav"]
+    )
+    with torch.no_grad():
+        said, expected = (model.eval()(**given).logits for model in (namespace["model"], result.model))
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(said, load_model(parts_of_recipe())[0](**given).logits, atol=1e-3)
+
+
+def parts_of_recipe() -> Any:
+    image, audio = {"encoder": "tiny:clip", "connector": MLP}, {"encoder": "tiny:whisper", "connector": RESAMPLER}
+    return assembled("tiny:llama", image, {**audio, "seconds": 1})
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -61,16 +61,21 @@ def _typed() -> Iterator[str]:
 
 def export(
     run: RunName = "latest",
-    to: Annotated[Literal["adapter"], typer.Option(help="adapter: a folder that `peft` loads.")] = "adapter",
-    out: Annotated[Path | None, typer.Option(help="The new folder; RUN-adapter by default.")] = None,
+    to: Annotated[
+        Literal["adapter", "merged"],
+        typer.Option(help="adapter: a folder that `peft` loads; merged: a whole model for `transformers`."),
+    ] = "adapter",
+    out: Annotated[Path | None, typer.Option(help="The new folder; RUN-adapter or RUN-merged by default.")] = None,
+    client: Annotated[str | None, typer.Option(help="Whose own parts, of a run with `finetune.personal`.")] = None,
 ) -> None:
     """Export a run's result for use elsewhere, checked against its checkpoint."""
     from atoll.record.folder import find
 
     folder = find(run)
-    from atoll.export import export_adapter
+    from atoll.export import export_adapter, export_merged
     from atoll.result import tuned_params, unfinished
 
     if early := unfinished(folder, tuned_params(folder)[1]):
-        say(f"{folder.name} is not finished: this is the adapter {early}")
-    print(export_adapter(folder, out or Path(f"{folder.path.name}-{to}"), say))
+        say(f"{folder.name} is not finished: this is its result {early}")
+    write = {"adapter": export_adapter, "merged": export_merged}[to]
+    print(write(folder, out or Path(f"{folder.path.name}-{to}"), say, client))
