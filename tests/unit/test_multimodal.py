@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from transformers import LlamaConfig
 
 import atoll
 from atoll.aggregate.base import modality_of
@@ -29,6 +30,7 @@ from atoll.models.multimodal import MultimodalModel
 from atoll.models.processor import MultimodalProcessor
 from atoll.models.shapes import shapes
 from atoll.models.spaces import lora
+from atoll.models.tiny import byte_tokenizer
 from atoll.record.folder import find
 from atoll.record.story import read_story
 from atoll.result import load_result
@@ -111,6 +113,62 @@ def test_a_saved_model_is_read_by_transformers_and_generates_the_same(tmp_path, 
     ]
     slow = model.generate(input_ids=ids, **given, max_new_tokens=5, do_sample=False, use_cache=False)
     assert all(torch.equal(one, slow) for one in made)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny LLaVA as a folder, as `save_pretrained` writes it."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("llava") / "llava"
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    place = tokenizer.convert_tokens_to_ids("<image>")
+    text = LlamaConfig(vocab_size=264, max_position_embeddings=256, initializer_range=0.1, **small)
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **small)
+    torch.manual_seed(3)
+    LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=place)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def test_a_ready_made_model_says_the_same_by_its_parts(llava, media, sites):
+    from transformers import LlavaForConditionalGeneration
+
+    folder = str(llava)
+    one = assembled(folder, {"encoder": folder, "connector": {"use": "projector", "of": folder}})
+    model, tokenizer = load_model(one, dtype="float32")
+    ready = LlavaForConditionalGeneration.from_pretrained(llava).eval()
+    ids = asked(model, "<image> or <image>?", tokenizer)
+    pixels = torch.stack([features_of(model).inputs(medium) for medium in media[:2]])
+    with torch.no_grad():
+        expected = ready(input_ids=ids, pixel_values=pixels).logits
+        for given in ({"image_inputs": pixels}, {"image_features": features_of(model).of(media[:2])["image"]}):
+            torch.testing.assert_close(model(input_ids=ids, **given).logits, expected, rtol=1e-2, atol=2e-3)
+    settings = [f"model={{use: assembled, language: {folder}, image: {{encoder: {folder}, connector: {{use: projector,"
+                f" of: {folder}}}}}}}", "finetune.rounds=1", "name=ready"]  # fmt: skip
+    run = atoll.run(sites / "mine.yaml", settings)
+    assert read_story(run).rounds[0].accepted == 3
+    assert any(".connectors.image.body.layers.0.weight" in name for name in final(run))
+
+
+def test_a_projector_between_other_sizes_is_told(llava):
+    one = assembled("tiny:llama", {"encoder": "tiny:clip", "connector": {"use": "projector", "of": "./nowhere"}})
+    with pytest.raises(AtollError, match="there is no such folder"):
+        load_model(one)
+    from transformers import LlamaForCausalLM
+
+    other = llava.parent / "wide"
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=264, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    ).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    with pytest.raises(AtollError, match="between other sizes"):
+        load_model(assembled(str(other), {"encoder": str(llava), "connector": {"use": "projector", "of": str(llava)}}))
 
 
 def test_a_processor_makes_a_models_inputs_and_is_read_by_transformers(tmp_path, media):

@@ -102,14 +102,21 @@ def _sense(name: str, written: Mapping[str, Any] | None) -> Sense | None:
 
 
 def tokens(sense: Sense, positions: int) -> int:
-    """Places of one medium in the text: its connector's tokens and their two marks."""
+    """Places of one medium in the text: its connector's tokens and their marks."""
     from atoll.models.connectors import make_connector
 
-    return make_connector(sense.connector).tokens(positions) + 2
+    make = make_connector(sense.connector)
+    return make.tokens(positions) + make.marks
 
 
-def put_together(one: Assembled, language: Path | None, encoders: Mapping[str, Path], folder: Path) -> None:
-    """Writes model, tokenizer and preprocessing, of the folders of language model (None: a tiny one) and encoders."""
+def put_together(
+    one: Assembled,
+    language: Path | None,
+    encoders: Mapping[str, Path],
+    projectors: Mapping[str, Path],
+    folder: Path,
+) -> None:
+    """Writes model, tokenizer and preprocessing, of the folders of its parts (None: a tiny language model)."""
     import torch
 
     from atoll.data.media import MODALITIES
@@ -124,13 +131,15 @@ def put_together(one: Assembled, language: Path | None, encoders: Mapping[str, P
     tokenizer.add_special_tokens({"additional_special_tokens": [MODALITIES[name].placeholder for name in made]})
     said = {
         name: {
-            "connector": dict(one.senses[name].connector),
+            "connector": {key: value for key, value in one.senses[name].connector.items() if key != "of"},
             "positions": encoder.positions,
             "features": encoder.features,
             "tokens": tokens(one.senses[name], encoder.positions),
             "seconds": one.senses[name].seconds,
             "dropout": one.senses[name].dropout,
             "token_id": tokenizer.convert_tokens_to_ids(MODALITIES[name].placeholder),
+            "layer": encoder.layer,
+            "skip": encoder.skip,
         }
         for name, encoder in made.items()
     }
@@ -142,9 +151,26 @@ def put_together(one: Assembled, language: Path | None, encoders: Mapping[str, P
     for name, encoder in made.items():
         setattr(model, ENCODERS[name], encoder.module)
         model.connector(name).as_loud_as(model_of_text.get_input_embeddings().weight)
+        if name in projectors:
+            copy_projector(projectors[name], model.connector(name).body.layers)
         encoder.prepare.processor.save_pretrained(folder / name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def copy_projector(folder: Path, layers: Any) -> None:
+    """A ready-made model's two linear layers into ours. Raises AtollError where they are of another size."""
+    from atoll.models.ready_made import projector
+
+    theirs = projector(folder)
+    try:
+        for mine, its in ((layers[0], theirs.linear_1), (layers[2], theirs.linear_2)):
+            mine.load_state_dict(its.state_dict())
+    except RuntimeError as error:
+        raise AtollError(
+            "the projector is between other sizes", where="connector.of", found=str(folder),
+            remedy="name the encoder and the language model of the same folder",
+        ) from error  # fmt: skip
 
 
 def language_model(name: str, folder: Path | None) -> tuple[Any, Any]:
@@ -153,5 +179,9 @@ def language_model(name: str, folder: Path | None) -> tuple[Any, Any]:
         return tiny(name.removeprefix("tiny:"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from atoll.models import ready_made
+
+    if family := ready_made.family_of(folder):
+        return ready_made.language_model(folder, family), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype="auto")
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

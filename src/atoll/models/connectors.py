@@ -28,6 +28,11 @@ from atoll.errors import AtollError
 class MakeConnector(Protocol):
     """What a recipe's `connector` is: a connector that does not know its encoder yet."""
 
+    @property
+    def marks(self) -> int:
+        """Tokens beside K: a learned start and end, before and after a norm; 0 where the body is all there is."""
+        ...
+
     def tokens(self, positions: int) -> int:
         """K, of an encoder with so many features."""
         ...
@@ -38,7 +43,7 @@ class MakeConnector(Protocol):
 
 
 class Connector(nn.Module):
-    """A connector with its marks: [media, T, F] -> [media, K + 2, D].
+    """A connector with its marks: [media, T, F] -> [media, K + 2, D]; K of one without.
 
     In the place of a medium that is missing, and of a share `dropout` of them while it trains, stands a learned `null`.
     """
@@ -47,10 +52,12 @@ class Connector(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.body = make.body(positions, features, width)
-        self.norm = nn.LayerNorm(width)
-        self.start = nn.Parameter(torch.zeros(width))
-        self.end = nn.Parameter(torch.zeros(width))
         self.null = nn.Parameter(torch.zeros(width))
+        self.marked = make.marks > 0
+        if self.marked:
+            self.norm = nn.LayerNorm(width)
+            self.start = nn.Parameter(torch.zeros(width))
+            self.end = nn.Parameter(torch.zeros(width))
 
     def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
         """In the type of its own parameters; `embeddings` [V, D] are the language model's.
@@ -58,18 +65,23 @@ class Connector(nn.Module):
         A medium whose features are no numbers is missing.
         """
         missing = features.isnan().flatten(1).all(1)
-        tokens = self.norm(self.body(features.masked_fill(missing[:, None, None], 0).to(self.start.dtype), embeddings))
+        tokens = self.body(features.masked_fill(missing[:, None, None], 0).to(self.null.dtype), embeddings)
+        if self.marked:
+            tokens = self.norm(tokens)
         if self.training and self.dropout:
             missing = missing | (torch.rand(len(features), device=features.device) < self.dropout)
         tokens = torch.where(missing[:, None, None], self.null, tokens)
+        if not self.marked:
+            return tokens
         ends = (mark.expand(len(tokens), 1, -1) for mark in (self.start, self.end))
         return torch.cat([next(ends), tokens, next(ends)], dim=1)
 
     @torch.no_grad()
     def as_loud_as(self, embeddings: Tensor) -> None:
         """Tokens of the size of the rows of `embeddings` [V, D]; marks and null that are their mean."""
-        self.norm.weight.fill_(float(embeddings.float().square().mean().sqrt()))
-        for mark in (self.start, self.end, self.null):
+        if self.marked:
+            self.norm.weight.fill_(float(embeddings.float().square().mean().sqrt()))
+        for mark in (self.start, self.end, self.null) if self.marked else (self.null,):
             mark.copy_(embeddings.float().mean(0))
 
 
@@ -78,6 +90,7 @@ class MLP:
     """See `mlp`."""
 
     pool: int
+    marks = 2
 
     def tokens(self, positions: int) -> int:
         """One for each `pool` neighboring features, the last of fewer."""
@@ -87,6 +100,22 @@ class MLP:
         """Norm, linear, GELU, linear."""
         layers = [nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, width)]
         return Pooled(self.pool, *layers)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """See `projector`."""
+
+    of: str
+    marks = 0
+
+    def tokens(self, positions: int) -> int:
+        """One for each feature."""
+        return positions
+
+    def body(self, positions: int, features: int, width: int) -> nn.Module:
+        """Linear, GELU, linear."""
+        return Pooled(1, nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
 
 
 class Pooled(nn.Module):
@@ -128,6 +157,7 @@ class MakeResampler:
 
     queries: int
     heads: int
+    marks = 2
 
     def tokens(self, positions: int) -> int:
         """As many as queries."""
@@ -165,6 +195,7 @@ class MakeAlignment:
     stride: int
     heads: int
     anchors: int | None
+    marks = 2
 
     def tokens(self, positions: int) -> int:
         """One for each `stride` neighboring features; a last group of fewer is left out."""
@@ -197,6 +228,11 @@ def mlp(pool: Annotated[int, Ge(1)] = 1) -> MLP:
     Source: Liu et al. 2023, LLaVA-1.5 (arXiv 2310.03744), Section 3.
     """
     return MLP(pool)
+
+
+def projector(of: str = "") -> Projector:
+    """The projector of a ready-made model of the LLaVA family, in a folder or on the hub: training goes on from it."""
+    return Projector(of)
 
 
 def resampler(queries: Annotated[int, Ge(1)] = 8, heads: Annotated[int, Ge(1)] = 8) -> MakeResampler:

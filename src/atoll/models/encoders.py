@@ -279,6 +279,10 @@ class Encoder(NamedTuple):
     prepare: Preparation
     positions: int
     features: int
+    layer: int | None = None
+    """Whose outputs the features are; None: the last one's, after its norm."""
+    skip: int = 0
+    """Features that are left out at the beginning."""
 
 
 def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> Encoder:
@@ -286,10 +290,16 @@ def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> E
     import torch
     from transformers import AutoModel
 
-    from atoll.models.multimodal import bare
+    from atoll.models import ready_made
+    from atoll.models.multimodal import bare, hidden
 
+    family, layer, skip = ready_made.family_of(folder), None, 0
     try:
-        module: Any = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        module: Any
+        if family:
+            module, layer, skip = ready_made.encoder(folder, family)
+        else:
+            module = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AtollError("cannot load the encoder", where=str(folder), found=str(error).splitlines()[0]) from error
     module = bare(module).eval().requires_grad_(False)
@@ -298,9 +308,8 @@ def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> E
     if hasattr(module, "embed_positions"):
         shorten(module, inputs.shape[-1] // 2)
     with torch.no_grad():
-        hidden = module(inputs).last_hidden_state
-    positions, features = (hidden[0, 0].numel(), hidden.shape[1]) if hidden.dim() == 4 else hidden.shape[1:]
-    return Encoder(module, prepare, int(positions), int(features))
+        positions, features = hidden(module, inputs, layer, skip).shape[1:]
+    return Encoder(module, prepare, int(positions), int(features), layer, skip)
 
 
 def shorten(module: Any, positions: int) -> None:

@@ -41,7 +41,10 @@ def features_of(model: Any) -> Features | None:
         return None
     prepared = preparations(model.config)
     identities = {
-        name: content_hash(prepared[name].identity, *_bytes(getattr(model, ENCODERS[name]))) for name in prepared
+        name: content_hash(
+            prepared[name].identity, *_taken(getattr(model.config, name)), *_bytes(getattr(model, ENCODERS[name]))
+        )
+        for name in prepared
     }
     return Features(model, prepared, identities, home() / "features")
 
@@ -59,6 +62,11 @@ def senses_of(config: Any, prepared: Mapping[str, Preparation]) -> Senses:
         name: Sense(said[name]["token_id"], said[name]["tokens"], one.rate, one.seconds or 0.0)
         for name, one in prepared.items()
     }
+
+
+def _taken(said: Mapping[str, Any]) -> list[str]:
+    """Which of an encoder's outputs are taken, where it is not all of the last ones."""
+    return [] if said.get("layer") is None else [f"layer {said['layer']} from {said['skip']}"]
 
 
 def _bytes(encoder: Any) -> Iterator[bytes]:

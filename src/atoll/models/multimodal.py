@@ -47,7 +47,7 @@ class MultimodalConfig(PreTrainedConfig):
         text_config: of the causal language model.
         vision_config, audio_config: of the encoders; None for a modality that the model does not know.
         image, audio: of each modality {"connector": as in a recipe, "positions": T, "features": F, "token_id": int,
-            "dropout": a share of media}.
+            "dropout": a share of media, "layer" and "skip": of the encoder's outputs}.
     """
 
     model_type = MODEL_TYPE
@@ -82,6 +82,14 @@ def bare(model: Any) -> nn.Module:
     encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     found: nn.Module = getattr(encoder, "vision_model", encoder)
     return found
+
+
+def hidden(encoder: Any, raw: Tensor, layer: int | None, skip: int) -> Tensor:
+    """An encoder's features [media, T, F]: of a layer, or the last ones; without the first `skip`."""
+    made = encoder(raw) if layer is None else encoder(raw, output_hidden_states=True)
+    found: Tensor = made.last_hidden_state if layer is None else made.hidden_states[layer]
+    found = found.flatten(2).transpose(1, 2) if found.dim() == 4 else found  # [media, F, height, width]
+    return found[:, skip:]
 
 
 class MultimodalModel(PreTrainedModel, GenerationMixin):
@@ -135,10 +143,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def encode(self, modality: str, raw: Tensor) -> Tensor:
         """An encoder's features [media, T, F] of its own inputs [media, ...], without gradients."""
-        encoder = getattr(self, ENCODERS[modality])
+        encoder, said = getattr(self, ENCODERS[modality]), getattr(self.config, modality)
         with torch.no_grad():
-            hidden: Tensor = encoder(raw.to(encoder.device, encoder.dtype)).last_hidden_state
-        return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden  # [media, F, height, width]
+            return hidden(encoder, raw.to(encoder.device, encoder.dtype), said.get("layer"), said.get("skip", 0))
 
     def forward(
         self,
