@@ -22,7 +22,14 @@ from atoll import parts, wire
 from atoll.aggregate.base import Aggregator, modality_of
 from atoll.aggregate.mean import Mean, share
 from atoll.client import Side
-from atoll.compatible import refuse_clients, refuse_context, refuse_parts, refuse_personal, warnings
+from atoll.compatible import (
+    refuse_changed_records,
+    refuse_clients,
+    refuse_context,
+    refuse_parts,
+    refuse_personal,
+    warnings,
+)
 from atoll.errors import AtollError, closest, placed
 from atoll.fleet.inprocess import Elsewhere, MakeFleet, inprocess
 from atoll.local.corrections import Correction
@@ -212,6 +219,7 @@ def population(
     elsewhere, least = given is None and isinstance(fleet, Elsewhere), 1
     if elsewhere:
         assert isinstance(fleet, Elsewhere)
+        refuse_changed_records(recipe)
         given, least = clients_elsewhere(recipe, tree, fleet, made.schedule, shapes)
     found = sources_of(recipe) if given is None else given
     unwilling = {name: why for name, why in found.items() if isinstance(why, str)}

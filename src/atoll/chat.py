@@ -45,14 +45,27 @@ class Chat:
 
     def answer(self, prompt: str, write: Write) -> str:
         """The answer to `prompt`, handed to `write` piece by piece; it becomes part of the conversation."""
-        [question] = placed_media([{"role": "user", "content": prompt}], self.waiting)
+        question = self._placed(prompt)
         asked = [*self.messages, question]
-        self.media, self.waiting = [*self.media, *self.waiting], []
+        self.media, self.waiting = [*([] if self.raw else self.media), *self.waiting], []
         text = question["content"] if self.raw else ChatFormat(self.result.tokenizer).render(asked, prompt=True)
         answer = self._generate(text, write)
         if not self.raw:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
         return answer
+
+    def _placed(self, prompt: str) -> dict[str, Any]:
+        """The question, with a place for what waits. Raises AtollError for one with more places than media."""
+        asked = {"role": "user", "content": prompt}
+        if self.result.processor is None:
+            return asked
+        try:
+            return placed_media([asked], self.waiting)[0]
+        except Unusable as reason:
+            raise AtollError(
+                "this cannot be asked", found=str(reason), allowed="a place for each picture or sound that goes with it",
+                remedy="attach it first: /image FILE or /audio FILE; or leave out the word in angle brackets",
+            ) from reason  # fmt: skip
 
     def attach(self, modality: str, path: Path) -> None:
         """Lets a picture or a sound go with the next question. Raises AtollError for one that cannot be used."""
@@ -149,5 +162,8 @@ def converse(chat: Chat, lines: Iterable[str], write: Write, tell: Write) -> Non
         if line.startswith("/"):
             tell(chat.command(line))
         elif line:
-            chat.answer(line, write)
-            write("\n")
+            try:
+                chat.answer(line, write)
+                write("\n")
+            except AtollError as error:
+                tell(str(error))

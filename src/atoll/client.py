@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from atoll.aggregate.base import Weights
+from atoll.aggregate.base import ALL, Weights
 from atoll.cache import replace_tensors
 from atoll.errors import AtollError
 from atoll.exchange import Done, Reply, Task, WorkFailed
@@ -180,9 +180,15 @@ class Client:
         payloads, done = self._work(task, params)
         about = {"metrics": done.metrics, "keeps_state": bool(done.state)}
         if self.side is None or not payloads:
-            return about | {"payloads": payloads, "weights": done.weights}
+            return about | {"payloads": payloads, "weights": self._asked(done)}
         metrics = {name: value for name, value in done.metrics.items() if name in self.side.metrics}
         return about | {"data": self.side.keep(task, params, payloads, done.weights), "metrics": metrics}
+
+    def _asked(self, done: Done) -> Weights:
+        """The weights that the plan's aggregators ask for."""
+        updates = ((stream, done.updates.get(stream.name)) for stream in self.streams)
+        groups = {ALL}.union(*(stream.aggregate.groups(update) for stream, update in updates if update is not None))
+        return {name: weight for name, weight in done.weights.items() if name in groups}
 
     def _work(self, task: Task, params: Mapping[str, Params]) -> tuple[dict[str, Payload], Done]:
         kept = self.store.settle(task.acknowledged)

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from atoll import parts
+from atoll.aggregate.base import ALL, modality_of
 from atoll.errors import AtollError, closest
 from atoll.local.corrections import Correction
 from atoll.made import Made
@@ -46,6 +47,19 @@ LORA_AVERAGING = (
     " 0.007 of 0.661 held-out loss on the quickstart (docs/log.md)"
 )
 """Measured by experiments/lora_averaging.py."""
+
+
+RANDOM_CONNECTORS = (
+    "the connectors stay as they were drawn, and tell the language model nothing of what encoders see or hear:"
+    " `space: {use: lora, modules: [connectors]}` trains them"
+)
+
+
+def random_connectors(recipe: Recipe, made: Made) -> bool:
+    """Whether an assembled model's connectors begin at random, and end so."""
+    assembled = parts.spec(recipe.model, "model").use == "assembled"
+    whole = made.space.modules if isinstance(made.space, LoRA) else ("connectors",)
+    return assembled and recipe.start is None and not any(name.startswith("connectors") for name in whole)
 
 
 LORA_NOISE = (
@@ -103,6 +117,16 @@ def refuse_correction(recipe: Recipe, correction: Correction) -> None:
             )  # fmt: skip
 
 
+def refuse_changed_records(recipe: Recipe) -> None:
+    """Over a network the sites' own records count, as they are."""
+    data = parts.spec(recipe.data, "data")
+    if "inner" in data.arguments:
+        raise AtollError(
+            "sites train on their own records, as they are", where="data", found=data.use,
+            allowed="a part that changes no records", remedy="simulate it: --set fleet=inprocess",
+        )  # fmt: skip
+
+
 def refuse_personal(planned: Collection[str], personal: Sequence[str], correction: Correction) -> None:
     """What stays at its client must be there, must leave something that travels, and is in no control variate."""
     endings = sorted({".".join(name.split(".")[-2:]) for name in planned})
@@ -117,6 +141,12 @@ def refuse_personal(planned: Collection[str], personal: Sequence[str], correctio
         raise AtollError(
             "nothing travels: all parameters are personal", where="finetune.personal", found=list(personal),
             remedy="`extends: methods/local-only` trains each client by itself",
+        )  # fmt: skip
+    if correction.streams and (unlike := sorted({modality_of(name) for name in planned} - {ALL})):
+        raise AtollError(
+            "this correction is a mean over all clients, and not all hold what this model takes",
+            where="finetune.correction", found=f"connectors of {', '.join(unlike)}", allowed="none, or proximal",
+            remedy="leave the correction out, or `modules: [connectors]`",
         )  # fmt: skip
     if personal and correction.streams:
         raise AtollError(
@@ -340,6 +370,7 @@ def warnings(recipe: Recipe, made: Made, population: int) -> list[str]:
         and outer.momentum,
         "error feedback with decay acts as momentum already (SparseLoCo); outer momentum comes on top": decays
         and outer.momentum,
+        RANDOM_CONNECTORS: random_connectors(recipe, made),
         LORA_AVERAGING: averages and population > 1,
         LORA_NOISE: averages and made.privacy is not None,
         TWO_UNDER_MASKS: made.exchange is not None and made.exchange.least(cohort_sizes(schedule, population)[0]) < 3,

@@ -80,14 +80,16 @@ def processor_of(model: Any, tokenizer: Any) -> MultimodalProcessor | None:
 def own_params(folder: RunFolder, client: str) -> Params:
     """What stays at a client of the run, as after its last task. Raises AtollError where there is nothing."""
     state = load_state(folder.checkpoint)
-    if client not in state.acknowledged:
+    here = [name for name in state.acknowledged if folder.client(name).exists()]
+    kept = FileStore(folder.client(client)).settle(state.acknowledged[client]) if client in here else {}
+    own = under(PERSONAL, under("work", kept))
+    if not own:
         raise AtollError(
             "nothing of this client's own is here", where=f"{folder.name}: --client", found=client,
-            allowed=", ".join(state.acknowledged) or "a client of a run with `finetune.personal`",
-            remedy=closest(client, state.acknowledged) if state.acknowledged else "leave it out",
+            allowed="a client of a run with `finetune.personal` that was simulated here: " + (", ".join(here) or "none"),
+            remedy=closest(client, here) if here else "what is a site's own lies at the site: leave --client out",
         )  # fmt: skip
-    kept = FileStore(folder.client(client)).settle(state.acknowledged[client])
-    return under(PERSONAL, under("work", kept))
+    return own
 
 
 def load_result(folder: RunFolder, say: Say = quiet, client: str | None = None) -> Result:

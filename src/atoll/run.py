@@ -78,9 +78,14 @@ def refuse_start(ready: Plan) -> None:
     theirs, _ = recipe.read(other.recipe)
     model, space = choose_model(theirs.model), parts.make("space", theirs.finetune.space, "finetune.space")
     same = {
-        "model": (str(model.name), str(ready.model.name)),
+        "model": (model.name, ready.model.name),
         "finetune.space": (space, ready.space),
     }
+    if words := theirs.finetune.personal:
+        raise AtollError(
+            "a part of the run's result stayed at its clients", where="from", found=f"{other.name}: personal {words}",
+            allowed="a run without finetune.personal",
+        )  # fmt: skip
     for key, (found, mine) in same.items():
         if found != mine:
             raise AtollError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from atoll.aggregate.base import ALL, modality_of
 from atoll.build import Plan
 from atoll.privacy.protection import Protection, Samples, promise
 from atoll.schedule import cohort_sizes
@@ -38,8 +39,15 @@ def server_sees(plan: Plan) -> str:
     ranges = "" if ranged else ", and how many clients' largest values lie in which quarter of an octave"
     return (
         f"who takes part, and sums of at least {plan.exchange.least(asked)} updates{apart}{ranges}{allowed};"
-        " it also hears each client's held-out loss"
+        f" it also hears each client's held-out loss and accuracy{few_hold(plan)}"
     )
+
+
+def few_hold(plan: Plan) -> str:
+    """What masks do not hide of a modality that few hold: the others' parts of its sum are zero."""
+    if not plan.protection and any(modality_of(name) != ALL for name in plan.trains or ()):
+        return "; a connector's sum is over those who hold its modality, who may be few or one, and it learns how many"
+    return ""
 
 
 def guarantee(protection: Protection | None, rounds: int, samples: Samples) -> dict[str, Any] | None:
@@ -81,7 +89,7 @@ HOLDS_AGAINST = {
 NOT_COVERED = {
     "client": "held-out losses, which each client tells, and whatever is decided by them, such as when to stop",
     "example": (
-        "held-out losses, how many samples a client holds, and how long it works; a text that was cut into several"
-        " samples is several examples"
+        "held-out losses, how many samples a client holds, whether any of them has a picture or a sound, and how long it"
+        " works; a text that was cut into several samples is several examples"
     ),
 }

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,16 @@ from transformers import LlamaConfig
 import atoll
 from atoll.aggregate.base import modality_of
 from atoll.assemble import assemble
-from atoll.data.collate import pack, pad
+from atoll.chat import Chat, converse
+from atoll.data.collate import media_in, pack, pad
 from atoll.data.media import MOST_PIXELS, Medium, Unusable, placed_media, read_image, read_sound
+from atoll.data.read import Report, open_source, records
 from atoll.data.sources import holders
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
+from atoll.exchange import Broadcast, Task
 from atoll.local.objectives import token_losses
+from atoll.local.work import train
 from atoll.models.assembled import assembled
 from atoll.models.connectors import Connector, make_connector
 from atoll.models.features import Features, features_of
@@ -32,8 +40,10 @@ from atoll.models.shapes import shapes
 from atoll.models.spaces import lora
 from atoll.models.tiny import byte_tokenizer
 from atoll.record.folder import find
+from atoll.record.measured import LOSS, by_modality
 from atoll.record.story import read_story
 from atoll.result import load_result
+from atoll.stream import UPDATE
 from support import Atoll
 
 MLP, RESAMPLER = {"use": "mlp", "pool": 4}, {"use": "resampler", "queries": 3}
@@ -230,8 +240,6 @@ def test_packed_samples_with_clips_have_the_losses_they_have_alone(media):
         samples.append((ids, np.where(ids < 256, ids, -100), tuple(some)))
 
     def losses(some: list[Any], make: Any) -> torch.Tensor:
-        from dataclasses import replace
-
         batch = replace(make(some), media=features.of([medium for sample in some for medium in sample[2]]))
         with torch.no_grad():
             return token_losses(model, batch)[0]
@@ -250,15 +258,40 @@ def test_as_many_places_as_clips_or_a_reason(media):
         model(input_ids=asked(model, "<audio>", tokenizer))
 
 
-def test_encoders_stay_as_they_are_while_the_rest_trains(media):
-    model, _ = load_model(parts())
-    before = features_of(model).of(media)
-    model.train()
-    assert not model.vision_encoder.training
-    assert model.connectors.training
-    raw = features_of(model).inputs(media[0])[None].requires_grad_()
-    assert not model.encode("image", raw).requires_grad
-    assert torch.equal(before["image"][0], features_of(model).of(media[:1])["image"][0])
+@pytest.mark.parametrize("space", ["full", "{use: lora, modules: [connectors]}"])
+def test_encoders_stay_as_they_are_while_the_rest_trains(sites, monkeypatch, space):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    things = assemble(atoll.plan(sites / "mine.yaml", [f"finetune.space={space}"]))
+    assert not [name for name in things.start if "_encoder." in name]
+    inner = things.model.get_base_model() if hasattr(things.model, "get_base_model") else things.model
+    before = {name: x.clone() for name, x in inner.state_dict().items() if name.startswith(("vision_", "audio_"))}
+    task = Task("train", "see", "", Broadcast(0, {}), 1)
+    done = train(things.local, {UPDATE: things.start}, things.data["see"], {}, task)
+    assert any(
+        float(x.abs().max()) > 0 for name, x in done.updates[UPDATE].items() if ".connectors.image." in f".{name}"
+    )
+    assert not inner.vision_encoder.training
+    assert inner.connectors.training
+    assert all(torch.equal(x, before[name]) for name, x in inner.state_dict().items() if name in before)
+
+
+def test_beams_see_each_row_with_its_own_media(media):
+    model, tokenizer = load_model(parts())
+    features = features_of(model)
+    ids = asked(model, "<image> or <image>?", tokenizer)
+    both = features.of(media[:2])["image"]
+    alone = model.generate(input_ids=ids, image_features=both, max_new_tokens=6, do_sample=False)
+    wide = model.generate(
+        input_ids=ids.repeat(2, 1), image_features=torch.cat([both, both.flip(0)]), max_new_tokens=6, num_beams=3,
+        num_return_sequences=1, do_sample=False,
+    )  # fmt: skip
+    single = [
+        model.generate(input_ids=ids, image_features=one, max_new_tokens=6, num_beams=3, do_sample=False)
+        for one in (both, both.flip(0))
+    ]
+    assert alone.shape[1] >= ids.shape[1]
+    for row, one in zip(wide, single, strict=True):
+        assert torch.equal(row[: one.shape[1]], one[0])
 
 
 @pytest.mark.parametrize(
@@ -472,8 +505,7 @@ def test_masked_sums_weigh_by_modality_too(sites, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    ["finetune.correction=scaffold", "finetune.optimizer=sgd", "finetune.clip_norm=null"],
-    ["finetune.outer=adam"],
+    ["finetune.outer=adam"], ["finetune.correction=proximal"],
     ["finetune.outer=nesterov", "finetune.up=[{use: error-feedback, chain: [{use: topk, fraction: 0.5}]}]"],
     ["finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 50}"],
     ["finetune.exchange=secure-aggregation", "finetune.privacy={use: distributed, clip: 1, delta: 0.1, epsilon: 50}"],
@@ -547,6 +579,8 @@ def parts_of_recipe() -> Any:
     ("model.audio.seconds=31", "less than or equal to 30"),
     ("model.sound={}", "has no such argument"),
     ("finetune.space.modules=[conectors]", "did you mean 'connectors'"),
+    ("finetune.space.modules=[vision_encoder]", "the model has no such module"),
+    ("finetune={correction: scaffold, optimizer: sgd, clip_norm: null, weighting: uniform}", "not all hold what"),
     ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {images: 1}}", "did you mean 'image'"),
     ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {image: 2}}", "less than or equal to 1"),
 ])  # fmt: skip
@@ -605,3 +639,105 @@ def test_a_record_may_say_that_its_picture_is_missing(tmp_path, media):
     assert len({len(sample[0]) for sample in both}) == 1
     features = features_of(model).of([sample[2][0] for sample in both])["image"]
     assert sorted(bool(one.isnan().all()) for one in features) == [False, True]
+
+
+def test_pictures_of_16_bits_are_gray_and_others_are_named(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    shown = np.asarray(read_image(tmp_path / "deep.png"))[..., 0]
+    assert np.abs(shown.astype(int) - (ramp >> 8)).max() <= 1
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(Unusable, match="more than 16 bits"):
+        read_image(tmp_path / "float.tiff")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
+def test_whatever_bytes_a_picture_has_it_is_read_or_named(tmp_path, kind):
+    draw = np.random.default_rng(0)
+    path = tmp_path / f"one.{kind}"
+    Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(60):
+        broken = whole.copy()
+        broken[draw.integers(len(broken), size=8)] = draw.integers(256, size=8)
+        path.write_bytes(broken[: draw.integers(20, len(broken) + 1)].tobytes())
+        with suppress(Unusable), warnings.catch_warnings(action="ignore"):
+            assert read_image(path).mode == "RGB"
+
+
+def test_a_medium_named_by_an_absolute_path_leaves_its_record_out(tmp_path, media, monkeypatch):
+    chat = [{"role": "user", "content": "Look"}, {"role": "assistant", "content": "yes"}]
+    write(tmp_path / "site", [{"messages": chat, "images": [str(media[0].path)]}])
+    report = Report()
+    assert not list(records(open_source(tmp_path / "site"), report))
+    assert list(report.left_out) == ["image that is not named from the folder of its record"]
+
+
+def test_a_text_with_media_that_is_too_long_for_the_context_is_left_out(tmp_path, media):
+    model, tokenizer = load_model(parts())
+    chat = [{"role": "user", "content": "Look " * 40}, {"role": "assistant", "content": "yes"}]
+    write(tmp_path, [{"messages": chat, "images": ["noise.png"]}, {"messages": chat}])
+    found = prepare(
+        tmp_path, tokenizer, 64, "causal_lm", cache_root=tmp_path / "home", senses=features_of(model).senses
+    )
+    assert list(found.report.left_out) == ["longer than the context"]
+    assert not any(media_in(sample) for sample in [*found.train, *found.test])
+
+
+def test_what_a_policy_keeps_is_not_in_the_table(sites, monkeypatch):
+    """Whatever part of the metrics of one client is missing: no error, and no picture counted as text."""
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    story = read_story(atoll.run(sites / "mine.yaml", ["finetune.rounds=1"]))
+    whole = by_modality(story, LOSS)
+    assert {"image", "text"} <= {*whole.sites}
+    for kept in (["loss", "standard_error"], ["loss", "loss/image"], ["accuracy"], []):
+        metrics = {name: x for name, x in story.base.clients["see"].items() if name in {*kept, "samples"}}
+        base = replace(story.base, clients={**story.base.clients, "see": metrics})
+        less = by_modality(replace(story, evaluations=[base, story.final]), LOSS)
+        assert "image" not in less.sites
+        text = less.sites.index("text")
+        assert less.rows[0][1][text] != (pytest.approx(metrics.get("loss", -1.0)), 0.0)
+
+
+def test_media_in_the_words_of_a_question(sites, atoll: Atoll):
+    assert atoll("run", str(sites / "mine.yaml"), "--set", "finetune.rounds=1").status == 0
+    heard = atoll("chat", "mine-1", "what does the <audio> tag do?", "--max-tokens", "2")
+    assert heard.status == 1
+    assert "attach it first" in heard.err
+    talk = Chat(load_result(find("mine-1")), max_tokens=2)
+    said: list[str] = []
+    converse(talk, ["a <image>?", "what?"], lambda text: None, said.append)
+    assert len(talk.messages) == 2  # the second was answered
+    assert "attach it first" in said[0]
+
+
+def test_encoders_with_missing_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from atoll.models.encoders import load_encoder
+    from atoll.models.tiny import tiny_encoder
+
+    folder = Path(shutil.copytree(tiny_encoder("tiny:clip", "image"), tmp_path / "clip"))
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if "layers.1.mlp.fc1.weight" in name)
+    save_file({k: x for k, x in tensors.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AtollError, match="lack params"):
+        load_encoder("image", folder)
+
+
+def test_another_preprocessing_is_another_model(tmp_path):
+    from atoll.models.ref import resolve
+    from atoll.models.tiny import tiny_encoder
+
+    folder = Path(shutil.copytree(tiny_encoder("tiny:clip", "image"), tmp_path / "clip"))
+    one = assembled("tiny:llama", {"encoder": str(folder), "connector": MLP})
+    before = resolve(one).identity
+    written = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(written | {"image_mean": [0.1, 0.1, 0.1]}))
+    assert resolve(one).identity != before
+
+
+def test_connectors_that_do_not_train_are_warned_of(sites, atoll: Atoll):
+    heard = atoll("plan", str(sites / "mine.yaml"), "--set", "finetune.space={use: lora, rank: 2, modules: []}")
+    assert heard.status == 0
+    assert "connectors stay as they were drawn" in heard.out + heard.err

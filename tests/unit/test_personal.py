@@ -12,8 +12,9 @@ import atoll
 from atoll.client import FileStore
 from atoll.params import Params, under
 from atoll.record.checkpoint import load_state
-from atoll.record.folder import RunFolder
+from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
+from atoll.result import load_result
 from atoll.stream import UPDATE
 from support import Atoll
 
@@ -96,7 +97,7 @@ def test_it_goes_with_masks_compression_and_baselines(site: Path, settings: list
 @pytest.mark.parametrize(("change", "said"), [
     ("finetune.personal=[lora_C]", "no parameter has this in its name"),
     ("finetune.personal=[lora]", "nothing travels"),
-    ("finetune.correction=scaffold", "optimizer"),
+    ("finetune={correction: scaffold, optimizer: sgd, clip_norm: null, weighting: uniform}", "about all that trains"),
 ])  # fmt: skip
 def test_what_cannot_be_personal_is_told(site: Path, atoll: Atoll, change: str, said: str) -> None:
     heard = atoll("plan", str(site / "mine.yaml"), "--set", change)
@@ -107,6 +108,14 @@ def test_what_cannot_be_personal_is_told(site: Path, atoll: Atoll, change: str, 
 def test_chat_with_a_clients_own_model(site: Path, atoll: Atoll) -> None:
     assert atoll("run", str(site / "mine.yaml"), "--set", "finetune.rounds=1").status == 0
     assert atoll("chat", "mine-1", "1?", "--client", "east", "--max-tokens", "4").status == 0
+    one, other = (load_result(find("mine-1"), client=name) for name in ("east", "west"))
+    assert {n: x for n, x in one.tuned.items() if ".lora_A." in n}.keys() == kept(find("mine-1"), "east").keys()
+    assert any(not torch.equal(one.tuned[n], other.tuned[n]) for n in one.tuned if ".lora_A." in n)
+    assert all(torch.equal(one.tuned[n], other.tuned[n]) for n in one.tuned if ".lora_B." in n)
+    assert "--client names one" in atoll("chat", "mine-1", "1?", "--max-tokens", "2").err
     wrong = atoll("chat", "mine-1", "1?", "--client", "eats")
     assert wrong.status == 1
     assert "did you mean 'east'" in wrong.err
+    on = atoll("plan", str(site / "mine.yaml"), "--set", "from=mine-1")
+    assert on.status == 1
+    assert "stayed at its clients" in on.err

@@ -31,7 +31,7 @@ def modality_of(name: str) -> str:
     ('image', 'all')
     """
     for modality in MODALITIES:
-        if f"connectors.{modality}." in name or name.startswith(f"{modality}_encoder."):
+        if f"connectors.{modality}." in name:
             return modality
     return ALL
 

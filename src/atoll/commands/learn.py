@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from atoll.commands.output import AsJson, say, show, show_json
+
+if TYPE_CHECKING:
+    from atoll.recipe import Finetune
 
 
 def data(
@@ -24,7 +27,10 @@ def data(
             show_default="smollm2-135m; where records name media, that of the recipe multimodal",
         ),
     ] = None,
-    context: Annotated[int, typer.Option(min=8, help="The longest sample, in tokens.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(min=8, help="The longest sample, in tokens.", show_default="512, or that of the recipe"),
+    ] = None,
     samples: Annotated[int, typer.Option("--show", min=0, help="Samples to show, the labeled part marked.")] = 3,
     objective: Annotated[
         Literal["sft", "causal-lm"] | None, typer.Option(help="Where the loss is; by the data's format if not given.")
@@ -47,10 +53,14 @@ def data(
     from atoll.data.preview import preview, render
     from atoll.errors import placed
     from atoll.models.load import load_senses, load_tokenizer
+    from atoll.parts import spec
 
     wanted: Any = objective and objective.replace("-", "_")
     with placed("--model"):
-        whose = model_of(named)
+        whose, of_recipe = model_of(named)
+        context = context or (of_recipe.context if of_recipe else CONTEXT)
+        if wanted is None and of_recipe:
+            wanted = spec(of_recipe.objective, "finetune.objective").use.replace("-", "_")
         tokenizer, senses = load_tokenizer(whose, say), load_senses(whose, say)
     seen = preview(path, tokenizer, context, samples, wanted, senses)
     if as_json:
@@ -63,14 +73,18 @@ TEXT, MULTIMODAL = "smollm2-135m", "multimodal"
 """Whose view of the data is shown if nobody says."""
 
 
-def model_of(name: str) -> Any:
-    """A model by name, or that of a recipe: a file, or one that is shipped."""
+CONTEXT = 512
+
+
+def model_of(name: str) -> tuple[Any, Finetune | None]:
+    """A model by name; or that of a recipe, a file or a shipped one, with what it says of training."""
     from atoll import recipe
     from atoll.build import choose_model
 
     if name.endswith((".yaml", ".yml")) or f"runs/{name}" in recipe.shipped():
-        return choose_model(recipe.read(name)[0].model).name
-    return name
+        written, _ = recipe.read(name)
+        return choose_model(written.model).name, written.finetune
+    return name, None
 
 
 def get(name: str | None, to: Path | None) -> None:

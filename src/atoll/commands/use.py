@@ -32,6 +32,8 @@ def chat(
     talk = Chat(load_result(folder, say, client), max_tokens, temperature, base)
     if early := unfinished(folder, talk.result.rounds):
         say(f"{folder.name} is not finished: this is the model {early}")
+    if (words := talk.result.recipe.finetune.personal) and client is None:
+        say(f"clients have parts of their own ({', '.join(words)}): this is the model before any; --client names one")
     for modality, paths in (("image", image), ("audio", audio)):
         for path in paths or ():
             talk.attach(modality, path)

@@ -112,6 +112,8 @@ def named_media(row: Mapping[str, Any], folder: Path, place: str) -> list[Medium
 
 def _inside(folder: Path, name: str, modality: str) -> Path:
     path = folder / name
+    if Path(name).is_absolute():
+        raise Unusable(f"{modality} that is not named from the folder of its record")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise Unusable(f"{modality} outside the folder of its record")
     if not path.is_file():
@@ -175,19 +177,34 @@ def placed_media(messages: Sequence[Mapping[str, Any]], media: Sequence[Medium])
 
 def read_image(path: Path) -> Image:
     """A picture in RGB, on white where it is transparent. Raises Unusable."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise Unusable(f"image of more than {MOST_PIXELS // 10**6} million pixels")
-            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+            upright = ImageOps.exif_transpose(of_8_bits(opened)).convert("RGBA")
     except Unusable:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise what they like
         raise Unusable("image that cannot be read") from error
     ground = Image.new("RGBA", upright.size, "white")
     return Image.alpha_composite(ground, upright).convert("RGB")
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""That are read at all."""
+
+
+def of_8_bits(picture: Any) -> Any:
+    """A picture of 16 bits of gray as one of 8: Pillow would cut off what is brighter. Raises Unusable for other depths."""
+    from PIL import Image
+
+    if picture.mode in ("I", "F"):
+        raise Unusable("image of more than 16 bits a channel")
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
 def read_sound(path: Path, rate: int, seconds: float) -> NDArray[np.float32]:
@@ -202,9 +219,9 @@ def read_sound(path: Path, rate: int, seconds: float) -> NDArray[np.float32]:
                 raise Unusable(f"audio of more than {longest:g} s")
             own: int = file.samplerate
             channels: NDArray[np.float32] = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, Unusable):
-            raise
+    except Unusable:
+        raise
+    except Exception as error:
         raise Unusable("audio that cannot be read") from error
     mono: NDArray[np.float32] = channels.mean(1)
     if not len(mono) or not np.isfinite(mono).all():

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll.cache import Say, content_hash, home, once, quiet
+from atoll.cache import Say, content_hash, file_hash, home, once, quiet
 from atoll.debs import LANGUAGES, NOTO_EMOJI, TUXPAINT_STAMPS, Deb, asterisk_prompts, fetch_deb
 from atoll.errors import AtollError, closest
 
@@ -78,7 +78,7 @@ def write_site(folder: Path, asked: Iterable[Asked]) -> None:
             record["choices"] = list(one.choices)
         for column, medium in (("images", one.image), ("audio", one.audio)):
             if medium is not None:
-                name = f"media/{content_hash(str(medium))[:16]}{medium.suffix}"
+                name = f"media/{file_hash(medium)[:16]}{medium.suffix}"
                 if not (folder / name).exists():
                     shutil.copyfile(medium, folder / name)
                 record[column] = [name]
@@ -130,8 +130,12 @@ def seconds(path: Path) -> float:
 
 def held_out(medium: Path) -> bool:
     """Whether a medium is held out: a share of all, by the hash of where it lies in its package."""
-    inside = str(medium).partition("usr/share/")[2] or medium.name
-    return int(content_hash(inside)[:8], 16) < HELD_OUT * 2**32
+    return int(content_hash(inside(medium))[:8], 16) < HELD_OUT * 2**32
+
+
+def inside(medium: Path) -> str:
+    """Where a medium lies in its package, wherever that is unpacked."""
+    return str(medium).partition("usr/share/")[2] or medium.name
 
 
 def tuxpaint(say: Say = quiet) -> list[Asked]:

@@ -25,6 +25,7 @@ from atoll.data.media_sets import (
     Picture,
     Prompt,
     held_out,
+    inside,
     prompts_of,
     sources,
     stamps_in,
@@ -33,7 +34,7 @@ from atoll.data.media_sets import (
 from atoll.data.prepared import SITES, estimate_tokens, hold_out, to_sample, unique
 from atoll.debs import LANGUAGES, TUXPAINT_STAMPS, fetch_deb
 
-VERSION = 4
+VERSION = 5
 """Raise it when the same packages give other records."""
 
 ALIVE = ("animals", "food", "plants", "people", "naturalforces", "seasonal")
@@ -109,7 +110,7 @@ def seen(pictures: Sequence[Picture]) -> list[Asked]:
     asked = []
     for one in pictures:
         out = held_out(one.path)
-        choice = options(one.shows, things, OPTIONS, str(one.path))
+        choice = options(one.shows, things, OPTIONS, inside(one.path))
         which = f"Which of these is in the picture: {', '.join(choice)}?"
         asked.append(Asked(which, one.shows, out, image=one.path, choices=choice))
         what = "What kind of thing is in the picture?"
@@ -131,7 +132,7 @@ def heard(prompts: Sequence[Prompt]) -> list[Asked]:
         language, languages = NAMES[one.language], list(NAMES.values())
         asked.append(Asked("Which language is spoken?", language, out, audio=one.path, choices=languages))
         if len(one.says) <= SHORT:
-            said = options(one.says, others, SAYINGS, str(one.path))
+            said = options(one.says, others, SAYINGS, inside(one.path))
             which = f"Which of these is said: {', '.join(said)}?"
             asked.append(Asked(which, one.says, out, audio=one.path, choices=said))
     return asked

@@ -183,7 +183,7 @@ def _choices(
     """The record's choices in tokens; None, counted in `report`, if the template does not write one of them."""
     written = []
     for choice in record.choices:
-        placed = _with_places(with_answer(record, choice), senses, report)
+        placed = _with_places(with_answer(record, choice), senses, report, read=False)
         text = placed and _written(placed, tokenizer, chat, "sft", report)
         if placed is None or text is None:
             return None
@@ -202,15 +202,15 @@ def with_answer(record: Record, answer: str) -> Record:
     return record._replace(messages=[*record.messages[:-1], {**record.messages[-1], "content": answer}])
 
 
-def _with_places(record: Record, senses: Senses, report: Report) -> Record | None:
-    """The record with a placeholder in its text for every medium; None if one of them cannot be used."""
+def _with_places(record: Record, senses: Senses, report: Report, read: bool = True) -> Record | None:
+    """The record with a placeholder in its text for every medium; None if one of them cannot be used, or be `read`."""
     if not senses and not record.media:
         return record
     try:
         for medium in record.media:
             if medium.modality not in senses:
                 raise Unusable(f"{medium.modality} that this model cannot take")
-            if medium.path is not None:
+            if medium.path is not None and read:
                 senses[medium.modality].read(medium)
         return record._replace(messages=placed_media(record.messages, record.media))
     except Unusable as reason:
@@ -317,6 +317,8 @@ def fit(encoded: Encoded, context: int, objective: Objective, report: Report) ->
     length = len(encoded.ids)
     if length < 2:
         reason = TOO_SHORT
+    elif length > context and encoded.record.media:
+        reason = TOO_LONG  # a window would have places without their media
     elif objective == "causal_lm":
         edges = [*range(0, length, context), length]
         return [(start, stop) for start, stop in pairwise(edges) if stop - start > 1]

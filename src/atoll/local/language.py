@@ -44,7 +44,7 @@ class Language:
         def likeliest(model: nn.Module, samples: Sequence[Any]) -> list[int]:
             return [int(each.argmax()) for each in log_likelihoods(model, samples, media)]
 
-        return Objective(collate, cross_entropy, _terms, _sample_losses, likeliest)
+        return Objective(collate, cross_entropy, _terms, _sample_losses, features is not None, likeliest)
 
 
 def sft() -> Language:

@@ -40,6 +40,8 @@ class Objective(NamedTuple):
     """How many terms a batch's loss has, before it is computed."""
     sample_losses: Callable[[nn.Module, Any], Tensor]
     """The mean loss of each sample, [samples], without gradients."""
+    sees: bool = False
+    """Whether samples may have pictures or sounds: what is measured is then told by modality, too."""
     likeliest: Callable[[nn.Module, Sequence[Any]], Sequence[int]] | None = None
     """Of each sample that allows certain answers, the one that the model finds likeliest, without gradients."""
 
@@ -230,7 +232,10 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
             report(len(each), float(each[-1].mean()))
     losses = torch.cat(each).double()
     answers = answered(local, [data.test[i] for i in chosen])
-    return Done({}, {}, {**told(losses, answers), **by_modality(losses, answers, [data.test[i] for i in chosen])}, {})
+    metrics = told(losses, answers)
+    if local.objective.sees:
+        metrics |= by_modality(losses, answers, [data.test[i] for i in chosen])
+    return Done({}, {}, metrics, {})
 
 
 class Answered(NamedTuple):
@@ -268,10 +273,8 @@ def summed(values: Tensor, mean: str, error: str, count: str) -> dict[str, float
 
 
 def by_modality(losses: Tensor, answers: Sequence[Answered | None], samples: Sequence[Any]) -> dict[str, float]:
-    """The same for the samples with pictures, with sounds, and with neither: `loss/image`, ...; empty for text alone."""
+    """The same for the samples with pictures, with sounds, and with neither: `loss/image`, `loss/text`, ..."""
     kinds = [{medium.modality for medium in media_in(sample) if medium.path} for sample in samples]
-    if not any(kinds):
-        return {}
     metrics: dict[str, float] = {}
     for name in sorted({TEXT, *set[str]().union(*kinds)}):
         chosen = [i for i, kind in enumerate(kinds) if name in (kind or {TEXT})]

@@ -183,5 +183,11 @@ def language_model(name: str, folder: Path | None) -> tuple[Any, Any]:
 
     if family := ready_made.family_of(folder):
         return ready_made.language_model(folder, family), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype="auto")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, dtype="auto", output_loading_info=True
+    )
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:4])
+        raise AtollError("the model's files lack params", where=str(folder), found=f"no {missing}")
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -299,7 +299,10 @@ def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> E
         if family:
             module, layer, skip = ready_made.encoder(folder, family)
         else:
-            module = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+            module, report = AutoModel.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+            refuse_made_up(report, folder)
     except (OSError, ValueError) as error:
         raise AtollError("cannot load the encoder", where=str(folder), found=str(error).splitlines()[0]) from error
     module = bare(module).eval().requires_grad_(False)
@@ -310,6 +313,17 @@ def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> E
     with torch.no_grad():
         positions, features = hidden(module, inputs, layer, skip).shape[1:]
     return Encoder(module, prepare, int(positions), int(features), layer, skip)
+
+
+def refuse_made_up(report: Mapping[str, Any], folder: Path) -> None:
+    """What a folder lacks is filled with random values: no harm where it is beside what makes features."""
+    beside = ("pooler", "head", "decoder", "text_model", "text_projection", "logit_scale", "masked_spec_embed")
+    missing = sorted(name for name in report["missing_keys"] if not any(word in name for word in beside))
+    if missing:
+        raise AtollError(
+            "the encoder's files lack params", where=str(folder), found=f"no {', '.join(missing[:4])}",
+            remedy="download it again, or save it whole with save_pretrained",
+        )  # fmt: skip
 
 
 def shorten(module: Any, positions: int) -> None:

@@ -7,6 +7,7 @@ folder is bounded; what was read longest ago goes first, and is made again when 
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,10 @@ from atoll.data.media import Medium, Sense, Senses
 from atoll.models.encoders import Preparation, load_preparation
 
 MOST_BYTES = 8 * 1024**3
-"""Of all features of one encoder."""
+"""Of all features."""
+
+VERSION = 1
+"""Raise it when a medium is read to something else."""
 
 LARGEST = 60000.0
 """That float16 holds, nearly."""
@@ -42,7 +46,10 @@ def features_of(model: Any) -> Features | None:
     prepared = preparations(model.config)
     identities = {
         name: content_hash(
-            prepared[name].identity, *_taken(getattr(model.config, name)), *_bytes(getattr(model, ENCODERS[name]))
+            str(VERSION),
+            prepared[name].identity,
+            *_taken(getattr(model.config, name)),
+            *_bytes(getattr(model, ENCODERS[name])),
         )
         for name in prepared
     }
@@ -71,6 +78,10 @@ def _taken(said: Mapping[str, Any]) -> list[str]:
 
 def _bytes(encoder: Any) -> Iterator[bytes]:
     """What an encoder is made of."""
+    said = encoder.config.to_dict()
+    by_whom = ("transformers_version", "dtype", "architectures")
+    kept = {key: value for key, value in said.items() if key not in by_whom and not key.startswith("_")}
+    yield json.dumps(kept, sort_keys=True, default=str).encode()
     for name, x in encoder.state_dict().items():
         yield name.encode()
         yield x.detach().float().cpu().numpy().tobytes()

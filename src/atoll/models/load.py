@@ -99,13 +99,14 @@ def load_senses(name: str | Assembled, say: Say = quiet) -> Senses:
     from transformers import AutoConfig
 
     ref = resolve(name)
-    if ref.parts is None:
+    if ref.kind == "tiny":
         return {}
     from atoll.models.features import preparations, senses_of
+    from atoll.models.multimodal import MultimodalConfig
 
     know_own_family()
     config = AutoConfig.from_pretrained(folder_of(ref, say))
-    return senses_of(config, preparations(config))
+    return senses_of(config, preparations(config)) if isinstance(config, MultimodalConfig) else {}
 
 
 def choose_device(device: str) -> torch.device:

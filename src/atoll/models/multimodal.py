@@ -198,6 +198,24 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 embeds = embeds.masked_scatter(place[..., None], tokens.to(embeds.dtype))
         return embeds
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Rows are repeated for beams one by one; so are the media of each row, together."""
+        media = {name: kwargs.pop(name) for name in MEDIA if kwargs.get(name) is not None}
+        if input_ids is not None:
+            media = {name: self._of_rows(name, x, input_ids, expand_size) for name, x in media.items()}
+        ids, rest = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=cast(Any, input_ids), **kwargs
+        )
+        return ids, rest | media
+
+    def _of_rows(self, name: str, media: Tensor, input_ids: Tensor, times: int) -> Tensor:
+        """Media [media, ...] in the order of rows each of which comes so many times."""
+        said = getattr(self.config, name.partition("_")[0])
+        counts = ((input_ids == said["token_id"]).sum(1) // said["tokens"]).tolist()
+        return torch.cat([row for part in media.split(counts) for row in [part] * times]) if times > 1 else media
+
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
         """Media count at the first step alone: after it their tokens lie in the cache."""
         media = {name: kwargs.pop(name, None) for name in MEDIA}

@@ -186,7 +186,8 @@ def _folder(name: str) -> ModelRef:
     if not params:
         remedy = "save the model with save_pretrained, which writes safetensors; pickled files (*.bin) are not read"
         raise AtollError("the folder holds no *.safetensors", where=str(folder), found=_contents(folder), remedy=remedy)
-    files = [folder / "config.json", *params, *sorted(folder.glob("tokenizer*"))]
+    beside = (path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".model"))
+    files = sorted({*params, *(path for path in beside if path.is_file() and not path.name.startswith("README"))})
     return ModelRef(name, "folder", str(folder), content_hash(*(f"{file.name} {file_hash(file)}" for file in files)))
 
 

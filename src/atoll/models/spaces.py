@@ -74,21 +74,28 @@ def split(params: Mapping[str, T], personal: Sequence[str]) -> tuple[dict[str, T
     )
 
 
+def frozen(name: str) -> bool:
+    """Whether a parameter is of an assembled model's encoder: what features are made by once stays as it is."""
+    return name.startswith(("vision_encoder.", "audio_encoder."))
+
+
 @dataclass(frozen=True)
 class Full:
     """See `full`."""
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         """Every parameter trains, in float32: bfloat16 has too few digits to hold small steps."""
-        return model.float().requires_grad_(True)
+        for name, parameter in model.float().named_parameters():
+            parameter.requires_grad_(not frozen(name))
+        return model
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Every parameter; tied ones once."""
-        return dict(model.named_parameters())
+        """Every parameter but encoders'; tied ones once."""
+        return {name: parameter for name, parameter in model.named_parameters() if not frozen(name)}
 
     def plan(self, shapes: Shapes) -> PlannedShapes:
         """The model's own."""
-        return {name: shape for name, (shape, _) in shapes.params.items()}
+        return {name: shape for name, (shape, _) in shapes.params.items() if not frozen(name)}
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """A model folder for `transformers`."""
@@ -181,8 +188,8 @@ class LoRA:
             planned[f"base_model.model.{name}.lora_B.weight"] = (out, self.rank)
         for name in self.modules:
             whole = {n: shape for n, (shape, _) in shapes.params.items() if n.startswith(f"{name}.")}
-            if not whole:
-                raise no_such_module(name, sorted({n.partition(".")[0] for n in shapes.params}))
+            if not whole or any(map(frozen, whole)):
+                raise no_such_module(name, sorted({n.partition(".")[0] for n in shapes.params if not frozen(n)}))
             planned |= {f"base_model.model.{n}": shape for n, shape in whole.items()}
         return planned
 

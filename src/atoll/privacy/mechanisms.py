@@ -187,7 +187,9 @@ def finite(work: Callable[..., Any], params: Mapping[str, Params], data: Any, st
         done = work(params, data, state, task)
     except WorkFailed:
         return Done({UPDATE: still}, {ALL: 1.0}, {}, state)
-    return done if math.isfinite(global_norm(done.updates[UPDATE])) else done._replace(updates={UPDATE: still})
+    if math.isfinite(global_norm(done.updates[UPDATE])):
+        return done
+    return done._replace(updates={UPDATE: still}, state=state)
 
 
 def clip_stream(mechanism: Mechanism) -> Stream:

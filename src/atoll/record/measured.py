@@ -92,10 +92,11 @@ def loss_table(story: Story) -> Table | None:
 def accuracy_table(story: Story) -> Table | None:
     """The same of the answers to questions that allow certain ones; None where there are none."""
     first = first_of(story)
-    sites = [name for name, metrics in first.clients.items() if ACCURACY.value in metrics] if first else []
+    sites = [name for name, metrics in first.clients.items() if numbers(metrics, ACCURACY)] if first else []
     if not first or not sites:
         return None
-    guess: Row = (CHANCE, [(first.clients[site][CHANCE], 0.0) for site in sites])
+    chances = [first.clients[site].get(CHANCE) for site in sites]
+    guess: Row = (CHANCE, [None if one is None else (one, 0.0) for one in chances])
     rows = [(name, [cell(e.clients, site, ACCURACY) for site in sites]) for name, e in models(story)]
     return Table(sites, [guess, *rows], measure=ACCURACY)
 
@@ -103,8 +104,8 @@ def accuracy_table(story: Story) -> Table | None:
 def by_modality(story: Story, measure: Measure) -> Table | None:
     """A measure by what samples hold: text alone, pictures, sounds; None for a run of text alone."""
     first = first_of(story)
-    found = {key for one in first.clients.values() for key in one} if first else set()
-    names = sorted(key.partition("/")[2] for key in found if key.startswith(f"{measure.value}/"))
+    found = {key.partition("/")[2] for one in first.clients.values() for key in one} if first else set()
+    names = sorted(name for name in found - {""} if first and over_clients(first, name, measure))
     if not first or not names:
         return None
     rows: list[Row] = [
@@ -132,19 +133,23 @@ def models(story: Story) -> list[tuple[str, Evaluated]]:
 
 
 def over_clients(evaluated: Evaluated, modality: str, measure: Measure) -> Cell | None:
-    """Of a modality, over all clients' samples, each sample counting once. Who tells of none has text alone."""
+    """Of a modality, over the samples of the clients that tell of it, each sample counting once."""
     each = []
     for metrics in evaluated.clients.values():
-        plain = not any("/" in key for key in metrics)
-        of = "" if plain and modality == "text" else f"/{modality}"
-        if f"{measure.value}{of}" in metrics:
-            value, error, count = (metrics[f"{name}{of}"] for name in measure[1:4])
+        if told := numbers(metrics, measure, f"/{modality}"):
+            value, error, count = told
             each.append((value, error if count > 1 else math.nan, count))
     total = sum(count for _, _, count in each)
     if not total:
         return None
     error = math.sqrt(sum((count * one) ** 2 for _, one, count in each)) / total
     return sum(value * count for value, _, count in each) / total, error
+
+
+def numbers(metrics: Mapping[str, float], measure: Measure, of: str = "") -> tuple[float, float, float] | None:
+    """Mean, error and count; None unless a client tells all of them: a policy may keep some."""
+    value, error, count = (metrics.get(f"{name}{of}") for name in measure[1:4])
+    return None if value is None or error is None or count is None else (value, error, count)
 
 
 def unmeasured(started: RunStarted) -> tuple[str, ...]:
@@ -161,7 +166,5 @@ def _of(story: Story, prefix: str) -> list[tuple[str, Story]]:
 
 def cell(clients: Mapping[str, Mapping[str, float]], site: str, measure: Measure = LOSS) -> Cell | None:
     """A site's number and its standard error, of which one sample says nothing."""
-    metrics = clients.get(site, {})
-    if measure.value not in metrics:
-        return None
-    return metrics[measure.value], metrics[measure.error] if metrics[measure.counted] > 1 else math.nan
+    told = numbers(clients.get(site, {}), measure)
+    return told and (told[0], told[1] if told[2] > 1 else math.nan)
