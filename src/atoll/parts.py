@@ -42,7 +42,7 @@ SLOTS: dict[str, dict[str, str]] = {
     },
     "connector": {
         "mlp": "atoll.models.connectors:mlp",
-        "projector": "atoll.models.connectors:projector",
+        "llava": "atoll.models.connectors:llava",
         "resampler": "atoll.models.connectors:resampler",
         "alignment": "atoll.models.connectors:alignment",
     },

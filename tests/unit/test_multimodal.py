@@ -150,7 +150,7 @@ def test_a_ready_made_model_says_the_same_by_its_parts(llava, media, sites):
     from transformers import LlavaForConditionalGeneration
 
     folder = str(llava)
-    one = assembled(folder, {"encoder": folder, "connector": {"use": "projector", "of": folder}})
+    one = assembled(folder, {"encoder": folder, "connector": {"use": "llava", "of": folder}})
     model, tokenizer = load_model(one, dtype="float32")
     ready = LlavaForConditionalGeneration.from_pretrained(llava).eval()
     ids = asked(model, "<image> or <image>?", tokenizer)
@@ -159,15 +159,15 @@ def test_a_ready_made_model_says_the_same_by_its_parts(llava, media, sites):
         expected = ready(input_ids=ids, pixel_values=pixels).logits
         for given in ({"image_inputs": pixels}, {"image_features": features_of(model).of(media[:2])["image"]}):
             torch.testing.assert_close(model(input_ids=ids, **given).logits, expected, rtol=1e-2, atol=2e-3)
-    settings = [f"model={{use: assembled, language: {folder}, image: {{encoder: {folder}, connector: {{use: projector,"
+    settings = [f"model={{use: assembled, language: {folder}, image: {{encoder: {folder}, connector: {{use: llava,"
                 f" of: {folder}}}}}}}", "finetune.rounds=1", "name=ready"]  # fmt: skip
     run = atoll.run(sites / "mine.yaml", settings)
     assert read_story(run).rounds[0].accepted == 3
     assert any(".connectors.image.body.layers.0.weight" in name for name in final(run))
 
 
-def test_a_projector_between_other_sizes_is_told(llava):
-    one = assembled("tiny:llama", {"encoder": "tiny:clip", "connector": {"use": "projector", "of": "./nowhere"}})
+def test_a_connector_between_other_sizes_is_told(llava):
+    one = assembled("tiny:llama", {"encoder": "tiny:clip", "connector": {"use": "llava", "of": "./nowhere"}})
     with pytest.raises(AtollError, match="there is no such folder"):
         load_model(one)
     from transformers import LlamaForCausalLM
@@ -178,7 +178,7 @@ def test_a_projector_between_other_sizes_is_told(llava):
     ).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)
     with pytest.raises(AtollError, match="between other sizes"):
-        load_model(assembled(str(other), {"encoder": str(llava), "connector": {"use": "projector", "of": str(llava)}}))
+        load_model(assembled(str(other), {"encoder": str(llava), "connector": {"use": "llava", "of": str(llava)}}))
 
 
 def test_a_processor_makes_a_models_inputs_and_is_read_by_transformers(tmp_path, media):

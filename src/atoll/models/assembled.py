@@ -113,7 +113,7 @@ def put_together(
     one: Assembled,
     language: Path | None,
     encoders: Mapping[str, Path],
-    projectors: Mapping[str, Path],
+    ready: Mapping[str, Path],
     folder: Path,
 ) -> None:
     """Writes model, tokenizer and preprocessing, of the folders of its parts (None: a tiny language model)."""
@@ -151,24 +151,24 @@ def put_together(
     for name, encoder in made.items():
         setattr(model, ENCODERS[name], encoder.module)
         model.connector(name).as_loud_as(model_of_text.get_input_embeddings().weight)
-        if name in projectors:
-            copy_projector(projectors[name], model.connector(name).body.layers)
+        if name in ready:
+            copy_connector(ready[name], model.connector(name).body.layers)
         encoder.prepare.processor.save_pretrained(folder / name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def copy_projector(folder: Path, layers: Any) -> None:
+def copy_connector(folder: Path, layers: Any) -> None:
     """A ready-made model's two linear layers into ours. Raises AtollError where they are of another size."""
-    from atoll.models.ready_made import projector
+    from atoll.models.ready_made import connector
 
-    theirs = projector(folder)
+    theirs = connector(folder)
     try:
         for mine, its in ((layers[0], theirs.linear_1), (layers[2], theirs.linear_2)):
             mine.load_state_dict(its.state_dict())
     except RuntimeError as error:
         raise AtollError(
-            "the projector is between other sizes", where="connector.of", found=str(folder),
+            "the connector is between other sizes", where="connector.of", found=str(folder),
             remedy="name the encoder and the language model of the same folder",
         ) from error  # fmt: skip
 

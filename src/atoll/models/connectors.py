@@ -103,8 +103,8 @@ class MLP:
 
 
 @dataclass(frozen=True)
-class Projector:
-    """See `projector`."""
+class Llava:
+    """See `llava`."""
 
     of: str
     marks = 0
@@ -230,9 +230,9 @@ def mlp(pool: Annotated[int, Ge(1)] = 1) -> MLP:
     return MLP(pool)
 
 
-def projector(of: str = "") -> Projector:
-    """The projector of a ready-made model of the LLaVA family, in a folder or on the hub: training goes on from it."""
-    return Projector(of)
+def llava(of: str = "") -> Llava:
+    """Two linear layers, as in a ready-made model of the LLaVA family, a folder or hub id: training goes on from its own."""
+    return Llava(of)
 
 
 def resampler(queries: Annotated[int, Ge(1)] = 8, heads: Annotated[int, Ge(1)] = 8) -> MakeResampler:

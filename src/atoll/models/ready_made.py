@@ -1,9 +1,9 @@
-"""Models that somebody has put together already, as parts: their encoder, projector and language model, by the same folder.
+"""Models that somebody has put together already, as parts: their encoder, connector and language model, by the same folder.
 
     model:
       use: assembled
       language: ./llava
-      image: {encoder: ./llava, connector: {use: projector, of: ./llava}}
+      image: {encoder: ./llava, connector: {use: llava, of: ./llava}}
 
 The assembled model says what the ready-made one says. A family is a line of `FAMILIES`.
 """
@@ -24,11 +24,10 @@ class Family:
     """Where a family keeps its parts, inside its base model."""
 
     encoder: str
-    projector: str
     language: str
 
 
-FAMILIES = {"llava": Family("vision_tower", "multi_modal_projector", "language_model")}
+FAMILIES = {"llava": Family("vision_tower", "language_model")}
 """By model type in transformers."""
 
 
@@ -72,16 +71,18 @@ def encoder(folder: Path, family: Family) -> tuple[Any, int, int]:
             "the model takes features of several layers", where=str(folder), found=f"vision_feature_layer {layer}",
             allowed="one layer",
         )  # fmt: skip
-    skip = 1 if ready.config.vision_feature_select_strategy == "default" else 0
+    selected = [value for name, value in ready.config.to_dict().items() if name.startswith("vision_feature_select")]
+    skip = 1 if selected == ["default"] else 0  # without the class token
     return getattr(ready.model, family.encoder).float(), layer, skip
 
 
-def projector(folder: Path) -> Any:
-    """Its projector. Raises AtollError for a folder without one that is known here."""
+def connector(folder: Path) -> Any:
+    """What stands between its encoder and its language model. Raises AtollError for a folder of no known family."""
     family = family_of(folder)
     if family is None:
         raise AtollError(
             "no ready-made model that is known here", where=str(folder), allowed=", ".join(FAMILIES),
             remedy="`connector: {use: mlp}` begins with one of its own",
         )  # fmt: skip
-    return getattr(whole(folder).model, family.projector)
+    named = whole(folder).model.named_children()
+    return next(module for name, module in named if name not in (family.encoder, family.language))

@@ -136,13 +136,13 @@ def _assembled(one: Assembled) -> ModelRef:
     """Its identity is known before anything is fetched, for parts whose identities are."""
     encoders = {name: resolve_encoder(sense.encoder, name).identity for name, sense in one.senses.items()}
     senses = {name: [dict(sense.connector), sense.seconds, sense.dropout] for name, sense in one.senses.items()}
-    ready = {name: ref.identity for name, ref in _projectors(one).items()}
+    ready = {name: ref.identity for name, ref in _ready_made(one).items()}
     facts = json.dumps([ASSEMBLY, resolve(one.language).identity, encoders, senses, ready], sort_keys=True)
     return ModelRef(str(one), "assembled", str(one), content_hash(facts), parts=one)
 
 
-def _projectors(one: Assembled) -> dict[str, ModelRef]:
-    """The ready-made models whose projectors are connectors, by modality."""
+def _ready_made(one: Assembled) -> dict[str, ModelRef]:
+    """The ready-made models whose connectors are taken, by modality."""
     found = {}
     for name, sense in one.senses.items():
         if of := sense.connector.get("of"):
@@ -157,10 +157,10 @@ def _assembled_folder(one: Assembled, identity: str, say: Say) -> Path:
     def build(folder: Path) -> None:
         language = resolve(one.language)
         encoders = {n: encoder_folder(resolve_encoder(s.encoder, n), n, say) for n, s in one.senses.items()}
-        projectors = {name: folder_of(ref, say) for name, ref in _projectors(one).items()}
+        ready = {name: folder_of(ref, say) for name, ref in _ready_made(one).items()}
         say(f"putting {one} together once")
         with no_progress_bars():
-            put_together(one, None if language.tiny else folder_of(language, say), encoders, projectors, folder)
+            put_together(one, None if language.tiny else folder_of(language, say), encoders, ready, folder)
 
     return once(home() / "models" / f"assembled-{identity[:12]}", build)
 
