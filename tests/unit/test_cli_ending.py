@@ -87,8 +87,8 @@ def test_result_of_a_run_that_is_not_finished_says_so(atoll: Atoll, halfway: Run
     said = atoll("chat", "tiny-1", "hello", "--max-tokens", "1")
     assert "tiny-1 is not finished: this is the model after round 2 of 5, stopped" in said.err
     told = atoll("export", "tiny-1", "--out", str(tmp_path / "out"))
-    assert "the adapter after round 2 of 5, stopped" in told.err
-    assert "this is the adapter after round 2 of 5, stopped." in (tmp_path / "out/README.md").read_text()
+    assert "this is its result after round 2 of 5, stopped" in told.err
+    assert "this is its result after round 2 of 5, stopped." in (tmp_path / "out/README.md").read_text()
 
 
 def test_result_of_a_finished_run_says_nothing_of_it(atoll: Atoll, copied: RunFolder, tmp_path: Path) -> None:
