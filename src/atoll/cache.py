@@ -87,6 +87,18 @@ def write_file(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, none of which shares its storage with another: what has not changed is one in many places."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, x in tensors.items():
+        x = x.contiguous()
+        place = x.untyped_storage().data_ptr()
+        found[name] = x.clone() if place in seen else x
+        seen.add(place)
+    return found
+
+
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file in one step: after a crash or a power cut it is the old one or the new one, whole.
 
@@ -99,7 +111,7 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata=metadata)
+        save_file(apart(tensors), unfinished, metadata=metadata)
     except SafetensorError as error:  # the library's own type, whatever the system said
         unfinished.unlink(missing_ok=True)
         said = re.search(r"os error (\d+)", str(error))

@@ -51,7 +51,7 @@ class Chat:
         text = question["content"] if self.raw else ChatFormat(self.result.tokenizer).render(asked, prompt=True)
         answer = self._generate(text, write)
         if not self.raw:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.messages = [*asked, {"role": "assistant", "content": without_places(answer)}]
         return answer
 
     def _placed(self, prompt: str) -> dict[str, Any]:
@@ -140,6 +140,13 @@ class Chat:
                 return str(error)
             return "goes with the next question"
         return self.help
+
+
+def without_places(text: str) -> str:
+    """An answer as the conversation keeps it: words that would be places for media are no longer."""
+    for one in MODALITIES.values():
+        text = text.replace(one.placeholder, one.placeholder.strip("<>"))
+    return text
 
 
 def _streamer(tokenizer: Any, hear: Write) -> Any:

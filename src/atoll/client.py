@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from atoll.aggregate.base import ALL, Weights
 from atoll.cache import replace_tensors
-from atoll.errors import AtollError
-from atoll.exchange import Done, Reply, Task, WorkFailed
+from atoll.exchange import NOT_THE_TASKS_FAULT, Done, Reply, Task, WorkFailed
 from atoll.keys import key
 from atoll.params import Params, nested, under
 from atoll.stream import Stream
@@ -131,10 +130,6 @@ class Side(Protocol):
     def answer(self, task: Task) -> dict[str, Any]:
         """The fields of the reply to a later phase. Raises WorkFailed for what is not answered."""
         ...
-
-
-NOT_THE_TASKS_FAULT = (AtollError, OSError, MemoryError)
-"""A full disk or too little memory: a message for whoever runs this client, not a reason to go on without it."""
 
 
 @dataclass

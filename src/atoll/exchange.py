@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 from atoll import wire
 from atoll.aggregate.base import Weights
+from atoll.errors import AtollError
 from atoll.params import Params
 from atoll.transforms.chain import Payload
 
@@ -102,6 +103,10 @@ class Done(NamedTuple):
     weights: Weights
     metrics: Mapping[str, float]
     state: Params
+
+
+NOT_THE_TASKS_FAULT = (AtollError, OSError, MemoryError)
+"""A full disk or too little memory: a message for whoever runs this client, not a reason to go on without it."""
 
 
 class WorkFailed(Exception):

@@ -133,7 +133,12 @@ def model_names(written: Any) -> list[str]:
     if part.use != "assembled":
         return [part.use]
     senses = [part.arguments.get(name) for name in MODALITIES]
-    return [str(part.arguments.get("language")), *(str(one["encoder"]) for one in senses if isinstance(one, dict))]
+    found = [part.arguments.get("language")]
+    for one in senses:
+        if isinstance(one, dict):
+            connector = one.get("connector")
+            found += [one.get("encoder"), connector.get("of") if isinstance(connector, dict) else None]
+    return [str(name) for name in found if name is not None]
 
 
 def model_code(written: Any) -> Any:

@@ -145,3 +145,43 @@ def test_a_run_tells_how_many_questions_it_answers_right(tmp_path: Path, monkeyp
     assert federated[0] == 1.0  # always the same answer
     assert found.accuracy_by_modality is None
     assert "| accuracy | east | west | mean |" in folder.card.read_text()
+
+
+@pytest.mark.parametrize(("prompt", "choices", "reason"), [
+    ("1", ["0", "1"], "choices whose texts begin with different tokens"),
+    ("Which?", ["yes", "no " * 90], "longer than the context"),
+])  # fmt: skip
+def test_choices_that_cannot_be_compared_leave_their_record_out(tmp_path, prompt, choices, reason) -> None:
+    tokenizer = merging_tokenizer()
+    row = {"prompt": prompt, "completion": choices[0], "choices": choices}
+    folder = written(tmp_path / "data", "test", [row, {"prompt": "Well?", "completion": "yes"}])
+    written(tmp_path / "data", "train", [{"prompt": "So?", "completion": "no"}])
+    found = prepare(folder, tokenizer, 64, cache_root=tmp_path)
+    assert list(found.report.left_out) == [reason]
+    assert len(found.test) == 1
+
+
+def test_what_melts_into_the_question_counts_for_every_choice(tmp_path) -> None:
+    """The question ends in 1: `10` is one token, `15` two, and both begin after the same tokens."""
+    tokenizer = merging_tokenizer()
+    row = {"prompt": "It is 1", "completion": "0", "choices": ["0", "5"]}
+    folder = written(tmp_path / "data", "test", [row])
+    written(tmp_path / "data", "train", [{"prompt": "So?", "completion": "no"}])
+    [sample] = prepare(folder, tokenizer, 64, cache_root=tmp_path).test
+    choices = choices_in(sample)
+    said = [tokenizer.decode(rest[which]) for rest, which in zip(choices.rest, choices.labeled, strict=True)]
+    assert said == ["10<|im_end|>", "15<|im_end|>"]
+
+
+def merging_tokenizer() -> Any:
+    """Bytes, with one merge: 1 and 0 are one token."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    plain = byte_tokenizer()
+    told = json.loads(plain.backend_tokenizer.to_str())
+    told["model"]["vocab"]["10"] = 400
+    told["model"]["merges"] = [["1", "0"]]
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)), eos_token="<|im_end|>")
+    made.pad_token = "<|im_end|>"
+    return made

@@ -39,6 +39,7 @@ from atoll.models.processor import MultimodalProcessor
 from atoll.models.shapes import shapes
 from atoll.models.spaces import lora
 from atoll.models.tiny import byte_tokenizer
+from atoll.policy import model_names
 from atoll.record.folder import find
 from atoll.record.measured import LOSS, by_modality
 from atoll.record.story import read_story
@@ -741,3 +742,53 @@ def test_connectors_that_do_not_train_are_warned_of(sites, atoll: Atoll):
     heard = atoll("plan", str(sites / "mine.yaml"), "--set", "finetune.space={use: lora, rank: 2, modules: []}")
     assert heard.status == 0
     assert "connectors stay as they were drawn" in heard.out + heard.err
+
+
+def test_a_buffered_run_goes_on_with_a_connector_that_nobody_held(sites, monkeypatch):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    buffered = ["finetune.schedule={use: buffered, concurrency: 2, buffer: 1}", "finetune.rounds=3"]
+    assert len(read_story(atoll.run(sites / "mine.yaml", buffered)).rounds) == 3
+
+
+def test_words_that_make_a_place_leave_their_record_out(tmp_path):
+    model, tokenizer = load_model(parts())
+    rows = [("Write <ima", "ge>"), ("Well?", "yes")]
+    lines = [json.dumps({"prompt": q, "completion": a}) for q, a in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    tokenizer.chat_template = None
+    found = prepare(tmp_path, tokenizer, 256, cache_root=tmp_path / "home", senses=features_of(model).senses)
+    assert len(found.train) + len(found.test) == 1
+    assert "places for pictures or sounds" in str(found.report)
+
+
+def test_rows_padded_on_the_left_say_what_they_say_alone_where_positions_are_learned(media):
+    model, tokenizer = load_model(parts("gpt2"))
+    processor = MultimodalProcessor(tokenizer, model.config)
+    texts = ["<image> what is it?", "a much longer question on this <image>, is it?"]
+    files = [medium.path for medium in media[:2]]
+    both = model.generate(**processor(texts, images=files), max_new_tokens=5, do_sample=False)
+    for row, text, file in zip(both, texts, files, strict=True):
+        alone = model.generate(**processor(text, images=[file]), max_new_tokens=5, do_sample=False)
+        assert torch.equal(row[-5:], alone[0, -5:])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "nul\0.png", "loop.png"])
+def test_what_no_picture_can_be_called_leaves_its_record_out(tmp_path, name):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    chat = [{"role": "user", "content": "Look"}, {"role": "assistant", "content": "yes"}]
+    write(tmp_path, [{"messages": chat, "images": [name]}])
+    report = Report()
+    assert not list(records(open_source(tmp_path), report))
+    assert sum(count for count, _ in report.left_out.values()) == 1
+
+
+def test_a_sound_of_an_absurd_rate_is_named_at_once(tmp_path):
+    soundfile.write(tmp_path / "odd.wav", np.zeros(4), 99_999_989)
+    with pytest.raises(Unusable, match="samples a second"):
+        read_sound(tmp_path / "odd.wav", 16000, 1.0)
+
+
+def test_a_policy_hears_of_every_model_that_a_plan_names():
+    named = {"use": "assembled", "language": "a", "image": {"encoder": "b", "connector": {"use": "llava", "of": "c"}}}
+    assert model_names(named) == ["a", "b", "c"]
+    assert model_names({**named, "image": {"connector": "mlp"}}) == ["a"]

@@ -7,8 +7,10 @@ question. What is broken, too large or of another kind leaves its record out, wi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -100,7 +102,10 @@ def named_media(row: Mapping[str, Any], folder: Path, place: str) -> list[Medium
     found = []
     for column, modality in COLUMNS.items():
         value = row.get(column)
-        paths = [value] if isinstance(value, str) else [] if value is None else value
+        if isinstance(value, str) and value.strip()[:1] == "[":  # a CSV cell
+            with suppress(ValueError):
+                value = json.loads(value)
+        paths = [value] if isinstance(value, str) and value else value or []
         if not isinstance(paths, Sequence) or not all(isinstance(one, str | None) for one in paths):
             raise AtollError(
                 f"'{column}' has the wrong type", where=place, found=f"{type(value).__name__}: {str(value)[:60]}",
@@ -114,11 +119,17 @@ def _inside(folder: Path, name: str, modality: str) -> Path:
     path = folder / name
     if Path(name).is_absolute():
         raise Unusable(f"{modality} that is not named from the folder of its record")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise Unusable(f"{modality} outside the folder of its record")
-    if not path.is_file():
-        raise Unusable(f"{modality} that is not there")
-    if path.stat().st_size > MOST_BYTES:
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise Unusable(f"{modality} outside the folder of its record")
+        if not path.is_file():
+            raise Unusable(f"{modality} that is not there")
+        size = path.stat().st_size
+    except Unusable:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # what no file can be called; a link to itself
+        raise Unusable(f"{modality} that is not there") from error
+    if size > MOST_BYTES:
         raise Unusable(f"{modality} of more than {MOST_BYTES // 1024**2} MiB")
     return path
 
@@ -207,6 +218,10 @@ def of_8_bits(picture: Any) -> Any:
     return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
+LEAST_RATE, MOST_RATE = 1000, 768_000
+"""Samples a second: a filter to another rate is as long as what both share is short."""
+
+
 def read_sound(path: Path, rate: int, seconds: float) -> NDArray[np.float32]:
     """One channel, float32 [samples] at `rate`. Raises Unusable for one of more than `seconds`."""
     import soundfile
@@ -218,6 +233,8 @@ def read_sound(path: Path, rate: int, seconds: float) -> NDArray[np.float32]:
             if file.frames > longest * file.samplerate:
                 raise Unusable(f"audio of more than {longest:g} s")
             own: int = file.samplerate
+            if not LEAST_RATE <= own <= MOST_RATE:
+                raise Unusable(f"audio of {own} samples a second")
             channels: NDArray[np.float32] = file.read(dtype="float32", always_2d=True)
     except Unusable:
         raise

@@ -114,7 +114,7 @@ def preview(
     shown: list[tuple[Token, ...]] = []
     shown_media: list[tuple[str, ...]] = []
     media: Counter[str] = Counter()
-    for encoded in encode(chain(first, found), tokenizer, objective, report, senses):
+    for encoded in encode(chain(first, found), tokenizer, objective, report, senses, context):
         lengths.append(len(encoded.ids))
         for start, stop in fit(encoded, context, objective, report):
             samples[encoded.record.split] += 1

@@ -261,7 +261,7 @@ def media_of(path: Path) -> Iterator[Medium]:
 
 def _may_name_media(path: Path) -> bool:
     """Whether a file could name media: without parsing it where each row may have other columns."""
-    if path.suffix.lower() in (".jsonl", ".json") and path.stat().st_size:
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json") and path.stat().st_size:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
             return any(text.find(f'"{name}"'.encode()) >= 0 for name in MEDIA_COLUMNS)
     first = next(iter(rows(path)), None)
@@ -342,6 +342,8 @@ def _chat(row: Row, place: str) -> list[Message]:
 def _choices(row: Row, messages: list[Message], place: str) -> tuple[str, ...]:
     """The answers that a record allows. Raises Unusable where its own is not among them."""
     found = row.get(CHOICES)
+    if found == "":
+        return ()
     if isinstance(found, str):  # a CSV cell
         found = _parsed(found, place, CHOICES, "a JSON list of strings")
     if found is None:

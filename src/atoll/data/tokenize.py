@@ -11,6 +11,7 @@ into windows for `causal_lm`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
@@ -41,6 +42,8 @@ VERSION = 5
 TOO_LONG = "longer than the context"
 TOO_SHORT = "a single token"
 HIDDEN_ANSWER = "an answer that cannot be told from the rest in what the chat template writes"
+
+MISPLACED = "places for pictures or sounds among its words that are not its media's"
 
 NO_SENSES: Senses = {}
 
@@ -120,7 +123,7 @@ def _write(
     folder.chmod(0o700)  # tokens are text to whoever has the tokenizer: nobody else reads a client's
     report, root = Report(), source.path.parent
     with TokenWriter(folder / "train", root) as train, TokenWriter(folder / "test", root) as test:
-        for encoded in encode(records(source, report), tokenizer, objective, report, senses):
+        for encoded in encode(records(source, report), tokenizer, objective, report, senses, context):
             writer = train if encoded.record.split == "train" else test
             for start, stop in fit(encoded, context, objective, report):
                 part = encoded.ids[start:stop], encoded.labeled[start:stop]
@@ -142,6 +145,7 @@ def encode(
     objective: Objective,
     report: Report,
     senses: Senses = NO_SENSES,
+    context: int = 2**31,
 ) -> Iterator[Encoded]:
     """Tokenize records, a batch at a time, with the loss where the objective puts it.
 
@@ -165,11 +169,20 @@ def encode(
         ]
         if written:
             for encoded in _encode(written, tokenizer, objective):
+                if misplaced(encoded, senses):
+                    report.leave_out(MISPLACED, encoded.record.place)
+                    continue
                 one = encoded.expanded(senses)
                 if not scored(one.record, objective):
                     yield one
-                elif choices := _choices(one.record, tokenizer, chat, senses, report):
+                elif choices := _choices(one.record, tokenizer, chat, senses, report, context):
                     yield replace(one, choices=choices)
+
+
+def misplaced(encoded: Encoded, senses: Senses) -> bool:
+    """Whether the tokens have other places than the record has media: words may make one, or a template lose one."""
+    held = Counter(medium.modality for medium in encoded.record.media)
+    return any(int((encoded.ids == sense.token_id).sum()) != held[name] for name, sense in senses.items())
 
 
 def scored(record: Record, objective: Objective) -> bool:
@@ -178,9 +191,9 @@ def scored(record: Record, objective: Objective) -> bool:
 
 
 def _choices(
-    record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, senses: Senses, report: Report
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, senses: Senses, report: Report, context: int
 ) -> Choices | None:
-    """The record's choices in tokens; None, counted in `report`, if the template does not write one of them."""
+    """The record's choices in tokens; None, counted in `report`, if they cannot be compared."""
     written = []
     for choice in record.choices:
         placed = _with_places(with_answer(record, choice), senses, report, read=False)
@@ -193,8 +206,20 @@ def _choices(
     same = np.all([one.ids[:longest] == each[0].ids[:longest] for one in each], axis=0)
     shared = int(np.argmin(same)) if not same.all() else longest
     rest = tuple(one.ids[shared:] for one in each)
-    labeled = tuple(one.labeled[shared:] for one in each)
-    return Choices(shared, rest, labeled, record.choices.index(record.messages[-1]["content"]))
+    places = [sense.token_id for sense in senses.values()]
+    if shared == 0:
+        reason = "choices whose texts begin with different tokens"
+    elif max(len(one.ids) for one in each) > context:
+        reason = TOO_LONG
+    elif any(np.isin(one, places).any() for one in rest):
+        reason = "choices with a place for a picture or a sound"
+    else:
+        # where an answer melts into the question's last token, that counts too: all choices are of the same question
+        ends = (int(np.flatnonzero(one.labeled)[-1]) + 1 - shared for one in each)
+        labeled = tuple(np.arange(len(ids)) < end for ids, end in zip(rest, ends, strict=True))
+        return Choices(shared, rest, labeled, record.choices.index(record.messages[-1]["content"]))
+    report.leave_out(reason, record.place)
+    return None
 
 
 def with_answer(record: Record, answer: str) -> Record:

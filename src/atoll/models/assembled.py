@@ -163,6 +163,11 @@ def copy_connector(folder: Path, layers: Any) -> None:
     from atoll.models.ready_made import connector
 
     theirs = connector(folder)
+    if type(theirs.act).__name__ not in ("GELUActivation", "GELU") or theirs.linear_1.bias is None:
+        raise AtollError(
+            "the ready-made model's connector is of another kind", where="connector.of", found=" ".join(str(theirs).split()),
+            allowed="two linear layers with biases, and GELU between them", remedy="`connector: {use: mlp}` begins anew",
+        )  # fmt: skip
     try:
         for mine, its in ((layers[0], theirs.linear_1), (layers[2], theirs.linear_2)):
             mine.load_state_dict(its.state_dict())

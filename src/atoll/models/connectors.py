@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from atoll import parts
 from atoll.errors import AtollError
+
+Count = Annotated[int, Ge(1), Le(65536)]
 
 
 class MakeConnector(Protocol):
@@ -208,11 +210,13 @@ class MakeAlignment:
 
 def dividing(width: int, heads: int) -> int:
     """The most heads, of at most so many, that divide a width."""
-    return next(n for n in range(heads, 0, -1) if width % n == 0)
+    return next(n for n in range(min(heads, width), 0, -1) if width % n == 0)
 
 
 def alignment(
-    stride: Annotated[int, Ge(1)] = 7, heads: Annotated[int, Ge(1)] = 1, anchors: Annotated[int, Ge(2)] | None = None
+    stride: Annotated[int, Ge(1), Le(65536)] = 7,
+    heads: Annotated[int, Ge(1)] = 1,
+    anchors: Annotated[int, Ge(2)] | None = None,
 ) -> MakeAlignment:
     """A convolution over `stride` neighboring features, then attention whose keys and values are the model's embeddings.
 
@@ -222,7 +226,7 @@ def alignment(
     return MakeAlignment(stride, heads, anchors)
 
 
-def mlp(pool: Annotated[int, Ge(1)] = 1) -> MLP:
+def mlp(pool: Count = 1) -> MLP:
     """Two linear layers over each feature, or over the mean of each `pool` neighboring ones.
 
     Source: Liu et al. 2023, LLaVA-1.5 (arXiv 2310.03744), Section 3.
@@ -235,7 +239,7 @@ def llava(of: str = "") -> Llava:
     return Llava(of)
 
 
-def resampler(queries: Annotated[int, Ge(1)] = 8, heads: Annotated[int, Ge(1)] = 8) -> MakeResampler:
+def resampler(queries: Count = 8, heads: Count = 8) -> MakeResampler:
     """Learned queries that look at all features of a medium, whatever their number.
 
     Source: Alayrac et al. 2022, Flamingo (arXiv 2204.14198), the Perceiver resampler, of one layer. As many `heads` as

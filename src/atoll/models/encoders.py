@@ -288,6 +288,7 @@ class Encoder(NamedTuple):
 def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> Encoder:
     """The encoder of a folder, for sounds of at most `seconds`. Raises AtollError for one that cannot be used."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     from atoll.models import ready_made
@@ -303,15 +304,25 @@ def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> E
                 folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
             refuse_made_up(report, folder)
-    except (OSError, ValueError) as error:
-        raise AtollError("cannot load the encoder", where=str(folder), found=str(error).splitlines()[0]) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise AtollError(
+            "cannot load the encoder", where=str(folder), found=str(error).splitlines()[0],
+            allowed="a model of transformers with its safetensors", remedy="download it again, or save it whole",
+        ) from error  # fmt: skip
     module = bare(module).eval().requires_grad_(False)
     prepare = load_preparation(modality, folder, seconds)
     inputs = prepare(prepare.blank())[None]
     if hasattr(module, "embed_positions"):
         shorten(module, inputs.shape[-1] // 2)
-    with torch.no_grad():
-        positions, features = hidden(module, inputs, layer, skip).shape[1:]
+    try:
+        with torch.no_grad():
+            positions, features = hidden(module, inputs, layer, skip).shape[1:]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AtollError(
+            "the encoder does not take what its preprocessing makes", where=str(folder), found=str(error).splitlines()[0],
+            allowed="preprocessing of the size that the encoder was made for; sounds long enough for a feature",
+            remedy="put the encoder's own preprocessor_config.json there, or raise `seconds`",
+        ) from error  # fmt: skip
     return Encoder(module, prepare, int(positions), int(features), layer, skip)
 
 

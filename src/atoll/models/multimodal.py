@@ -13,6 +13,7 @@ Shapes: media of one modality in the order of the text; T, F, K, D as in connect
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -151,6 +152,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -172,6 +174,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             }
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids, {name: one for name, one in media.items() if one is not None})
+        if position_ids is not None and "position_ids" in inspect.signature(self.language_model.forward).parameters:
+            kwargs["position_ids"] = position_ids
         out: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
         )

@@ -33,9 +33,11 @@ FAMILIES = {"llava": Family("vision_tower", "language_model")}
 
 def family_of(folder: Path) -> Family | None:
     """The family of a folder's model, if it is one that is known here."""
-    config = folder / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
-    return FAMILIES.get(str(kind))
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads it says what is wrong
+        return None
+    return FAMILIES.get(str(said.get("model_type"))) if isinstance(said, dict) else None
 
 
 @lru_cache(maxsize=1)

@@ -25,7 +25,7 @@ from atoll.aggregate.base import ALL, modality_of
 from atoll.aggregate.mean import share
 from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
-from atoll.exchange import Done, WorkFailed
+from atoll.exchange import NOT_THE_TASKS_FAULT, Done
 from atoll.outer import Outer
 from atoll.params import Params, clipped, global_norm
 from atoll.privacy.accounting import LEAST_NOISE, MOST_NOISE, Release, epsilon, noise_for
@@ -185,7 +185,9 @@ def finite(work: Callable[..., Any], params: Mapping[str, Params], data: Any, st
     still = {name: torch.zeros_like(x) for name, x in params[UPDATE].items()}
     try:
         done = work(params, data, state, task)
-    except WorkFailed:
+    except NOT_THE_TASKS_FAULT:
+        raise
+    except Exception:  # whatever it says of the data
         return Done({UPDATE: still}, {ALL: 1.0}, {}, state)
     if math.isfinite(global_norm(done.updates[UPDATE])):
         return done
@@ -250,7 +252,7 @@ Delta = Annotated[float, Ge(LEAST_DELTA), Lt(1)]
 Budget = Annotated[float, Gt(0)] | None
 Noise = Annotated[float, Ge(0), Le(MOST_NOISE)] | None
 Quantile = Annotated[float, Gt(0), Lt(1)] | None
-Holders = Mapping[str, Annotated[float, Gt(0), Le(1)]] | None
+Holders = Mapping[str, Annotated[float, Ge(1e-6), Le(1)]] | None
 
 
 def _mechanism(
