@@ -28,6 +28,7 @@ from atoll.compatible import (
     refuse_context,
     refuse_parts,
     refuse_personal,
+    refuse_unlike,
     warnings,
 )
 from atoll.errors import AtollError, closest, placed
@@ -184,6 +185,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
 
 def travelling(planned: PlannedShapes, personal: Sequence[str], made: Made) -> PlannedShapes:
     """Of what trains, what is sent."""
+    refuse_unlike(list(planned), made.correction)
     refuse_personal(list(planned), personal, made.correction)
     return split(planned, personal)[0]
 

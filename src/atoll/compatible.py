@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from atoll import parts
 from atoll.aggregate.base import ALL, modality_of
+from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.local.corrections import Correction
 from atoll.made import Made
@@ -57,9 +58,11 @@ RANDOM_CONNECTORS = (
 
 def random_connectors(recipe: Recipe, made: Made) -> bool:
     """Whether an assembled model's connectors begin at random, and end so."""
-    assembled = parts.spec(recipe.model, "model").use == "assembled"
+    model = parts.spec(recipe.model, "model")
+    connectors = [parts.spec(one["connector"], "") for name in MODALITIES if (one := model.arguments.get(name))]
+    drawn = model.use == "assembled" and any("of" not in one.arguments for one in connectors)
     whole = made.space.modules if isinstance(made.space, LoRA) else ("connectors",)
-    return assembled and recipe.start is None and not any(name.startswith("connectors") for name in whole)
+    return drawn and recipe.start is None and not any(name.startswith("connectors") for name in whole)
 
 
 LORA_NOISE = (
@@ -142,16 +145,21 @@ def refuse_personal(planned: Collection[str], personal: Sequence[str], correctio
             "nothing travels: all parameters are personal", where="finetune.personal", found=list(personal),
             remedy="`extends: methods/local-only` trains each client by itself",
         )  # fmt: skip
-    if correction.streams and (unlike := sorted({modality_of(name) for name in planned} - {ALL})):
-        raise AtollError(
-            "this correction is a mean over all clients, and not all hold what this model takes",
-            where="finetune.correction", found=f"connectors of {', '.join(unlike)}", allowed="none, or proximal",
-            remedy="leave the correction out, or `modules: [connectors]`",
-        )  # fmt: skip
     if personal and correction.streams:
         raise AtollError(
             "this correction is about all that trains", where="finetune.personal", found=list(personal),
             allowed="correction: none, or proximal", remedy="leave out `personal`, or the correction",
+        )  # fmt: skip
+
+
+def refuse_unlike(planned: Collection[str], correction: Correction) -> None:
+    """A control variate is a mean over all clients; of a modality that some lack, theirs would be of nothing."""
+    unlike = sorted({modality_of(name) for name in planned} - {ALL})
+    if correction.streams and unlike:
+        raise AtollError(
+            "this correction is a mean over all clients, and not all hold what this model takes",
+            where="finetune.correction", found=f"connectors of {', '.join(unlike)}", allowed="none, or proximal",
+            remedy="leave the correction out, or `modules: [connectors]`",
         )  # fmt: skip
 
 

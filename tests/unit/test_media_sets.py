@@ -12,6 +12,7 @@ from PIL import Image
 from atoll.data import media_sets
 from atoll.data.media import read_image, read_sound
 from atoll.data.media_sets import Asked, get, held_out, stamps_in, write_site
+from atoll.data.prepared_media import multimodal_sites
 from atoll.data.read import Report, open_source, records
 from support import Atoll
 
@@ -52,11 +53,14 @@ def test_a_site_names_its_media_and_reads_as_it_was_written(tmp_path: Path) -> N
     assert len(list((tmp_path / "site" / "media").iterdir())) == 2  # each once
 
 
-def test_a_fifth_is_held_out_by_name_alone() -> None:
-    paths = [Path(f"/anywhere/usr/share/set/{i}.png") for i in range(2000)]
-    share = sum(map(held_out, paths)) / len(paths)
-    assert 0.17 < share < 0.23
-    assert [held_out(p) for p in paths[:50]] == [held_out(Path("/else") / p.relative_to("/")) for p in paths[:50]]
+def test_a_fifth_is_held_out_by_content_alone(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.bin" for i in range(600)]
+    for i, path in enumerate(paths):
+        path.write_bytes(i.to_bytes(4))
+    out = [held_out(path) for path in paths]
+    assert 0.14 < sum(out) / len(out) < 0.26
+    (tmp_path / "other").mkdir()
+    assert [held_out(path.rename(tmp_path / "other" / f"x{path.name}")) for path in paths] == out
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -97,3 +101,13 @@ def test_a_public_set_becomes_records_that_can_all_be_used(name: str, least: int
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert all(row["messages"][1]["content"].strip() for row in rows)
     assert all(deb.name in (folder / "SOURCES.md").read_text() for deb in media_sets.SETS[name].debs)
+
+
+@pytest.mark.real
+def test_no_medium_of_the_four_sites_is_on_both_sides() -> None:
+    sides: dict[str, set[str]] = {"train": set(), "test": set()}
+    for site in ("gallery", "station", "school"):
+        for one in records(open_source(multimodal_sites() / site), Report()):
+            sides[one.split] |= {medium.key for medium in one.media}
+    assert sides["test"]
+    assert not sides["train"] & sides["test"]

@@ -92,7 +92,7 @@ def get(name: str | None, to: Path | None) -> None:
     from atoll.data import media_sets
 
     folder = media_sets.get(name or "", to or Path(name or ""), say)
-    show(f"{folder} is written: `atoll data {folder} --model multimodal` shows it; SOURCES.md has its licenses")
+    show(f"{folder} is written: `atoll data {folder}` shows it; SOURCES.md has its licenses")
 
 
 def methods(as_json: AsJson = False) -> None:

@@ -148,14 +148,23 @@ def pad_first(texts: Sequence[NDArray[np.int32]]) -> Batch:
     >>> batch.input_ids.tolist(), batch.mask.tolist(), batch.position_ids.tolist()
     ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [0, 0, 0]])
     """
-    lengths = tuple(map(len, texts))
-    ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, -len(text) :] = torch.from_numpy(text.astype(np.int64))
-        mask[row, -len(text) :] = 1
+    ids, mask = padded(texts, 0, first=True)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(ids, torch.full_like(ids, IGNORE), positions, lengths, packed=False, mask=mask)
+    return Batch(ids, torch.full_like(ids, IGNORE), positions, tuple(map(len, texts)), packed=False, mask=mask)
+
+
+def padded(rows: Sequence[Any], pad_id: int, first: bool) -> tuple[Tensor, Tensor]:
+    """Rows of one length, with padding first or last; and where there is none, both long [rows, longest].
+
+    >>> [x.tolist() for x in padded([[5, 6], [7]], 0, first=True)]
+    [[[5, 6], [0, 7]], [[1, 1], [0, 1]]]
+    """
+    width = max(map(len, rows))
+    ids, mask = (torch.full((len(rows), width), value) for value in (pad_id, 0))
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if first else slice(len(row))
+        ids[i, where], mask[i, where] = torch.as_tensor(np.asarray(row, np.int64)), 1
+    return ids, mask
 
 
 def _lengths(samples: Sequence[Sample]) -> tuple[int, ...]:

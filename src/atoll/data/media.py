@@ -105,7 +105,7 @@ def named_media(row: Mapping[str, Any], folder: Path, place: str) -> list[Medium
         if isinstance(value, str) and value.strip()[:1] == "[":  # a CSV cell
             with suppress(ValueError):
                 value = json.loads(value)
-        paths = [value] if isinstance(value, str) and value else value or []
+        paths = [] if value is None or value == "" else [value] if isinstance(value, str) else value
         if not isinstance(paths, Sequence) or not all(isinstance(one, str | None) for one in paths):
             raise AtollError(
                 f"'{column}' has the wrong type", where=place, found=f"{type(value).__name__}: {str(value)[:60]}",

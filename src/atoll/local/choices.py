@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atoll.data.collate import IGNORE, Batch, Choices, Sample, language_model, pad, pad_first
+from atoll.data.collate import IGNORE, Batch, Choices, Sample, choices_in, language_model, pad, pad_first
 from atoll.local.objectives import chunked_cross_entropy, run_without_head, token_losses
 
 Media = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
@@ -102,8 +102,9 @@ def after(questions: Batch, each: Sequence[Choices], sample_of: Tensor) -> Batch
 
 
 def choices_of(sample: Sample) -> Choices:
-    """The sample's choices."""
-    choices: Choices = sample[3]
+    """The sample's choices, of one that has some."""
+    choices = choices_in(sample)
+    assert choices is not None
     return choices
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BatchFeature
 
+from atoll.data.collate import padded
 from atoll.data.media import MODALITIES, Medium, Senses
 from atoll.models.features import preparations, senses_of
 from atoll.models.multimodal import MultimodalConfig
@@ -70,7 +71,8 @@ class MultimodalProcessor:
                 found[f"{name}_inputs"] = torch.stack(made)
         texts = [text] if isinstance(text, str) else list(text)
         rows = [self.expanded(self.tokenizer(one, **tokenizing)["input_ids"]) for one in texts]
-        return BatchFeature(padded(rows, self.tokenizer.pad_token_id or 0, padding_side == "left") | found)
+        ids, mask = padded(rows, self.tokenizer.pad_token_id or 0, first=padding_side == "left")
+        return BatchFeature({"input_ids": ids, "attention_mask": mask, **found})
 
     def expanded(self, ids: Sequence[int]) -> list[int]:
         """Tokens with as many placeholders for each medium as it has tokens."""
@@ -98,20 +100,6 @@ def _flat(message: dict[str, Any]) -> dict[str, Any]:
         part["text"] if part["type"] == "text" else MODALITIES[part["type"]].placeholder for part in message["content"]
     ]
     return {**message, "content": "\n".join(texts)}
-
-
-def padded(rows: Sequence[Sequence[int]], pad_id: int, first: bool) -> dict[str, Tensor]:
-    """Rows of one length, padding first or last, and where they are none.
-
-    >>> {name: x.tolist() for name, x in padded([[5, 6], [7]], 0, first=True).items()}
-    {'input_ids': [[5, 6], [0, 7]], 'attention_mask': [[1, 1], [0, 1]]}
-    """
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if first else slice(0, len(row))
-        ids[i, where], mask[i, where] = torch.tensor(row), 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 AutoProcessor.register(MultimodalConfig, MultimodalProcessor)  # type: ignore[no-untyped-call]
