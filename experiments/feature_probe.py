@@ -46,10 +46,11 @@ def accuracy(train: list[tuple[Tensor, str]], test: list[tuple[Tensor, str]]) ->
     optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=DECAY)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(layer((x - mean) / std), y).backward()
+        loss = torch.nn.functional.cross_entropy(layer((x - mean) / std), y)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    said = layer((torch.stack([one for one, _ in test]) - mean) / std).argmax(1)
-    right = sum(known[i] == answer for i, (_, answer) in zip(said.tolist(), test, strict=True))
+    said: list[int] = layer((torch.stack([one for one, _ in test]) - mean) / std).argmax(1).tolist()
+    right = sum(known[i] == answer for i, (_, answer) in zip(said, test, strict=True))
     return right / len(test)
 
 

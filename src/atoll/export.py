@@ -19,6 +19,7 @@ from safetensors import safe_open
 from atoll import parts, recipe
 from atoll.build import choose_model
 from atoll.cache import Say, quiet
+from atoll.data.answers import ChatFormat
 from atoll.errors import AtollError
 from atoll.models.assembled import Assembled
 from atoll.models.presets import PRESETS, no_progress_bars
@@ -65,12 +66,12 @@ def export_merged(folder: RunFolder, out: Path, say: Say = quiet, client: str | 
     refuse_there(out)
     result = load_result(folder, say, client)
     result.use(base=True)
-    before = logits_of(result.model)
+    before = logits_of(result.model, result.tokenizer)
     result.use(base=False)
-    said = logits_of(result.model)
+    said = logits_of(result.model, result.tokenizer)
     say("merging the adapter into the model")
     merged: Any = result.model.merge_and_unload()  # type: ignore[operator]
-    lost, learned = (float((one - said).norm()) for one in (logits_of(merged), before))
+    lost, learned = (float((one - said).norm()) for one in (logits_of(merged, result.tokenizer), before))
     if not lost <= KEPT * learned:
         raise AtollError(
             "the merged model does not say what the adapted one says", where=folder.name,
@@ -104,11 +105,18 @@ def refuse_there(out: Path) -> None:
         raise AtollError("the folder is there already", where=str(out), remedy="choose another by --out, or remove it")
 
 
+ASKED = [
+    {"role": "user", "content": "A train leaves at 9 and arrives at 11. How long does it take?"},
+    {"role": "assistant", "content": "It takes 2 hours."},
+]
+"""Text: what models say of tokens in no order is hardly of what they have learned, and rounding moves it more than that."""
+
+
 @torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    """Of a few tokens of text, float32."""
-    ids = torch.arange(3, 35, device=next(model.parameters()).device)[None]
-    found: torch.Tensor = model(input_ids=ids).logits
+def logits_of(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Of a short conversation, float32 [1, tokens, V]."""
+    ids = tokenizer(ChatFormat(tokenizer).render(ASKED), return_tensors="pt").input_ids
+    found: torch.Tensor = model(input_ids=ids.to(next(model.parameters()).device)).logits
     return found.float()
 
 

@@ -573,6 +573,7 @@ def parts_of_recipe() -> Any:
 @pytest.mark.parametrize(("change", "said"), [
     ("model={use: assembled, language: 'tiny:llama', image: null, audio: null}", "needs an encoder"),
     ("model.image.encoder=whisper-tiny.en", "this encoder takes no image"),
+    ("model.image.encoder=efficientnet-lite", "did you mean 'efficientnet-lite0'"),
     ("model.image.encoder='tiny:clap'", "did you mean 'clip'"),
     ("model.image.connector={use: mpl}", "did you mean 'mlp'"),
     ("model.image.connector={use: 'os:system', command: ls}", "a connector is of a shipped kind"),

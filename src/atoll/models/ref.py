@@ -121,6 +121,12 @@ def resolve_encoder(name: str, modality: str) -> ModelRef:
         return ModelRef(name, "encoder", name, preset.identity)
     if name.startswith("tiny:"):
         return ModelRef(name, "tiny", name, tiny_encoder_identity(name, modality))
+    if "/" not in name and not Path(name).is_dir():
+        known = [one for one, preset in ENCODERS.items() if preset.modality == modality]
+        raise AtollError(
+            "there is no such encoder", where=where, found=name,
+            allowed=f"{', '.join(known)}; ./folder; org/name on the hub", remedy=closest(name, known),
+        )  # fmt: skip
     with placed(where):
         return resolve(name)
 
