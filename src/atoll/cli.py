@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import typer.core
 from atoll.commands import leak, learn, look, network, use, work
 from atoll.commands.output import Crashed, mendable, write_traceback
 from atoll.errors import AtollError, Interrupted
+from atoll.interrupts import interrupted, note_interrupts
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Click's, or that of the copy of click which later versions of typer bring."""
@@ -51,6 +51,9 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "clients": (network.clients, "atoll clients server.example:8000"),
 }
 """Name -> the command, and an example for its help."""
+
+INTERRUPTED = 130
+"""The status of what was interrupted, as shells have it; typer's too."""
 
 GROUPS = {"certs": network.certs, "audit": network.audit}
 """Commands that have commands of their own."""
@@ -95,18 +98,19 @@ def call(arguments: Sequence[str]) -> int:
         return _status(make_app()(list(arguments), standalone_mode=False))
     except AtollError as error:
         _tell(f"atoll: {error}")
-        return 130 if isinstance(error, Interrupted) else 1
+        return INTERRUPTED if isinstance(error, Interrupted) else 1
     except UsageError as error:
         return _misused(error)
     except (typer.Abort, KeyboardInterrupt):
-        _tell("atoll: interrupted")
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
     except Crashed as crash:
         return _crashed(crash)
     except Exception as error:
+        if interrupted():
+            return _interrupted()
         note = write_traceback(error)
         if told := mendable(error, note, "try again"):
             _tell(f"atoll: {told}")
@@ -116,7 +120,13 @@ def call(arguments: Sequence[str]) -> int:
 
 def _status(returned: Any) -> int:
     """Typer gives the status of an explicit exit, such as that of --help, or what the command returned."""
-    return returned if isinstance(returned, int) else 0
+    status = returned if isinstance(returned, int) else 0
+    return _interrupted() if status == INTERRUPTED else status
+
+
+def _interrupted() -> int:
+    _tell("atoll: interrupted")
+    return INTERRUPTED
 
 
 def _misused(error: Any) -> int:
@@ -137,6 +147,10 @@ def _tell(text: str) -> None:
 
 def main() -> None:
     """The entry point: SIGTERM is treated as Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    note_interrupts()
     warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other; people can do nothing about it
-    sys.exit(call(sys.argv[1:]))
+    status = call(sys.argv[1:])
+    exec(
+        ""
+    )  # CPython exits as if killed where an interrupt met `exec` of a string, as in dataclasses, until the next one
+    sys.exit(status)

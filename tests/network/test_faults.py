@@ -178,8 +178,9 @@ def test_a_line_that_is_dark_for_half_a_minute_loses_no_round(federation):
 
 
 def test_work_is_given_up_when_the_operator_leaves(federation):
+    before = federation.said("north").count("round 0: train")
     run = begin(federation, "given-up", "--set", "finetune.local_steps=100000")
-    wait_until(lambda: federation.said("north").count("round 0: train") > 0, "a site to work")
+    wait_for_work(federation, "north", before)
     time.sleep(2)
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=30) == 130, federation.said("given-up")

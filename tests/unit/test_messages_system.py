@@ -136,6 +136,32 @@ def test_run_that_began_stays_when_it_is_interrupted(
     assert (tmp_path / "runs/tiny-1/record.jsonl").exists()
 
 
+STOPPED = """
+import os, signal, sys, time
+from atoll import cli
+
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT); time.sleep(10)"
+
+def command():
+    try:
+        exec(INTERRUPT)
+    except BaseException:
+        {then}
+
+cli.COMMANDS["runs"] = (command, "")
+sys.argv = ["atoll", "runs"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("then", ["raise", "raise ModuleNotFoundError('swallowed') from None"])
+def test_an_interrupt_is_one_wherever_a_library_meets_it(tmp_path: Path, then: str) -> None:
+    """Inside `exec`, as in dataclasses, CPython would end as if killed; lazy imports make another error of it."""
+    (tmp_path / "stopped.py").write_text(STOPPED.format(then=then))
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "atoll: interrupted\n")
+
+
 # The cache, and the hub.
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atoll.errors import AtollError, Interrupted
+from atoll.interrupts import interrupted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -84,19 +85,23 @@ def interruptible(folder: RunFolder, new: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if new and not folder.record.exists():
-            raise Interrupted("interrupted before it began; nothing was kept", remedy="run it again") from None
-        raise Interrupted(
-            "interrupted; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`"
-        ) from None
+        raise _left(folder, new) from None
     except AtollError:
         raise
     except Exception as error:
+        if interrupted():
+            raise _left(folder, new) from None
         begun = folder.record.exists()
         note = write_traceback(error, folder.path if begun else None)
         if told := mendable(error, note, f"`atoll resume {folder.name}`" if begun else "run it again"):
             raise told from error
         raise Crashed(error, note) from error
+
+
+def _left(folder: RunFolder, new: bool) -> Interrupted:
+    if new and not folder.record.exists():
+        return Interrupted("interrupted before it began; nothing was kept", remedy="run it again")
+    return Interrupted("interrupted; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`")
 
 
 REFUSALS = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG", "ENOSPC", "EDQUOT")
