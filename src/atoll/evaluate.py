@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from atoll.exchange import DECODING_ERRORS, Accepted, Refused, Reply, Task, check_sender, plain
+from atoll.exchange import DECODING_ERRORS, Accepted, Dropped, Refused, Reply, Task, check_sender, plain
 from atoll.fleet.base import Fleet
 from atoll.record.events import Evaluated
 from atoll.round import RoundPlan, State, broadcast, converse
@@ -15,7 +15,7 @@ from atoll.round import RoundPlan, State, broadcast, converse
 def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], samples: int, final: bool) -> Evaluated:
     """Held-out loss of the state's params at each client: at most `samples` samples each.
 
-    Clients that refuse, such as those without held-out samples, are left out of the mean.
+    Clients that refuse, or do not answer, are left out of the mean, and named.
     """
     started = time.perf_counter()
     tasks, _ = broadcast(plan, state, clients, fleet.now(), kind="evaluate")
@@ -23,10 +23,12 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
     asked = {task.id: task for task in tasks}
     until = fleet.now() + plan.schedule.deadline
     exchange = plain(tasks, [], lambda reply: hear(asked[reply.task], reply), lambda came: until)
-    verdicts = converse(fleet, exchange, plan.streams, {})
+    verdicts = list(converse(fleet, exchange, plan.streams, {}))
     each = {v.reply.client: v.reply.metrics for v in verdicts if isinstance(v, Accepted)}
+    absent = {v.client: v.reason for v in verdicts if isinstance(v, Refused | Dropped)}
     sent = sum(task.broadcast.nbytes for task in tasks)
-    return summary(state.round, final, {name: each[name] for name in clients if name in each}, sent, started)
+    heard = {name: each[name] for name in clients if name in each}
+    return summary(state.round, final, heard, absent, sent, started)
 
 
 def hear(task: Task, reply: Reply) -> Accepted | Refused:
@@ -41,10 +43,15 @@ def hear(task: Task, reply: Reply) -> Accepted | Refused:
 
 
 def summary(
-    round: int, final: bool, clients: Mapping[str, Mapping[str, float]], sent: int, started: float
+    round: int,
+    final: bool,
+    clients: Mapping[str, Mapping[str, float]],
+    absent: Mapping[str, str],
+    sent: int,
+    started: float,
 ) -> Evaluated:
     """Mean and worst over clients, each client counting once."""
     losses = [metrics["loss"] for metrics in clients.values()]
     mean = sum(losses) / len(losses) if losses else float("nan")
     worst = max(losses, default=float("nan"))
-    return Evaluated(round, final, dict(clients), mean, worst, time.perf_counter() - started, sent)
+    return Evaluated(round, final, dict(clients), mean, worst, time.perf_counter() - started, sent, dict(absent))

@@ -119,10 +119,11 @@ def _when(event: Evaluated) -> str:
 
 
 def _measured(event: Evaluated) -> str:
+    silent = "".join(f"; not {name}: {reason}" for name, reason in event.absent.items())
     if not event.clients:
-        return "no client has measured one"
+        return f"no client has measured one{silent}"
     worst = max(event.clients, key=lambda name: event.clients[name]["loss"])
-    return f"mean {event.mean:.3f}, worst {event.worst:.3f} ({worst})"
+    return f"mean {event.mean:.3f}, worst {event.worst:.3f} ({worst}){silent}"
 
 
 def _round_in_words(event: RoundEnded) -> str:

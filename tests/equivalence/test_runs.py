@@ -14,7 +14,6 @@ from atoll import run
 from atoll.assemble import assemble
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError, Interrupted
-from atoll.local.work import Objective
 from atoll.recipe import POOLED
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder, find
@@ -133,20 +132,20 @@ def test_a_client_that_lost_its_state_is_told_so_and_starts_anew(edge):
     assert sum(r.client == "north" for r in story.replies) == 3
 
 
-def stumbling(labels="sft"):
-    """An objective that raises for the client whose samples are odd."""
+def stumbling(at: str = "loss"):
+    """An objective that raises, where it trains or `at` sample_losses, where it measures, over odd batches."""
     from atoll.local.language import Language
 
     class Stumbling(Language):
         def bind(self, model, tokenizer):
             inner = super().bind(model, tokenizer)
 
-            def loss(model, batch):
+            def stumble(model, batch):
                 if batch.tokens % 2:
                     raise KeyError("no such label")
-                return inner.loss(model, batch)
+                return getattr(inner, at)(model, batch)
 
-            return Objective(inner.collate, loss, inner.terms, inner.sample_losses)
+            return inner._replace(**{at: stumble})
 
     return Stumbling("sft")
 
@@ -157,6 +156,21 @@ def test_what_a_client_raises_is_its_refusal_and_not_the_end_of_the_run(edge, mo
     assert story.ended.reason == "finished"
     assert story.missing
     assert all(m.refused and "KeyError: 'no such label'" in m.reason for m in story.missing)
+
+
+def test_a_client_that_cannot_measure_is_named_in_the_tables(edge, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    odd = "finetune.objective={use: test_runs:stumbling, at: sample_losses}"
+    story = read_story(edge(odd, "evaluate.final_samples=1", "data.held_out=0.3"))
+    table = loss_table(story)
+    asked = {name for name, count in story.started.held_out.items() if count}
+    assert set(story.final.absent) | set(story.final.clients) == asked
+    assert story.final.absent
+    assert all("KeyError: 'no such label'" in reason for reason in story.final.absent.values())
+    assert all(
+        any(note.startswith(f"{name}: told nothing of federated: ") for note in table.notes)
+        for name in story.final.absent
+    )
 
 
 def test_a_client_without_samples_is_left_out_and_the_plan_checked_without_it(edge, tmp_path, sites):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_families import (
@@ -18,6 +20,7 @@ from tiny_families import (
 
 from atoll.data.collate import Batch, Sample, pack, pad
 from atoll.local import objectives
+from atoll.local.language import sft
 from atoll.local.objectives import cross_entropy, token_losses
 
 
@@ -65,6 +68,20 @@ def test_a_sample_does_not_see_its_neighbors(family: str) -> None:
         (before, owner), (after, _) = (token_losses(model, collate(family, each)) for each in (batch, changed))
     torch.testing.assert_close(before[owner != 2], after[owner != 2], rtol=1e-5, atol=1e-6)
     assert (before[owner == 2] - after[owner == 2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_a_mean_over_samples_counts_each_answer_once(family: str) -> None:
+    model = with_lora(build(family))
+    batch = samples()
+    counts = torch.tensor([4.0, 2.0, 6.0, 4.0])
+    expected = (torch.stack(plain_losses(model, batch)[:4]) / counts).mean()  # the last has no labeled token
+    objective = sft(mean_over="samples").bind(model, SimpleNamespace(pad_token_id=0))
+    made = objective.collate(batch)
+    loss, count = objective.loss(model, made)
+    assert count == objective.terms(made) == 4
+    torch.testing.assert_close(loss / count, expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(gradients(model, loss / count), gradients(model, expected))
 
 
 def test_cross_entropy_is_the_sum_and_the_count() -> None:

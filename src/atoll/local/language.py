@@ -16,12 +16,15 @@ from atoll.local.objectives import cross_entropy, token_losses
 from atoll.local.work import Objective
 from atoll.models.features import features_of
 
+MeanOver = Literal["tokens", "samples"]
+
 
 @dataclass(frozen=True)
 class Language:
     """Cross-entropy of a causal language model at labeled tokens."""
 
     labels: Literal["sft", "causal_lm"]
+    mean_over: MeanOver = "tokens"
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model: samples share one packed row where the family allows it."""
@@ -44,12 +47,17 @@ class Language:
         def likeliest(model: nn.Module, samples: Sequence[Any]) -> list[int]:
             return [int(each.argmax()) for each in log_likelihoods(model, samples, media)]
 
-        return Objective(collate, cross_entropy, _terms, _sample_losses, features is not None, likeliest)
+        loss, terms = (cross_entropy, _tokens) if self.mean_over == "tokens" else (_sum_of_means, _answered)
+        return Objective(collate, loss, terms, _sample_losses, features is not None, likeliest)
 
 
-def sft() -> Language:
-    """Supervised fine-tuning: the loss is on the answers alone."""
-    return Language("sft")
+def sft(mean_over: MeanOver = "tokens") -> Language:
+    """Supervised fine-tuning: the loss is on the answers alone.
+
+    A step's loss is the mean over the `tokens` of all its answers, as TRL's; or over `samples`, of the mean over each one's
+    tokens: where answers of one word and of a paragraph are mixed, the word then counts as much as the paragraph.
+    """
+    return Language("sft", mean_over)
 
 
 def causal_lm() -> Language:
@@ -57,11 +65,25 @@ def causal_lm() -> Language:
     return Language("causal_lm")
 
 
-def _terms(batch: Batch) -> int:
+def _tokens(batch: Batch) -> int:
     return int((batch.targets != IGNORE).sum())
 
 
+def _answered(batch: Batch) -> int:
+    """Samples with a labeled token."""
+    return int((torch.bincount(batch.owners[batch.targets != IGNORE]) > 0).sum())
+
+
+def _sum_of_means(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    return _means(model, batch).sum(), _answered(batch)
+
+
 def _sample_losses(model: nn.Module, batch: Batch) -> Tensor:
+    return _means(model, batch).cpu()
+
+
+def _means(model: nn.Module, batch: Batch) -> Tensor:
+    """Of each sample the mean over its labeled tokens, fp32 [samples]; 0 where it has none."""
     losses, owners = token_losses(model, batch)
-    sums = torch.zeros(len(batch.lengths), device=losses.device).index_add_(0, owners, losses)
-    return (sums / torch.bincount(owners, minlength=len(batch.lengths)).clamp_min(1)).cpu()
+    sums = torch.zeros(len(batch.lengths), device=losses.device).index_add(0, owners, losses)
+    return sums / torch.bincount(owners, minlength=len(batch.lengths)).clamp_min(1)

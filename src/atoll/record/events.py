@@ -124,7 +124,10 @@ class RoundEnded:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out loss after `round` rounds (0: before the first), per client: loss, standard_error, samples."""
+    """Held-out loss after `round` rounds (0: before the first), per client: loss, standard_error, samples.
+
+    `absent` clients were asked too, and told nothing: why.
+    """
 
     round: int
     final: bool
@@ -133,6 +136,7 @@ class Evaluated:
     worst: float
     seconds: float
     bytes_down: int = 0
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

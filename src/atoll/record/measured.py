@@ -6,7 +6,7 @@ Losses and accuracies, by site and by what samples hold. Here are numbers; how t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,12 +81,12 @@ def measured(story: Story) -> Tables:
 
 def loss_table(story: Story) -> Table | None:
     """The comparison that the run was made for; None before anything is measured. It is but a note if nothing can be."""
-    notes = unmeasured(story.started)
-    first = first_of(story)
-    if first is None or not first.clients:
+    each = models(story)
+    notes = (*unmeasured(story.started), *silent(each))
+    sites = list(dict.fromkeys(site for _, one in each for site in one.clients))
+    if not sites:
         return Table([], [], notes) if notes else None
-    sites = list(first.clients)
-    return Table(sites, [(name, [cell(e.clients, site) for site in sites]) for name, e in models(story)], notes)
+    return Table(sites, [(name, [cell(e.clients, site) for site in sites]) for name, e in each], notes)
 
 
 def accuracy_table(story: Story) -> Table | None:
@@ -158,6 +158,11 @@ def unmeasured(started: RunStarted) -> tuple[str, ...]:
     if without and len(without) == len(started.held_out):
         return ("nothing is held out, so no loss is measured: set data.held_out, or name files for it",)
     return tuple(f"{name}: no held-out sample, not in the mean" for name in without)
+
+
+def silent(each: Sequence[tuple[str, Evaluated]]) -> Iterator[str]:
+    """Who was asked about which model, and told nothing."""
+    return (f"{site}: told nothing of {name}: {reason}" for name, one in each for site, reason in one.absent.items())
 
 
 def _of(story: Story, prefix: str) -> list[tuple[str, Story]]:
