@@ -33,7 +33,7 @@ def cases(tiny: bool) -> list[Case]:
         Contestant(name, MODULE, config={"what": "step", "model": model, "media": name == "assembled", "steps": 8})
         for name in ("assembled", "text")
     )
-    sizes = {"vocabulary": 512 if tiny else 49152, "width": 576, "positions": 49, "features": 1280, "media": 8}
+    sizes = {"model": model, "positions": 49, "features": 1280, "media": 8}
     alignments = tuple(
         Contestant(name, MODULE, config={"what": "alignment", **sizes, "anchors": anchors})
         for name, anchors in (("anchors", 64 if tiny else 1024), ("exact", None))

