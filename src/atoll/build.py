@@ -7,6 +7,7 @@ shapes come from its configuration.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import secrets
@@ -78,8 +79,13 @@ def choose_model(written: object) -> ModelChoice:
     """`model: smollm2-135m`, `model: {use: ./folder, dtype: float32}` or `model: module:factory`."""
     part = parts.spec(written, "model")
     if part.use == "assembled":
-        said = {name: value for name, value in part.arguments.items() if name in ("language", "image", "audio")}
-        rest = {name: value for name, value in part.arguments.items() if name not in said}
+        of_parts, of_all = (list(inspect.signature(one).parameters) for one in (assembled, model_options))
+        for name in part.arguments:
+            if name not in (*of_parts, *of_all):
+                raise parts.no_such_argument(part.use, name, f"model.{name}", (*of_parts, *of_all))
+        said, rest = (
+            {name: value for name, value in part.arguments.items() if name in names} for names in (of_parts, of_all)
+        )
         one = assembled(**parts.check(assembled, parts.Spec(part.use, said), "model"))
         return ModelChoice(one, model_options(**parts.check(model_options, parts.Spec(part.use, rest), "model")), False)
     if ":" in part.use and not part.use.startswith("tiny:"):

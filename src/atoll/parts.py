@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
@@ -219,12 +219,7 @@ def check(factory: Callable[..., Any], part: Spec, where: str) -> dict[str, Any]
     for name, value in part.arguments.items():
         at = f"{where}.{name}"
         if name not in parameters and not open_ended:
-            raise AtollError(
-                f"'{part.use}' has no such argument",
-                where=at,
-                found=name,
-                remedy=closest(name, parameters) if parameters else "leave it out",
-            )
+            raise no_such_argument(part.use, name, at, parameters)
         checked[name] = _value(hints.get(name, Any), value, at)
     missing = [
         n
@@ -237,6 +232,12 @@ def check(factory: Callable[..., Any], part: Spec, where: str) -> dict[str, Any]
             remedy=f"write {{use: {part.use}, {missing[0]}: ...}}",
         )  # fmt: skip
     return checked
+
+
+def no_such_argument(use: str, name: str, where: str, known: Collection[str]) -> AtollError:
+    """Of a part that takes `known` ones."""
+    remedy = closest(name, known) if known else "leave it out"
+    return AtollError(f"'{use}' has no such argument", where=where, found=name, remedy=remedy)
 
 
 def types_of(factory: Callable[..., Any]) -> dict[str, Any]:

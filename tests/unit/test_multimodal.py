@@ -356,6 +356,36 @@ def test_features_are_made_once_and_no_more_is_kept_than_may_be(tmp_path, media)
     assert all(torch.equal(x, first[name]) for name, x in small.of(media).items())
 
 
+def test_a_damaged_feature_is_made_again(tmp_path, media):
+    found = features_of(load_model(parts())[0])
+    kept = Features(found.model, found.preparations, found.identities, tmp_path / "features")
+    first = kept.of(media[:1])["image"]
+    (file,) = (tmp_path / "features").rglob("*.npy")
+    for left in (0, 40, 200):
+        file.write_bytes(file.read_bytes()[:left])
+        assert torch.equal(kept.of(media[:1])["image"], first)
+
+
+def test_media_are_those_that_the_data_were_read_with(tmp_path, media):
+    model, tokenizer = load_model(parts())
+    found = features_of(model)
+    kept = Features(found.model, found.preparations, found.identities, tmp_path / "features")
+    write(tmp_path / "site", [{"images": ["a.png"]}])
+    picture = tmp_path / "site" / "a.png"
+    picture.write_bytes(media[0].path.read_bytes())
+    data = prepare(tmp_path / "site", tokenizer, 256, cache_root=tmp_path / "home", senses=kept.senses)
+    [(medium,)] = data.train.media
+    first = kept.of([medium])["image"]
+    picture.write_bytes(media[1].path.read_bytes())
+    assert torch.equal(kept.of([medium])["image"], first), "as it was, while it is kept"
+    shutil.rmtree(tmp_path / "features")
+    with pytest.raises(Unusable, match="image that has changed since the data were read"):
+        kept.of([medium])
+    picture.unlink()
+    with pytest.raises(Unusable, match="image that is gone since the data were read"):
+        kept.of([medium])
+
+
 RECORD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "it"}]}
 
 
@@ -580,6 +610,8 @@ def parts_of_recipe() -> Any:
     ("model.image.connector={use: mlp, pool: 0}", "greater than or equal to 1"),
     ("model.audio.seconds=31", "less than or equal to 30"),
     ("model.sound={}", "has no such argument"),
+    ("model.imag={}", "did you mean 'image'"),
+    ("model.image.connector=mpl", "did you mean 'mlp'"),
     ("finetune.space.modules=[conectors]", "did you mean 'connectors'"),
     ("finetune.space.modules=[vision_encoder]", "the model has no such module"),
     ("finetune={correction: scaffold, optimizer: sgd, clip_norm: null, weighting: uniform}", "not all hold what"),
@@ -590,6 +622,26 @@ def test_mistakes_in_the_parts_of_a_model_are_told(sites, atoll: Atoll, change, 
     heard = atoll("plan", str(sites / "mine.yaml"), "--set", change)
     assert heard.status == 1
     assert said in heard.err
+
+
+def test_a_language_model_is_one_and_not_assembled():
+    from atoll.models.ref import encoder_folder, folder_of, resolve, resolve_encoder
+
+    eyes = {"encoder": "tiny:clip", "connector": MLP}
+    for folder, said in (
+        (encoder_folder(resolve_encoder("tiny:clip", "image"), "image"), "not a causal language model"),
+        (folder_of(resolve(assembled("tiny:llama", eyes))), "no other assembled one"),
+    ):
+        with pytest.raises(AtollError, match=said) as told:
+            load_model(assembled(str(folder), eyes))
+        assert "model.language" in str(told.value)
+
+
+def test_a_connector_without_arguments_is_named_like_any_part():
+    short, long = (
+        assembled("tiny:llama", {"encoder": "tiny:clip", "connector": one}) for one in ("mlp", {"use": "mlp"})
+    )
+    assert short == long
 
 
 def test_what_is_missing_is_learned_and_what_drops_out_is_taken_for_missing():

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -57,11 +57,22 @@ class Medium:
     modality: str
     path: Path | None
     """None: it is missing, and what the model sees or hears in its place is learned."""
+    known: str = field(default="", compare=False)
+    """Its key when the data were read; empty for one that was read just now."""
 
     @property
     def key(self) -> str:
         """Names its content."""
-        return "missing" if self.path is None else file_hash(self.path)
+        return "missing" if self.path is None else self.known or file_hash(self.path)
+
+    def check(self) -> None:
+        """Raises Unusable if its file is gone, or holds something else than when the data were read."""
+        if self.path is None or not self.known:
+            return
+        if not self.path.is_file():
+            raise Unusable(f"{self.modality} that is gone since the data were read")
+        if file_hash(self.path) != self.known:
+            raise Unusable(f"{self.modality} that has changed since the data were read")
 
 
 class Unusable(ValueError):

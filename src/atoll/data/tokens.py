@@ -111,7 +111,7 @@ def load(folder: Path, root: Path = Path()) -> TokenDataset:
 
 def _media(folder: Path, root: Path) -> list[tuple[Medium, ...]]:
     lines = (folder / MEDIA).read_text(encoding="utf-8").splitlines()
-    each = [tuple(Medium(modality, path and root / path) for modality, path in json.loads(line)) for line in lines]
+    each = [tuple(Medium(name, path and root / path, key) for name, path, key in json.loads(line)) for line in lines]
     return each if any(each) else []
 
 
@@ -170,7 +170,7 @@ class TokenWriter:
     ) -> None:
         """Append one sample: ids and labeled [length], the row of the source it came from, what it has beside them."""
         self._choices.write(_written_choices(choices))
-        named = [(one.modality, one.path and str(one.path.relative_to(self._root))) for one in media]
+        named = [(one.modality, one.path and str(one.path.relative_to(self._root)), one.key) for one in media]
         self._media.write(json.dumps(named) + "\n")
         self._tokens += len(ids)
         self._arrays["ids"].extend(ids)
@@ -191,7 +191,7 @@ class TokenWriter:
 
 
 MEDIA = "media.jsonl"
-"""A line a sample: its media, [modality, path] each; null for the path of one that is missing."""
+"""A line a sample: its media, [modality, path, key of its content] each; null for the path of one that is missing."""
 
 CHOICES = "choices.jsonl"
 """A line a sample: [tokens shared, the rest of each choice, which of those are the answer's, the right one], or null."""

@@ -62,19 +62,27 @@ class Assembled:
 Share = Annotated[float, Ge(0), Lt(1)]
 
 
-def image(encoder: str, connector: Mapping[str, Any], dropout: Share = 0.0) -> Sense:
+def image(encoder: str, connector: Mapping[str, Any] | str, dropout: Share = 0.0) -> Sense:
     """Pictures: an encoder, and the connector to the language model.
 
     A share `dropout` of them is taken for missing in training: the model learns to do without (modality dropout).
     """
-    return Sense(encoder, connector, dropout=dropout)
+    return Sense(encoder, _written(connector), dropout=dropout)
 
 
 def audio(
-    encoder: str, connector: Mapping[str, Any], seconds: Annotated[float, Gt(0), Le(30)] = 30.0, dropout: Share = 0.0
+    encoder: str,
+    connector: Mapping[str, Any] | str,
+    seconds: Annotated[float, Gt(0), Le(30)] = 30.0,
+    dropout: Share = 0.0,
 ) -> Sense:
     """Sounds of at most `seconds`: an encoder, the connector to the language model, and dropout as of pictures."""
-    return Sense(encoder, connector, seconds, dropout)
+    return Sense(encoder, _written(connector), seconds, dropout)
+
+
+def _written(connector: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    """`mlp` is `{use: mlp}`, as of other parts."""
+    return {"use": connector} if isinstance(connector, str) else connector
 
 
 def assembled(
@@ -123,7 +131,8 @@ def put_together(
     from atoll.models.encoders import load_encoder
     from atoll.models.multimodal import CONFIGS, ENCODERS, MultimodalConfig, MultimodalModel
 
-    model_of_text, tokenizer = language_model(one.language, language)
+    with placed("model.language"):
+        model_of_text, tokenizer = language_model(one.language, language)
     made = {}
     for name, sense in one.senses.items():
         with placed(f"model.{name}.encoder"):
@@ -185,9 +194,15 @@ def language_model(name: str, folder: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from atoll.models import ready_made
+    from atoll.models.shapes import causal_config
 
     if family := ready_made.family_of(folder):
         return ready_made.language_model(folder, family), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if causal_config(folder).model_type == "atoll_multimodal":
+        raise AtollError(
+            "an assembled model has a language model among its parts, and no other assembled one", where=str(folder),
+            remedy="name that one's parts, or its folder as the model: `model: FOLDER`",
+        )  # fmt: skip
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, trust_remote_code=False, dtype="auto", output_loading_info=True
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atoll.cache import content_hash, home, write_file
@@ -113,11 +114,10 @@ class Features:
             said = getattr(self.model.config, medium.modality)
             return torch.full((said["positions"], said["features"]), math.nan)
         path = self._path(medium)
-        if not path.is_file():
+        if (kept := read(path)) is None:
             self._make([medium])
-        else:
-            os.utime(path)  # what was read last goes last
-        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+            kept = np.load(path, allow_pickle=False)
+        return torch.from_numpy(kept.astype(np.float32))
 
     def _path(self, medium: Medium) -> Path:
         return self.folder / self.identities[medium.modality] / f"{medium.key}.npy"
@@ -141,7 +141,9 @@ class Features:
         return self.preparations[medium.modality](self.senses[medium.modality].read(medium))
 
     def _make(self, media: Sequence[Medium]) -> None:
-        """Encodes media of one modality, and writes each as float16."""
+        """Encodes media of one modality, and writes each as float16. Raises Unusable."""
+        for medium in media:
+            medium.check()
         name = media[0].modality
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures, nearly: nobody else reads a client's
         raw = torch.stack([self.inputs(medium) for medium in media])
@@ -158,3 +160,13 @@ class Features:
             total += path.stat().st_size
             if total > self.most_bytes:
                 path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> NDArray[np.float16] | None:
+    """A kept feature; None if it is not there, or not whole. What was read last goes last."""
+    try:
+        found: NDArray[np.float16] = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    os.utime(path)
+    return found

@@ -94,15 +94,18 @@ def _read(note: Path) -> Shapes:
 
 
 def read_config(ref: ModelRef, folder: Path | None) -> PretrainedConfig:
-    """The model's configuration, if it is one of a causal language model.
+    """The model's configuration, if it is one of a causal language model. Raises AtollError, see `causal_config`."""
+    return tiny_config(ref.location) if folder is None else causal_config(folder)
+
+
+def causal_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a causal language model.
 
     Raises:
         AtollError: config.json cannot be read, needs code from the model's folder, or describes another kind of model.
     """
     from transformers import AutoConfig
 
-    if folder is None:
-        return tiny_config(ref.location)
     know_own_family()
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
