@@ -680,6 +680,13 @@ def test_a_share_of_records_misses_its_media_and_held_out_ones_are_whole(sites, 
     assert less.test.media == whole.test.media
     shorter = [len(a[0]) - len(b[0]) for a, b in zip(whole.train, less.train, strict=True)]
     assert any(shorter) == (instead == "nothing")  # a null takes the places that the picture took
+    twice = (
+        without_media(sites, instead)
+        .replace("inner: ", "inner: {use: without-media, share: 0.5, inner: ")
+        .replace("0.3}", "0.3}}")
+    )
+    with pytest.raises(AtollError, match="media are taken off once"):
+        atoll.plan(sites / "mine.yaml", [twice])
     run = atoll.run(sites / "mine.yaml", ["finetune.rounds=1", without_media(sites, instead)])
     assert all(torch.isfinite(x).all() for x in final(run).values())
 
@@ -839,6 +846,9 @@ def test_a_sound_of_an_absurd_rate_is_named_at_once(tmp_path):
     soundfile.write(tmp_path / "odd.wav", np.zeros(4), 99_999_989)
     with pytest.raises(Unusable, match="samples a second"):
         read_sound(tmp_path / "odd.wav", 16000, 1.0)
+    soundfile.write(tmp_path / "loud.wav", np.full(800, 1e30, np.float32), 8000, subtype="FLOAT")
+    with pytest.raises(Unusable, match="louder than full scale"):
+        read_sound(tmp_path / "loud.wav", 16000, 1.0)
 
 
 def test_a_policy_hears_of_every_model_that_a_plan_names():

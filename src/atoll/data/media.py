@@ -229,6 +229,9 @@ def of_8_bits(picture: Any) -> Any:
     return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
+LOUDEST = 1000.0
+"""Of samples, whose full scale is 1: files of floating-point numbers may hold any, and powers of large ones overflow."""
+
 LEAST_RATE, MOST_RATE = 1000, 768_000
 """Samples a second: a filter to another rate is as long as what both share is short."""
 
@@ -254,6 +257,8 @@ def read_sound(path: Path, rate: int, seconds: float) -> NDArray[np.float32]:
     mono: NDArray[np.float32] = channels.mean(1)
     if not len(mono) or not np.isfinite(mono).all():
         raise Unusable("audio without sound")
+    if float(np.abs(mono).max()) > LOUDEST:
+        raise Unusable(f"audio more than {LOUDEST:g} times louder than full scale")
     if own == rate:
         return mono
     shared = math.gcd(own, rate)

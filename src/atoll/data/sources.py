@@ -145,6 +145,10 @@ def without_media(
             "media are taken off records, and this part has none", where="data.inner", found=type(inner).__name__,
             allowed="a data part whose clients have files, such as folders or multimodal-sites",
         )  # fmt: skip
+    if any(one.source.missing for one in inner.values()):
+        raise AtollError(
+            "media are taken off once", where="data.inner", remedy="one without-media, of the share you want"
+        )
     missing = Missing(share, instead, seed)
     return {name: replace(one, source=replace(one.source, missing=missing)) for name, one in inner.items()}
 
