@@ -194,7 +194,7 @@ def language_model(name: str, folder: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from atoll.models import ready_made
-    from atoll.models.shapes import causal_config
+    from atoll.models.causal import causal_config
 
     if family := ready_made.family_of(folder):
         return ready_made.language_model(folder, family), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

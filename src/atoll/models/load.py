@@ -13,13 +13,14 @@ from atoll.cache import Say, quiet
 from atoll.data.media import Senses
 from atoll.errors import AtollError
 from atoll.models.assembled import Assembled
+from atoll.models.causal import know_own_family
 from atoll.models.presets import no_progress_bars
 from atoll.models.ref import ModelRef as ModelRef
 from atoll.models.ref import folder_of
 from atoll.models.ref import resolve as resolve
 from atoll.models.shapes import Shapes as Shapes
-from atoll.models.shapes import know_own_family, shapes_of
 from atoll.models.shapes import shapes as shapes
+from atoll.models.shapes import shapes_of
 from atoll.models.tiny import byte_tokenizer
 from atoll.models.tiny import tiny as tiny
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.cache import Say, home, quiet, write_file
-from atoll.errors import AtollError
 from atoll.models.assembled import Assembled
+from atoll.models.causal import causal_config
 from atoll.models.ref import ModelRef, folder_of, resolve
 from atoll.models.tiny import tiny_config
 
@@ -96,48 +96,6 @@ def _read(note: Path) -> Shapes:
 def read_config(ref: ModelRef, folder: Path | None) -> PretrainedConfig:
     """The model's configuration, if it is one of a causal language model. Raises AtollError, see `causal_config`."""
     return tiny_config(ref.location) if folder is None else causal_config(folder)
-
-
-def causal_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a causal language model.
-
-    Raises:
-        AtollError: config.json cannot be read, needs code from the model's folder, or describes another kind of model.
-    """
-    from transformers import AutoConfig
-
-    know_own_family()
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        found = str(error).strip().splitlines()[0]
-        remedy = "a model that transformers knows without code of its own; such code is never run"
-        where = str(folder / "config.json")
-        raise AtollError("cannot read the model's configuration", where=where, found=found, remedy=remedy) from error
-    _check_causal(config, str(folder / "config.json"))
-    return config
-
-
-def know_own_family() -> None:
-    """Lets transformers read the one family that is ours."""
-    import atoll.models.processor  # noqa: F401 - it and the model register themselves
-
-
-def _check_causal(config: PretrainedConfig, where: str) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if config.model_type == "atoll_multimodal":
-        return
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    names = {known} if isinstance(known, str) else set(known or ())
-    stated = set(getattr(config, "architectures", None) or names)
-    if not names & stated:
-        raise AtollError(
-            "not a causal language model",
-            where=where,
-            found=f"model_type {config.model_type}, architectures {', '.join(sorted(stated)) or 'none'}",
-            allowed=" or ".join(sorted(names)) or "a family that has a causal language-model head",
-        )
 
 
 def measure(identity: str, config: PretrainedConfig) -> Shapes:
