@@ -27,6 +27,7 @@ from atoll.compatible import (
     refuse_changed_records,
     refuse_clients,
     refuse_context,
+    refuse_holders,
     refuse_parts,
     refuse_personal,
     refuse_unlike,
@@ -192,6 +193,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
 def travelling(planned: PlannedShapes, personal: Sequence[str], made: Made) -> PlannedShapes:
     """Of what trains, what is sent."""
     refuse_unlike(list(planned), made.correction)
+    refuse_holders(list(planned), made.privacy)
     refuse_personal(list(planned), personal, made.correction)
     return split(planned, personal)[0]
 

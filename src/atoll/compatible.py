@@ -19,6 +19,7 @@ from atoll.made import Made
 from atoll.models.shapes import Shapes
 from atoll.models.spaces import LoRA
 from atoll.privacy.graph import degree, threshold
+from atoll.privacy.protection import Mechanism
 from atoll.recipe import POOLED, Finetune, Recipe
 from atoll.schedule import Schedule, cohort_sizes
 from atoll.transforms.chain import Chain
@@ -161,6 +162,17 @@ def refuse_unlike(planned: Collection[str], correction: Correction) -> None:
             where="finetune.correction", found=f"connectors of {', '.join(unlike)}", allowed="none, or proximal",
             remedy="leave the correction out, or `modules: [connectors]`",
         )  # fmt: skip
+
+
+def refuse_holders(planned: Collection[str], privacy: Mechanism | None) -> None:
+    """Who holds a modality is said of those that train here."""
+    trained = {modality_of(name) for name in planned} - {ALL}
+    for name in privacy.holders if privacy else ():
+        if name not in trained:
+            raise AtollError(
+                "holders of a modality for which nothing trains here", where=f"finetune.privacy.holders.{name}", found=name,
+                allowed=", ".join(sorted(trained)) or "none: no connector trains", remedy="leave it out",
+            )  # fmt: skip
 
 
 def refuse_pooled_twice(recipe: Recipe) -> None:

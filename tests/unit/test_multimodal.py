@@ -617,6 +617,8 @@ def parts_of_recipe() -> Any:
     ("finetune={correction: scaffold, optimizer: sgd, clip_norm: null, weighting: uniform}", "not all hold what"),
     ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {images: 1}}", "did you mean 'image'"),
     ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {image: 2}}", "less than or equal to 1"),
+    ("finetune={space: {use: lora, rank: 2, modules: []}, weighting: uniform, privacy: {use: central, clip: 1,"
+     " delta: 0.1, epsilon: 9, holders: {image: 0.5}}}", "none: no connector trains"),
 ])  # fmt: skip
 def test_mistakes_in_the_parts_of_a_model_are_told(sites, atoll: Atoll, change, said):
     heard = atoll("plan", str(sites / "mine.yaml"), "--set", change)
