@@ -41,6 +41,7 @@ def refuse_clients(made: Made, names: Sequence[str], population: int, least: int
     refuse_names(names)
     refuse_schedule(made.schedule, population)
     refuse_alone(made, population)
+    refuse_no_holder(made.privacy, population)
     refuse_telling_size(made, least)
 
 
@@ -172,6 +173,17 @@ def refuse_holders(planned: Collection[str], privacy: Mechanism | None) -> None:
             raise AtollError(
                 "holders of a modality for which nothing trains here", where=f"finetune.privacy.holders.{name}", found=name,
                 allowed=", ".join(sorted(trained)) or "none: no connector trains", remedy="leave it out",
+            )  # fmt: skip
+
+
+def refuse_no_holder(privacy: Mechanism | None, population: int) -> None:
+    """A share of less than one client divides a sum of one by less than one: its connector would leap."""
+    for name, share in privacy.holders.items() if privacy else ():
+        if share * population < 0.9:  # a share is written with few digits
+            raise AtollError(
+                "fewer holders than one client", where=f"finetune.privacy.holders.{name}", found=share,
+                allowed=f"{1 / population:.2g} to 1: one of {population} clients, or more",
+                remedy="the share of the clients that hold it",
             )  # fmt: skip
 
 

@@ -617,6 +617,8 @@ def parts_of_recipe() -> Any:
     ("finetune={correction: scaffold, optimizer: sgd, clip_norm: null, weighting: uniform}", "not all hold what"),
     ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {images: 1}}", "did you mean 'image'"),
     ("finetune.privacy={use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {image: 2}}", "less than or equal to 1"),
+    ("finetune={weighting: uniform, privacy: {use: central, clip: 1, delta: 0.1, epsilon: 9, holders: {image: 0.01}}}",
+     "fewer holders than one client"),
     ("finetune={space: {use: lora, rank: 2, modules: []}, weighting: uniform, privacy: {use: central, clip: 1,"
      " delta: 0.1, epsilon: 9, holders: {image: 0.5}}}", "none: no connector trains"),
 ])  # fmt: skip
