@@ -157,7 +157,8 @@ def main() -> None:
         found += [json.loads(file.read_text())] if file.exists() else []
     if not found:
         raise SystemExit("no run is finished yet: call it again")
-    print(f"over {len(found)} seeds: {CHANCE} is what guessing comes to")
+    commits = ", ".join(sorted({one["commit"] for one in found}))
+    print(f"over {len(found)} seeds, of the code at {commits}: {CHANCE} is what guessing comes to")
     for measure in (LOSS, ACCURACY):
         print("\n".join(lines(over_seeds(found, measure), measure)))
     (trains, of), up = found[0]["trains"], statistics.mean(one["bytes_up"] for one in found)

@@ -102,7 +102,7 @@ def call(arguments: Sequence[str]) -> int:
     except UsageError as error:
         return _misused(error)
     except (typer.Abort, KeyboardInterrupt):
-        return _interrupted()
+        return _tell_interrupted()
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
@@ -110,7 +110,7 @@ def call(arguments: Sequence[str]) -> int:
         return _crashed(crash)
     except Exception as error:
         if interrupted():
-            return _interrupted()
+            return _tell_interrupted()
         note = write_traceback(error)
         if told := mendable(error, note, "try again"):
             _tell(f"atoll: {told}")
@@ -121,10 +121,10 @@ def call(arguments: Sequence[str]) -> int:
 def _status(returned: Any) -> int:
     """Typer gives the status of an explicit exit, such as that of --help, or what the command returned."""
     status = returned if isinstance(returned, int) else 0
-    return _interrupted() if status == INTERRUPTED else status
+    return _tell_interrupted() if status == INTERRUPTED else status
 
 
-def _interrupted() -> int:
+def _tell_interrupted() -> int:
     _tell("atoll: interrupted")
     return INTERRUPTED
 
@@ -150,7 +150,6 @@ def main() -> None:
     note_interrupts()
     warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other; people can do nothing about it
     status = call(sys.argv[1:])
-    exec(
-        ""
-    )  # CPython exits as if killed where an interrupt met `exec` of a string, as in dataclasses, until the next one
+    # CPython ends as if killed once an interrupt has met `exec` of a string, as in dataclasses; another exec clears that
+    exec("")
     sys.exit(status)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from atoll.aggregate.base import ALL, Weights
 from atoll.cache import replace_tensors
+from atoll.data.media import Unusable
 from atoll.exchange import NOT_THE_TASKS_FAULT, Done, Reply, Task, WorkFailed
 from atoll.keys import key
 from atoll.params import Params, nested, under
@@ -158,6 +159,8 @@ class Client:
             about = self._answer(task)
         except WorkFailed as error:
             about = {"refusal": str(error), "lost_state": isinstance(error, StateLost)}
+        except Unusable as error:  # in words that name no path
+            about = {"refusal": str(error)}
         except NOT_THE_TASKS_FAULT:
             raise
         except Exception as error:

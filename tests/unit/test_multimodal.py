@@ -41,7 +41,7 @@ from atoll.models.spaces import lora
 from atoll.models.tiny import byte_tokenizer
 from atoll.policy import model_names
 from atoll.record.folder import find
-from atoll.record.measured import LOSS, by_modality
+from atoll.record.measured import LOSS, by_modality, loss_table
 from atoll.record.story import read_story
 from atoll.result import load_result
 from atoll.stream import UPDATE
@@ -506,6 +506,22 @@ def test_a_connector_is_averaged_over_those_who_hold_its_modality(sites, monkeyp
             torch.testing.assert_close(x, alone[name])  # one client of three holds pictures, and counts alone
         if ".connectors." in name:
             assert torch.equal(untouched[name], begun[name])  # nobody held it: it stays
+
+
+def test_a_client_whose_picture_is_gone_says_so_and_the_others_go_on(sites, shared_home, monkeypatch):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+
+    def lose(event):
+        if type(event).__name__ == "RoundEnded" and event.round == 0:
+            shutil.rmtree(shared_home / "features")
+            for one in (sites / "sites" / "see").glob("*.png"):
+                one.unlink()
+
+    story = read_story(atoll.run(sites / "mine.yaml", ["finetune.rounds=2"], sinks=[lose]))
+    told = [(one.round, one.client, one.reason) for one in story.missing]
+    assert told == [(1, "see", "image that is gone since the data were read")]
+    assert story.final.absent["see"] == "image that is gone since the data were read"
+    assert "see: told nothing of federated: image that is gone" in "".join(loss_table(story).notes)
 
 
 def test_by_a_public_share_of_holders_a_connector_moves_as_far_as_if_all_held_it(sites, monkeypatch):

@@ -136,14 +136,18 @@ def kind_of(category: str) -> str:
 
 def heard(prompts: Sequence[Prompt]) -> list[Asked]:
     """Which language each prompt is in, and of shorter ones which of four things is said, each of another length."""
+    sayings: dict[str, set[str]] = {}
+    for one in prompts:
+        if len(one.says) <= LONG:
+            sayings.setdefault(one.language, set()).add(one.says)
+    lengths = {language: by_length(some) for language, some in sayings.items()}
     asked = []
     for one in prompts:
         out = held_out(one.path)
         language, languages = NAMES[one.language], list(NAMES.values())
         asked.append(Asked("Which language is spoken?", language, out, audio=one.path, choices=languages))
         if len(one.says) <= LONG:
-            lengths = by_length({p.says for p in prompts if p.language == one.language and len(p.says) <= LONG})
-            others = [sayings for sayings in lengths if one.says not in sayings]
+            others = [group for group in lengths[one.language] if one.says not in group]
             said = options(one.says, others, SAYINGS, file_hash(one.path))
             which = f"Which of these is said: {', '.join(said)}?"
             asked.append(Asked(which, one.says, out, audio=one.path, choices=said))

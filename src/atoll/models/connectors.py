@@ -5,8 +5,8 @@
 `mlp` is LLaVA's (Liu et al. 2023, arXiv 2310.03744), over means of neighboring features; `resampler` has learned queries
 that look at the features (Perceiver; Alayrac et al. 2022, arXiv 2204.14198); `alignment` writes each token as a mixture of
 the language model's own embeddings (Macaw-LLM; Lyu et al. 2023, arXiv 2306.09093). All end in a norm that puts its tokens
-about the mean of those embeddings, spread as they are: what the model hears first lies where what it knows lies. (Half of
-an embedding's length is often that mean; tokens about zero took a third more steps to be listened to.)
+about the mean of those embeddings, spread as they are: what the model hears first lies where what it knows lies. (That mean
+is two thirds as long as an embedding of SmolLM2-135M; tokens about zero were learned later, see docs/log.md.)
 
 Shapes: T features, F their width, D the language model's width, K tokens, V rows of its embeddings.
 """

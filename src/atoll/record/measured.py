@@ -91,13 +91,17 @@ def loss_table(story: Story) -> Table | None:
 
 def accuracy_table(story: Story) -> Table | None:
     """The same of the answers to questions that allow certain ones; None where there are none."""
-    first = first_of(story)
-    sites = [name for name, metrics in first.clients.items() if numbers(metrics, ACCURACY)] if first else []
-    if not first or not sites:
+    each = models(story)
+    told: dict[str, Mapping[str, float]] = {}
+    for _, evaluated in each:
+        for site, metrics in evaluated.clients.items():
+            if numbers(metrics, ACCURACY):
+                told.setdefault(site, metrics)
+    sites = list(told)
+    if not sites:
         return None
-    chances = [first.clients[site].get(CHANCE) for site in sites]
-    guess: Row = (CHANCE, [None if one is None else (one, 0.0) for one in chances])
-    rows = [(name, [cell(e.clients, site, ACCURACY) for site in sites]) for name, e in models(story)]
+    guess: Row = (CHANCE, [None if (one := told[site].get(CHANCE)) is None else (one, 0.0) for site in sites])
+    rows = [(name, [cell(e.clients, site, ACCURACY) for site in sites]) for name, e in each]
     return Table(sites, [guess, *rows], measure=ACCURACY)
 
 
