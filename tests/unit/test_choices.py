@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,14 @@ def test_a_run_tells_how_many_questions_it_answers_right(tmp_path: Path, monkeyp
         "baselines: [local]\n"
     )
     folder = atoll.run(recipe)
-    found = measured(read_story(folder))
+    story = read_story(folder)
+    base_of_east = replace(story.base, clients={"east": story.base.clients["east"]})
+    late = measured(replace(story, evaluations=[base_of_east, story.final]))
+    for table in (late.accuracy, late.loss):
+        assert table.sites == ["east", "west"], "a site that told nothing at first stays in"
+        assert dict(table.rows)["base"][1] is None
+        assert None not in dict(table.rows)["federated"]
+    found = measured(story)
     assert [name for name, _ in found.accuracy.rows] == ["chance", "base", "east alone", "west alone", "federated"]
     chance, base, *_, federated = (cells[0] for _, cells in found.accuracy.rows)
     assert chance == (pytest.approx(1 / 3), 0.0)
