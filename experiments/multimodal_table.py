@@ -58,10 +58,13 @@ def carry_on(name: str, settings: Sequence[str], minutes: float) -> None:
     command = ["resume", f"{name}-1"] if begun else ["run", RECIPE, *words]
     process = subprocess.Popen([sys.executable, "-m", "atoll", *command], stdout=subprocess.DEVNULL)
     try:
-        process.wait(60 * minutes)
+        failed = process.wait(60 * minutes) != 0
     except subprocess.TimeoutExpired:
         process.terminate()
         process.wait()
+        return
+    if failed:
+        raise SystemExit(f"{name} failed, with the reason above")
 
 
 def keep(name: str, settings: Sequence[str]) -> None:

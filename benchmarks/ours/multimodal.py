@@ -15,7 +15,7 @@ import torch
 
 import atoll
 from atoll.assemble import Assembly, assemble
-from atoll.data.collate import Sample, media_in
+from atoll.data.collate import Sample
 from atoll.local.work import backward, draw
 from atoll.models.connectors import Connector, make_connector
 from atoll.models.features import features_of
@@ -48,7 +48,7 @@ def features(config: Mapping[str, Any]) -> Measure:
     ready = things(config, "baselines=[]")
     kept, samples = features_of(ready.model), ready.data[config["site"]].train
     assert kept is not None
-    media = list({one.key: one for i in range(len(samples)) for one in media_in(samples[i])}.values())[:MEDIA]
+    media = list({one.key: one for i in range(len(samples)) for one in samples[i].media}.values())[:MEDIA]
     steps = gradients(ready, samples)
 
     def measure() -> Mapping[str, Any]:
@@ -62,7 +62,7 @@ def features(config: Mapping[str, Any]) -> Measure:
             "times": encoded / read,
             "encode_ms": 1000 * encoded / len(media),
             "read_ms": each,
-            "percent_of_a_step": 100 * each * 8 / (1000 * step),
+            "percent_of_a_step": 100 * each * BATCH / (1000 * step),
             "step_s": step,
         }
 
@@ -74,10 +74,11 @@ def step(config: Mapping[str, Any]) -> Measure:
     ready = things(config, "baselines=[]")
     samples = [one for data in ready.data.values() for one in islice(data.train, 64)]
     if not config["media"]:
-        samples = [words_alone(sample) for sample in samples]
+        vocabulary = ready.model.config.get_text_config().vocab_size
+        samples = [words_alone(sample, vocabulary) for sample in samples]
         ready = assemble(atoll.plan("multimodal", [f"model={language_of(config)}", "baselines=[]", TEXT_ALONE]))
     rounds = gradients(ready, samples)
-    tokens = [sum(len(samples[i][0]) for i in step[0]) for step in islice(draw(len(samples), 8, 1, KEY), 64)]
+    tokens = [sum(len(samples[i][0]) for i in step[0]) for step in islice(draw(len(samples), BATCH, 1, KEY), 64)]
 
     def measure() -> Mapping[str, Any]:
         took = seconds(lambda: list(islice(rounds, config["steps"])))
@@ -94,21 +95,21 @@ def language_of(config: Mapping[str, Any]) -> str:
     return "tiny:llama" if config["model"] == "tiny" else "smollm2-135m"
 
 
-def words_alone(sample: Sample) -> Sample:
-    """As many tokens, with words where media stand, labeled in the same places."""
-    ids, labels = (np.where(part >= FIRST_PLACEHOLDER, 100, part) for part in sample[:2])
-    return ids, labels
+def words_alone(sample: Sample, vocabulary: int) -> Sample:
+    """As many tokens, with words where media stand, whose ids lie beyond the vocabulary; labeled in the same places."""
+    ids, labels = (np.where(part >= vocabulary, 100, part) for part in (sample.ids, sample.labels))
+    return Sample(ids, labels)
 
 
-FIRST_PLACEHOLDER = 49152
-"""Of SmolLM2; tiny models' placeholders lie within their own vocabulary's size and stay."""
+BATCH = 8
+"""Samples in a local step, as the recipe has it."""
 
 
 def gradients(ready: Assembly, samples: Sequence[Any]) -> Any:
     """Local steps without the optimizer's: losses, for ever, over the same samples in the same order."""
     local = ready.local
     local.model.train()
-    for batches in draw(len(samples), 8, 1, KEY):
+    for batches in draw(len(samples), BATCH, 1, KEY):
         yield backward(local, [local.objective.collate([samples[i] for i in batch]) for batch in batches])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -14,15 +14,16 @@ from torch.utils.data import ConcatDataset
 
 from atoll import parts
 from atoll.build import Plan, build, plan_hash, samples
-from atoll.cache import Say, quiet
+from atoll.cache import SECONDS_OF_SILENCE, Say, quiet
 from atoll.client import Client, FileStore, Work
 from atoll.data import sources
-from atoll.data.media import Senses
+from atoll.data.media import MODALITIES, Senses
 from atoll.data.read import Report as DataReport
 from atoll.data.sources import ClientData, Labels, Loaded
 from atoll.errors import AtollError
 from atoll.keys import key
 from atoll.local.work import Local, Report, evaluate, train, unwatched
+from atoll.models.assembled import Assembled
 from atoll.models.fast import accelerate
 from atoll.models.features import Features, features_of
 from atoll.models.spaces import read, split
@@ -66,6 +67,7 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
         counts = {name: len(one.data.train) for name, one in usable.items()}
         plan.protection.fits(samples(plan, counts))
     if features:
+        tell_of_nobody(features, usable, say)
         make_features(features, usable, say)
     say("preparing the model")
     model = plan.space.prepare(model, key(plan.recipe.seed, "init"))
@@ -85,9 +87,21 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
     )
 
 
-def check_data(plan: Plan) -> None:
-    """Reads the first records of every client, which takes no model. Raises AtollError with all that is wrong."""
-    sources.check(plan.sources, labels_of(plan))
+def check_data(plan: Plan) -> list[str]:
+    """Reads the first records of every client, which takes no model; warnings of what it will leave out.
+
+    Raises:
+        AtollError: all that is wrong.
+    """
+    unheard = sources.check(plan.sources, labels_of(plan), takes(plan))
+    return [f"{name} has {what}, which the model does not take: they are left out" for name, what in unheard.items()]
+
+
+def takes(plan: Plan) -> Collection[str] | None:
+    """The modalities that the plan's model takes beside text; None where that is not known before it is made."""
+    if isinstance(plan.model.name, Assembled):
+        return plan.model.name.senses
+    return None if plan.shapes is None or plan.shapes.text else ()
 
 
 def labels_of(plan: Plan) -> Labels:
@@ -106,6 +120,13 @@ def load_model(plan: Plan, say: Say) -> tuple[nn.Module, Any]:
     return load_named(plan.model.name, **plan.model.options, say=say)
 
 
+def tell_of_nobody(features: Features, loaded: Mapping[str, Loaded], say: Say) -> None:
+    """Names the modalities that the model takes and nobody holds: their connectors travel and learn nothing."""
+    held = {name for one in loaded.values() for name in sources.holders(one.data.train)}
+    for name in features.senses.keys() - held:
+        say(f"nobody has {MODALITIES[name].columns[0]} to train on: the connector of {name} stays as it begins")
+
+
 def make_features(features: Features, loaded: Mapping[str, Loaded], say: Say) -> None:
     """What the encoders make of everybody's pictures and sounds, once."""
     media = [
@@ -119,11 +140,11 @@ def make_features(features: Features, loaded: Mapping[str, Loaded], say: Say) ->
             say(f"encoding pictures and sounds: {done} of {of}")
             said = time.monotonic()
 
-    features.fill(media, tell)
-
-
-SECONDS_OF_SILENCE = 5.0
-"""While media are encoded."""
+    if without_room := features.fill(media, tell):
+        most = features.most_bytes / 1024**3
+        say(
+            f"{without_room} of them find no room among {most:g} GiB of features: they are encoded whenever they are read"
+        )
 
 
 def load_data(plan: Plan, tokenizer: Any, say: Say, senses: Senses) -> dict[str, Loaded]:
@@ -131,7 +152,7 @@ def load_data(plan: Plan, tokenizer: Any, say: Say, senses: Senses) -> dict[str,
     if all(isinstance(source, ClientData) for source in plan.sources.values()):
         return {name: Loaded(data, DataReport()) for name, data in plan.sources.items()}
     say("reading and tokenizing, or mapping what was tokenized before")
-    return sources.load(plan.sources, tokenizer, plan.recipe.finetune.context, labels_of(plan), senses)
+    return sources.load(plan.sources, tokenizer, plan.recipe.finetune.context, labels_of(plan), senses, say)
 
 
 def useless(loaded: Mapping[str, Loaded]) -> dict[str, str]:
@@ -142,7 +163,7 @@ def useless(loaded: Mapping[str, Loaded]) -> dict[str, str]:
             "no client has usable data",
             where=sources.one_a_line(left_out),
             found=sources.one_a_line("; ".join(why.splitlines()) for why in left_out.values()),
-            remedy="`atoll data PATH` shows why",
+            remedy="`atoll data PATH --model RECIPE` shows why",
         )
     return left_out
 

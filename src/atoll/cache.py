@@ -14,16 +14,18 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 """Told one line before each step that takes longer than about 2 seconds."""
 
@@ -36,6 +38,20 @@ def home() -> Path:
     """The root of the cache: `$ATOLL_HOME`, or `~/.cache/atoll`. The folder need not exist yet."""
     chosen = os.environ.get("ATOLL_HOME")
     return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "atoll"
+
+
+SECONDS_OF_SILENCE = 5.0
+"""While something takes long."""
+
+
+def watched(items: Iterable[T], say: Say, what: str) -> Iterator[T]:
+    """The items as they come; every few seconds it is said how many there were."""
+    said = time.monotonic()
+    for number, item in enumerate(items, 1):
+        if time.monotonic() - said > SECONDS_OF_SILENCE:
+            said = time.monotonic()
+            say(f"{what}: {number}")
+        yield item
 
 
 def content_hash(*parts: bytes | str | Path) -> str:
@@ -59,12 +75,18 @@ def _digest(part: bytes | str | Path) -> bytes:
     return hashlib.blake2b(part.encode() if isinstance(part, str) else part).digest()
 
 
+HASHED_AT_ONCE = 1 << 20
+"""Bytes whose hash takes no longer than to look up what it was: pictures and sounds are many and small."""
+
+
 def file_hash(path: Path) -> str:
-    """`content_hash(path)`, remembered for as long as the file's place, size and time of change stay the same.
+    """`content_hash(path)`; of a large file remembered for as long as its place, size and time of change stay the same.
 
     Hashing a model of several GB takes seconds; a plan has less.
     """
     status = path.stat()
+    if status.st_size <= HASHED_AT_ONCE:
+        return content_hash(path)
     facts = [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns]
     note = home() / "hashes" / f"{content_hash(json.dumps(facts))}.txt"
     if note.is_file() and (known := note.read_text().strip()):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atoll.data.answers import ChatFormat
 from atoll.data.media import MODALITIES, Medium, Unusable, placed_media
@@ -13,9 +13,19 @@ from atoll.errors import AtollError
 from atoll.parts import spec
 from atoll.result import Result
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Write = Callable[[str], None]
 HELP = "/base switches between the tuned and the base model, /new forgets the conversation, /quit ends"
-MEDIA = "/image FILE and /audio FILE go with the next question"
+MEDIA = " and ".join(f"/{name} FILE" for name in MODALITIES) + " go with the next question"
+
+
+class Attached(NamedTuple):
+    """A medium of the conversation, and what its encoder takes of it: its file may go."""
+
+    medium: Medium
+    inputs: Tensor
 
 
 @dataclass
@@ -27,9 +37,9 @@ class Chat:
     temperature: float = 0.0
     base: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
-    media: list[Medium] = field(default_factory=list)
+    media: list[Attached] = field(default_factory=list)
     """Of the conversation so far, in its order."""
-    waiting: list[Medium] = field(default_factory=list)
+    waiting: list[Attached] = field(default_factory=list)
     """That go with the next question."""
 
     @property
@@ -46,12 +56,14 @@ class Chat:
     def answer(self, prompt: str, write: Write) -> str:
         """The answer to `prompt`, handed to `write` piece by piece; it becomes part of the conversation."""
         question = self._placed(prompt)
-        asked = [*self.messages, question]
-        self.media, self.waiting = [*([] if self.raw else self.media), *self.waiting], []
-        text = question["content"] if self.raw else ChatFormat(self.result.tokenizer).render(asked, prompt=True)
-        answer = self._generate(text, write)
-        if not self.raw:
+        if self.raw:
+            answer = self._generate(question["content"], self.waiting, write)
+        else:
+            asked, media = [*self.messages, question], [*self.media, *self.waiting]
+            answer = self._generate(ChatFormat(self.result.tokenizer).render(asked, prompt=True), media, write)
             self.messages = [*asked, {"role": "assistant", "content": without_places(answer)}]
+            self.media = media
+        self.waiting = []
         return answer
 
     def _placed(self, prompt: str) -> dict[str, Any]:
@@ -60,17 +72,19 @@ class Chat:
         if self.result.processor is None:
             return asked
         try:
-            return placed_media([asked], self.waiting)[0]
+            return placed_media([asked], [one.medium for one in self.waiting])[0]
         except Unusable as reason:
             raise AtollError(
                 "this cannot be asked", found=str(reason), allowed="a place for each picture or sound that goes with it",
-                remedy="attach it first: /image FILE or /audio FILE; or leave out the word in angle brackets",
+                remedy="attach it: --image FILE or --audio FILE, in a conversation /image FILE or /audio FILE before it; "
+                "or leave out the word in angle brackets",
             ) from reason  # fmt: skip
 
     def attach(self, modality: str, path: Path) -> None:
         """Lets a picture or a sound go with the next question. Raises AtollError for one that cannot be used."""
-        senses = self.result.processor.senses if self.result.processor else {}
-        if modality not in senses:
+        processor = self.result.processor
+        senses = processor.senses if processor else {}
+        if processor is None or modality not in senses:
             raise AtollError(
                 f"this model takes no {modality}", found=str(path), allowed=", ".join(["text", *senses]),
                 remedy="a run of the recipe `multimodal` has a model that does",
@@ -78,17 +92,17 @@ class Chat:
         try:
             if not path.is_file():
                 raise Unusable(f"{modality} that is not there")
-            senses[modality].read(medium := Medium(modality, path))
+            medium = Medium(modality, path)
+            self.waiting.append(Attached(medium, processor.inputs(medium)))
         except Unusable as reason:
             raise AtollError("this cannot be used", where=str(path), found=str(reason)) from reason
-        self.waiting.append(medium)
 
-    def _generate(self, text: str, write: Write) -> str:
+    def _generate(self, text: str, media: Sequence[Attached], write: Write) -> str:
         import torch
 
         tokenizer, model = self.result.tokenizer, self.result.model
         device = next(model.parameters()).device
-        inputs = {name: x.to(device) for name, x in self._inputs(text).items()}
+        inputs = {name: x.to(device) for name, x in self._inputs(text, media).items()}
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
@@ -107,15 +121,14 @@ class Chat:
             )  # fmt: skip
         return "".join(pieces)
 
-    def _inputs(self, text: str) -> dict[str, Any]:
-        """What the model takes of a text, and of the media so far."""
-        special: dict[str, Any] = {"add_special_tokens": self.raw, "return_token_type_ids": False}
-        if self.result.processor is None:
-            return dict(self.result.tokenizer(text, return_tensors="pt", **special))
-        by_modality = {
-            name: [one.path for one in self.media if one.path and one.modality == name] for name in MODALITIES
-        }
-        return dict(self.result.processor(text, images=by_modality["image"], audio=by_modality["audio"], **special))
+    def _inputs(self, text: str, media: Sequence[Attached]) -> dict[str, Any]:
+        """What the model takes of a text and its media."""
+        import torch
+
+        take: Any = self.result.processor or self.result.tokenizer
+        found = take(text, return_tensors="pt", add_special_tokens=self.raw, return_token_type_ids=False)
+        by_modality = {name: [one.inputs for one in media if one.medium.modality == name] for name in MODALITIES}
+        return {**found, **{f"{name}_inputs": torch.stack(some) for name, some in by_modality.items() if some}}
 
     def _ends(self) -> list[int] | None:
         """The tokens that end an answer."""
@@ -138,7 +151,7 @@ class Chat:
                 self.attach(word.removeprefix("/"), Path(path.strip()).expanduser())
             except AtollError as error:
                 return str(error)
-            return "goes with the next question"
+            return f"{self.waiting[-1].medium.path} goes with the next question"
         return self.help
 
 

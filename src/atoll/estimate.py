@@ -21,7 +21,7 @@ from atoll.assemble import check_data
 from atoll.build import Plan, payload_bytes, samples
 from atoll.cache import content_hash, home, write_file
 from atoll.data.sources import ClientSource, planted_in
-from atoll.models.spaces import PlannedShapes
+from atoll.models.spaces import PlannedShapes, frozen
 from atoll.params import numel
 from atoll.privacy.hidden import Hidden
 from atoll.record.story import Story
@@ -108,26 +108,37 @@ def memory(plan: Plan) -> Memory | None:
     from atoll.models.load import choose_device, choose_dtype
 
     stage, shapes = plan.recipe.finetune, plan.shapes
-    trains = sum(math.prod(shape) for shape in plan.trains.values())
-    full = trains == shapes.count
+    here = plan.space.plan(shapes)
+    trained, travels = (sum(map(math.prod, one.values())) for one in (here, plan.trains))
+    full = here.keys() <= shapes.params.keys()
     tiny = str(plan.model.name).startswith("tiny:")
     size = (
         4
         if full or tiny
         else choose_dtype(plan.model.options["dtype"], choose_device(plan.model.options["device"])).itemsize
     )
+    rest = {name: math.prod(shape) for name, (shape, _) in shapes.params.items() if name not in here}
+    encoders = sum(count for name, count in rest.items() if frozen(name))
+    base = sum(rest.values()) - encoders
     moments = inner_moments(plan)
-    outer = numel(plan.rounds.streams[0].outer.init({"x": torch.empty(trains, device="meta")})) // trains
+    outer = numel(plan.rounds.streams[0].outer.init({"x": torch.empty(travels, device="meta")})) // travels
     tokens = stage.batch_size * stage.context
     kept = 2 if plan.model.options["gradient_checkpointing"] else ACTIVATIONS
     return Memory(
-        base=0 if full else shapes.count * size,
-        trained=trains * 4 * (2 + moments),
-        server=trains * 4 * (SERVER_COPIES + outer),
+        base=base * size + encoders * 4,
+        trained=trained * 4 * (2 + moments),
+        server=travels * 4 * (SERVER_COPIES + outer),
         activations=tokens * shapes.layers * shapes.hidden * kept * size // 2,
-        formula=f"base {shapes.count:,} x {0 if full else size} B + trained {trains:,} x 4 B x (param, gradient, "
-        f"{moments} moments) + server {trains:,} x 4 B x ({SERVER_COPIES} copies, {outer} outer moments) + activations "
-        f"at most {tokens:,} tokens x {shapes.layers} layers x {shapes.hidden} features x {kept} x {size / 2:g} B",
+        formula=" + ".join(
+            [
+                f"base {base:,} x {size} B",
+                *([f"encoders {encoders:,} x 4 B"] if encoders else []),
+                f"trained {trained:,} x 4 B x (param, gradient, {moments} moments)",
+                f"server {travels:,} x 4 B x ({SERVER_COPIES} copies, {outer} outer moments)",
+                f"activations at most {tokens:,} tokens x {shapes.layers} layers x {shapes.hidden} features x {kept} x "
+                f"{size / 2:g} B",
+            ]
+        ),
     )
 
 
@@ -305,7 +316,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
     Raises:
         AtollError: the clients' data cannot be read; their first records are.
     """
-    check_data(plan)
+    unfit = check_data(plan)
     stage = plan.recipe.finetune
     moved, needs, speed, records = traffic(plan), memory(plan), known_speed(plan), counts(plan.sources)
     trains = None if plan.trains is None else sum(math.prod(shape) for shape in plan.trains.values())
@@ -324,7 +335,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "population": plan.trainers,
         "privacy": statement(plan, known_samples(plan, records), about=True),
         "baselines": list(plan.recipe.baselines),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *unfit],
     }
 
 

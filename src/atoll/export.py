@@ -5,7 +5,9 @@ The folder appears as a whole or not at all, and only after the tensors in it we
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ from atoll.build import choose_model
 from atoll.cache import Say, quiet
 from atoll.data.answers import ChatFormat
 from atoll.errors import AtollError
-from atoll.models.assembled import Assembled
+from atoll.models.assembled import Assembled, assembled
 from atoll.models.presets import PRESETS, no_progress_bars
 from atoll.models.spaces import LoRA, split
 from atoll.params import Params, equal
@@ -51,8 +53,10 @@ def export_adapter(folder: RunFolder, out: Path, say: Say = quiet, client: str |
     with appearing(out) as partial:
         fill(folder, partial, say, client)
         check(partial / TENSORS, tuned, space, [] if client else written.finetune.personal)
-        point_to_base(partial / "adapter_config.json", hub_id(str(choose_model(written.model).name)))
-        (partial / "README.md").write_text(readme(folder, written, rounds, adapter_use(written)), encoding="utf-8")
+        point_to_base(partial / "adapter_config.json", choose_model(written.model).name)
+        (partial / "README.md").write_text(
+            readme(folder, written, rounds, adapter_use(written), client), encoding="utf-8"
+        )
     return out
 
 
@@ -83,7 +87,7 @@ def export_merged(folder: RunFolder, out: Path, say: Say = quiet, client: str | 
         merged.save_pretrained(partial)
         (result.processor or result.tokenizer).save_pretrained(partial)
         use = merged_use(written)
-        (partial / "README.md").write_text(readme(folder, written, result.rounds, use), encoding="utf-8")
+        (partial / "README.md").write_text(readme(folder, written, result.rounds, use, client), encoding="utf-8")
     return out
 
 
@@ -164,17 +168,30 @@ def hub_id(model: str) -> str:
     return PRESETS[model].hub_id if model in PRESETS else model
 
 
-def point_to_base(config: Path, base: str) -> None:
-    """The adapter names its base by a name that means something on other machines, not by a folder of this one's cache."""
+def bases(model: str | Assembled) -> list[str]:
+    """The base model by its name elsewhere; of one put together, its parts that a hub has."""
+    if isinstance(model, str):
+        return [hub_id(model)]
+    found = (hub_id(part) for part in (model.language, *(sense.encoder for sense in model.senses.values())))
+    return [one for one in found if re.fullmatch(r"\w[\w.-]*/[\w.-]+", one)]
+
+
+def point_to_base(config: Path, base: str | Assembled) -> None:
+    """The adapter names its base by a name that means something on other machines, not by a folder of this one's cache.
+
+    One that was put together has none: the card says how it is made.
+    """
     written = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps(written | {"base_model_name_or_path": base}, indent=2), encoding="utf-8")
+    name = hub_id(base) if isinstance(base, str) else None
+    config.write_text(json.dumps(written | {"base_model_name_or_path": name}, indent=2), encoding="utf-8")
 
 
 def loads(written: recipe.Recipe) -> list[str]:
     """The lines of Python that load the base model. What Atoll makes or puts together lies nowhere else."""
     name = choose_model(written.model).name
     if isinstance(name, Assembled):
-        own = {key: value for key, value in spec_of(written).items() if key in ("language", "image", "audio")}
+        names = inspect.signature(assembled).parameters
+        own = {key: value for key, value in spec_of(written).items() if key in names}
         return [
             "from atoll.models.assembled import assembled", "from atoll.models.load import load_model", "",
             f"base, tokenizer = load_model(assembled(**{own}))",
@@ -228,23 +245,38 @@ def merged_use(written: recipe.Recipe) -> Use:
     return Use("transformers", "[federated]", "A model merged from an adapter and", code)
 
 
-def readme(folder: RunFolder, written: recipe.Recipe, rounds: int, use: Use) -> str:
+def asks(model: Assembled) -> list[str]:
+    """The lines of Python that ask a merged model about the media that it takes."""
+    parts_ = ", ".join(f'{{"type": "{name}", "path": "a.{FILE[name]}"}}' for name in model.senses)
+    return [
+        f'content = [{parts_}, {{"type": "text", "text": "What is it?"}}]',
+        'chat = [{"role": "user", "content": content}]',
+        "inputs = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)",
+        "print(processor.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))",
+    ]
+
+
+FILE = {"image": "png", "audio": "wav"}
+
+
+def readme(folder: RunFolder, written: recipe.Recipe, rounds: int, use: Use, client: str | None) -> str:
     """The card of an export: what it is, how it is loaded, what it gained."""
-    base = hub_id(str(choose_model(written.model).name))
+    model = choose_model(written.model).name
+    base, named = hub_id(model) if isinstance(model, str) else str(model), bases(model)
     story = read_story(folder)
     lines = [
-        "---", f"library_name: {use.library}", f"base_model: {base}", f"tags: {use.tags}", "---", "",
+        "---", f"library_name: {use.library}", "base_model:", *(f"- {one}" for one in named), f"tags: {use.tags}", "---", "",
         f"# {folder.name}", "",
         f"{use.what} {base}, fine-tuned over {rounds} rounds by clients whose data stayed with them.", "",
         "```python", *use.code, "```", "",
     ]  # fmt: skip
     if early := unfinished(folder, rounds):
         lines += [f"The run is not finished: this is its result {early}.", ""]
+    if isinstance(model, Assembled) and use.library == "transformers":
+        lines += ["```python", *asks(model), "```", ""]
     if words := written.finetune.personal:
-        lines += [
-            f"Clients have parts of their own (names with {', '.join(words)}); see --client of `atoll export`.",
-            "",
-        ]
+        those = f"with {client}'s" if client else "without them: --client of `atoll export` names one"
+        lines += [f"Clients have parts of their own (names with {', '.join(words)}). This is the model {those}.", ""]
     if story:
         moved = f"{human_bytes(story.bytes_down)} down and {human_bytes(story.bytes_up)} up"
         lines += [f"{len(story.started.clients)} clients; {moved} travelled.", ""]

@@ -210,8 +210,11 @@ def own_failure(error: BaseException) -> AtollError | None:
     return AtollError(f"your part {_OWN[module]} failed", where=f"{file} line {line}", found=found)
 
 
-def check(factory: Callable[..., Any], part: Spec, where: str) -> dict[str, Any]:
-    """The arguments as the factory's signature has them: nested parts made, numbers converted, bounds held."""
+def check(factory: Callable[..., Any], part: Spec, where: str, named: bool = True) -> dict[str, Any]:
+    """The arguments as the factory's signature has them: nested parts made, numbers converted, bounds held.
+
+    A part that is not `named` is a mapping without `use`: its place says which it is.
+    """
     parameters = inspect.signature(factory).parameters
     hints = types_of(factory)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -229,7 +232,7 @@ def check(factory: Callable[..., Any], part: Spec, where: str) -> dict[str, Any]
     if missing:
         raise AtollError(
             f"'{part.use}' lacks '{missing[0]}'", where=where, allowed=signature(factory),
-            remedy=f"write {{use: {part.use}, {missing[0]}: ...}}",
+            remedy=f"write {{{f'use: {part.use}, ' if named else ''}{missing[0]}: ...}}",
         )  # fmt: skip
     return checked
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import islice
 from pathlib import Path
 
 from atoll.cache import write_file
@@ -15,7 +16,7 @@ recipe: 1                        # the version of this format
 extends: methods/fedavg-lora     # a method to build on: `atoll methods` lists them
 name: {name}
 
-model: smollm2-135m              # a preset, a folder, or a hub id like org/name
+{model}
 
 # Where the clients' data lie: JSONL, CSV or Parquet with `messages`, or `prompt` and `completion`, or `text`.
 # `atoll data PATH` shows what training would see of a file or folder.
@@ -28,7 +29,7 @@ finetune:
   context: 512                   # the longest sample, in tokens
   optimizer: {{use: adamw, lr: 1e-3}}
   # objective: causal-lm         # for plain text: the loss is on every token, not on answers alone
-  # space: {{use: lora, rank: 8, alpha: 16}}      # what trains and travels; `full` for all parameters
+{space}
   # schedule: {{use: synchronous, cohort: 2}}     # ask two clients a round instead of all
   # up: [int8]                   # smaller updates: `atoll parts transform` lists what there is
 
@@ -38,6 +39,19 @@ evaluate:
 
 baselines: [local, pooled]       # also train each site alone, and on everybody's data pooled, to compare
 """
+
+OF_TEXT = "model: smollm2-135m              # a preset, a folder, or a hub id like org/name"
+SPACE = "  # space: {use: lora, rank: 8, alpha: 16}      # what trains and travels; `full` for all parameters"
+
+OF_MEDIA = """\
+model:
+  use: assembled                 # a language model, with an encoder and a connector for each modality: see the guide
+  language: smollm2-135m         # a preset, a folder, or a hub id like org/name"""
+SENSES = {
+    "image": "  image: {encoder: efficientnet-lite0, connector: {use: mlp, pool: 7}}    # or a folder, or a hub id",
+    "audio": "  audio: {encoder: whisper-tiny.en, connector: {use: mlp, pool: 75}, seconds: 30}    # the longest sound",
+}
+WITH_CONNECTORS = "  space: {use: lora, rank: 8, alpha: 16, modules: [connectors]}  # what trains and travels"
 
 OWN_PATHS = """\
 data:
@@ -59,8 +73,12 @@ def write_starter(path: Path, data: Path | None) -> Path:
         raise AtollError("a recipe's name ends in .yaml", found=file, remedy=f"`atoll init {file}.yaml`")
     if file.exists():
         raise AtollError("the file is there already", where=str(file), remedy="choose another name, or remove it")
-    section = OWN_PATHS if data is None else _found(data, file.absolute().parent)
-    write_file(file.absolute(), TEMPLATE.format(file=file, name=_name(file), data=section).encode())
+    section, held = (OWN_PATHS, []) if data is None else _found(data, file.absolute().parent)
+    model, space = (
+        ("\n".join([OF_MEDIA, *(SENSES[name] for name in held)]), WITH_CONNECTORS) if held else (OF_TEXT, SPACE)
+    )
+    text = TEMPLATE.format(file=file, name=_name(file), model=model, space=space, data=section)
+    write_file(file.absolute(), text.encode())
     return file
 
 
@@ -69,9 +87,14 @@ def _name(file: Path) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in file.stem).strip("-")[:100] or "run"
 
 
-def _found(data: Path, folder: Path) -> str:
-    """The section for the clients in `data`; a relative path as from the recipe's `folder`, where recipes are read from."""
-    from atoll.data.sources import folders
+def _found(data: Path, folder: Path) -> tuple[str, list[str]]:
+    """The section for the clients in `data`, and the modalities that they hold beside text.
+
+    A relative path is as from the recipe's `folder`, where recipes are read from.
+    """
+    from atoll.data.media import MODALITIES
+    from atoll.data.read import media_of
+    from atoll.data.sources import FIRST, folders
 
     if data.is_file():
         raise AtollError(
@@ -82,6 +105,10 @@ def _found(data: Path, folder: Path) -> str:
         remedy = "give the folder that holds one subfolder or file a client"
         raise AtollError("there is no such folder", where=f"--data {data}", remedy=remedy)
     with placed("--data"):
-        clients = ", ".join(folders(str(data)))
+        found = folders(str(data))
+        files = [file for client in found.values() for file, _ in client.source.files]
+        held = {medium.modality for file in files for medium in islice(media_of(file), FIRST)}
+    clients = ", ".join(found)
     written = str(data) if data.is_absolute() else f"./{os.path.relpath(data, folder)}"
-    return f"data: {{use: folders, path: {json.dumps(written)}, held_out: 0.1}}\n# one client each: {clients}"
+    section = f"data: {{use: folders, path: {json.dumps(written)}, held_out: 0.1}}\n# one client each: {clients}"
+    return section, [name for name in MODALITIES if name in held]

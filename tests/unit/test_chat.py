@@ -57,7 +57,7 @@ def test_base_model_answers_as_if_nothing_had_been_trained(result: Result) -> No
 
 def test_answer_comes_in_pieces_and_is_remembered(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(Chat, "_generate", lambda self, text, write: (asked.append(text), write("ab"), "ab")[-1])
+    monkeypatch.setattr(Chat, "_generate", lambda self, text, media, write: (asked.append(text), write("ab"), "ab")[-1])
     chat, pieces = Chat(result), list[str]()
     chat.answer("one?", pieces.append)
     chat.answer("two?", pieces.append)
@@ -78,7 +78,7 @@ def test_a_model_of_plain_text_continues_it(result: Result, monkeypatch: pytest.
     work = result.recipe.finetune.model_copy(update={"objective": "causal_lm"})
     raw = Result(**{**vars(result), "recipe": result.recipe.model_copy(update={"finetune": work})})
     asked: list[str] = []
-    monkeypatch.setattr(Chat, "_generate", lambda self, text, write: asked.append(text) or "x")
+    monkeypatch.setattr(Chat, "_generate", lambda self, text, media, write: asked.append(text) or "x")
     chat = Chat(raw)
     chat.answer("The reef", lambda piece: None)
     chat.answer("The reef", lambda piece: None)

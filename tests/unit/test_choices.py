@@ -13,7 +13,7 @@ import torch
 from tiny_families import FAMILIES, VOCABULARY, build, with_lora
 
 import atoll
-from atoll.data.collate import Choices, choices_in
+from atoll.data.collate import Choices, Sample, choices_in
 from atoll.data.read import Report, open_source, records
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
@@ -35,13 +35,13 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def drawn(seed: int, shared: int, lengths: tuple[int, ...]) -> tuple[Any, ...]:
+def drawn(seed: int, shared: int, lengths: tuple[int, ...]) -> Sample:
     """A sample of random tokens: choices of these lengths, of which the first token is not the answer's."""
     rng = np.random.default_rng(seed)
     rest = tuple(rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths)
     labeled = tuple(np.arange(n) > 0 if n > 2 else np.ones(n, bool) for n in lengths)
     beginning = rng.integers(3, VOCABULARY, shared).astype(np.int32)
-    return beginning, beginning, (), Choices(shared, rest, labeled, 0)
+    return Sample(beginning, beginning, (), Choices(shared, rest, labeled, 0))
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["plain", "fast"])
@@ -89,7 +89,7 @@ def test_choices_in_tokens_are_the_texts_with_each_answer(tmp_path: Path) -> Non
     assert texts == [tokenizer.apply_chat_template(chat("Which?", one)["messages"], tokenize=False) for one in options]
     answers = [tokenizer.decode(r[which]) for r, which in zip(choices.rest, choices.labeled, strict=True)]
     assert answers == ["cat<|im_end|>", "dog<|im_end|>", "c<|im_end|>"]  # what they share says nothing
-    assert len(found.train[0]) == 2  # to train on it is its answer alone
+    assert choices_in(found.train[0]) is None  # to train on it is its answer alone
 
 
 @pytest.mark.parametrize(

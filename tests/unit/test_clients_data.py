@@ -86,7 +86,7 @@ def test_what_is_broken_late_in_files_is_told_of_all_clients_too(atoll: Atoll, t
 def test_a_shared_source_is_checked_once(tmp_path: Path) -> None:
     source = open_source(folder_of(tmp_path / "data", one=LATIN, two=LATIN))
     with pytest.raises(AtollError, match="the file is not UTF-8"):
-        check({name: ClientSource(source, np.arange(2)) for name in "abc"}, "sft")
+        check({name: ClientSource(source, np.arange(2)) for name in "abc"}, "sft", ())
 
 
 def test_empty_files_and_folders_are_left_out(atoll: Atoll, tiny: str, mine: Path) -> None:

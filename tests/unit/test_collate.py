@@ -17,14 +17,14 @@ from atoll.errors import AtollError
 def sample(draw: st.DrawFn) -> Sample:
     ids = np.array(draw(st.lists(st.integers(1, 50), min_size=1, max_size=9)), np.int32)
     mask = np.array(draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
-    return ids, np.where(mask, ids, IGNORE).astype(np.int32)
+    return Sample(ids, np.where(mask, ids, IGNORE).astype(np.int32))
 
 
 def next_labels(samples: list[Sample]) -> list[tuple[int, int, int]]:
     """(owner, token, target) for each position with something to predict: the shift, one sample at a time."""
     return [
         (owner, int(ids[i]), int(labels[i + 1]))
-        for owner, (ids, labels) in enumerate(samples)
+        for owner, (ids, labels, *_) in enumerate(samples)
         for i in range(len(ids) - 1)
         if labels[i + 1] != IGNORE
     ]
@@ -41,8 +41,8 @@ def found_labels(batch: Batch) -> list[tuple[int, int, int]]:
 def test_pack_predicts_what_each_sample_alone_predicts(samples: list[Sample]) -> None:
     batch = pack(samples)
     assert found_labels(batch) == next_labels(samples)
-    assert batch.input_ids.tolist() == [np.concatenate([ids for ids, _ in samples]).tolist()]
-    assert batch.position_ids.tolist() == [[i for ids, _ in samples for i in range(len(ids))]]
+    assert batch.input_ids.tolist() == [np.concatenate([ids for ids, *_ in samples]).tolist()]
+    assert batch.position_ids.tolist() == [[i for ids, *_ in samples for i in range(len(ids))]]
     assert batch.packed
     assert batch.tokens == batch.input_ids.numel()
 
@@ -51,12 +51,12 @@ def test_pack_predicts_what_each_sample_alone_predicts(samples: list[Sample]) ->
 def test_pad_predicts_what_each_sample_alone_predicts(samples: list[Sample]) -> None:
     batch = pad(samples, pad_id=99)
     assert found_labels(batch) == next_labels(samples)
-    assert batch.lengths == tuple(len(ids) for ids, _ in samples)
+    assert batch.lengths == tuple(len(ids) for ids, *_ in samples)
     assert int((batch.input_ids != 99).sum()) == batch.tokens
     assert not batch.packed
 
 
-@pytest.mark.parametrize("samples", [[], [(np.zeros(0, np.int32), np.zeros(0, np.int32))]])
+@pytest.mark.parametrize("samples", [[], [Sample(np.zeros(0, np.int32), np.zeros(0, np.int32))]])
 def test_nothing_to_batch_is_refused(samples: list[Sample]) -> None:
     with pytest.raises(AtollError, match="at least one"):
         pack(samples)

@@ -46,7 +46,7 @@ def test_plain_peft_loads_what_the_checkpoint_holds(run: RunFolder, tmp_path: Pa
 def test_folder_has_a_card_and_nothing_stays_beside_it(run: RunFolder, tmp_path: Path) -> None:
     out = export_adapter(run, tmp_path / "new" / "out")
     text = (out / "README.md").read_text()
-    assert "base_model: tiny:llama" in text
+    assert "base_model:\n- tiny:llama\n" in text
     assert "PeftModel.from_pretrained" in text
     assert "| federated |" in text
     assert "the server sees every update by itself" in text

@@ -130,7 +130,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
 
 def labeled_runs(sample: Sample, tokenizer: Any) -> list[str]:
     """The text of each run of labeled tokens."""
-    ids, labels = sample
+    ids, labels, *_ = sample
     edges = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE, [False]]).astype(int)))
     return [tokenizer.decode(ids[start:stop]) for start, stop in edges.reshape(-1, 2)]
 
@@ -252,7 +252,7 @@ def test_plain_text_is_cut_into_windows_that_give_the_text_back(prepared: Prepar
     texts = ["a" * 10, "word é " * 9, "x"]
     result = prepared([{"text": text} for text in texts], tokenizer, context=16, objective="causal_lm")
     documents: dict[int, list[int]] = {}
-    for row, (ids, labels) in zip(result.train.rows, result.train, strict=True):
+    for row, (ids, labels, *_) in zip(result.train.rows, result.train, strict=True):
         assert 1 < len(ids) <= 16
         assert (ids == labels).all()
         documents.setdefault(int(row), []).extend(ids)
@@ -273,7 +273,7 @@ def test_a_record_of_one_token_is_counted(prepared: Prepare) -> None:
 
 
 def test_causal_lm_on_chats_labels_every_token(prepared: Prepare) -> None:
-    [(ids, labels)] = prepared([{"messages": turns("q", "a")}], objective="causal_lm").train
+    [(ids, labels, *_)] = prepared([{"messages": turns("q", "a")}], objective="causal_lm").train
     assert (ids == labels).all()
 
 
@@ -332,7 +332,7 @@ def test_the_second_call_does_not_tokenize(prepared: Prepare, monkeypatch: pytes
     assert second.fingerprint == first.fingerprint
     assert len(second.test) > 0
     for one, other in ((first.train, second.train), (first.test, second.test)):
-        assert [ids.tolist() for ids, _ in one] == [ids.tolist() for ids, _ in other]
+        assert [a.ids.tolist() for a in one] == [b.ids.tolist() for b in other]
 
 
 def test_the_cache_is_at_home_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,10 +378,10 @@ def test_a_failed_call_leaves_nothing_behind(prepared: Prepare, tmp_path: Path) 
 
 
 def test_many_batches_give_what_one_gives(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [ids.tolist() for ids, _ in prepared(ROWS).train]
+    whole = [one.ids.tolist() for one in prepared(ROWS).train]
     monkeypatch.setattr("atoll.data.tokenize.BATCH_CHARACTERS", 40)
     monkeypatch.setattr("atoll.data.tokenize.VERSION", -1)
-    assert [ids.tolist() for ids, _ in prepared(ROWS).train] == whole
+    assert [one.ids.tolist() for one in prepared(ROWS).train] == whole
 
 
 @given(
@@ -398,7 +398,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
             writer.add(np.array(ids), np.array(labeled), row * 2)
     data = load(folder)
     assert len(data) == len(samples)
-    for (ids, labels), sample in zip(data, samples, strict=True):
+    for (ids, labels, *_), sample in zip(data, samples, strict=True):
         assert (ids.dtype, labels.dtype) == (np.int32, np.int32)
         assert ids.tolist() == [token for token, _ in sample]
         assert labels.tolist() == [token if labeled else IGNORE for token, labeled in sample]
@@ -423,7 +423,7 @@ def test_a_selection_shares_the_arrays_and_counts_its_own(prepared: Prepare) -> 
 
 def test_a_sample_may_be_changed_without_changing_the_file(prepared: Prepare) -> None:
     data = prepared(ROWS).train
-    ids, _ = data[0]
+    ids, *_ = data[0]
     before = ids.tolist()
     ids[:] = 0
     assert data[0][0].tolist() == before

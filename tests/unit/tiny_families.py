@@ -92,14 +92,14 @@ def samples(lengths: tuple[int, ...] = (7, 3, 12, 7, 1), seed: int = 0) -> list[
     for n in lengths:
         ids = random.integers(3, VOCABULARY, n).astype(np.int32)
         labels = np.where(np.arange(n) >= n // 2, ids, IGNORE).astype(np.int32)
-        made.append((ids, labels))
+        made.append(Sample(ids, labels))
     return made
 
 
 def plain_losses(model: nn.Module, batch: list[Sample]) -> list[Tensor]:
     """The sum of losses of each sample, run alone through the model's own loss."""
     losses = []
-    for ids, labels in batch:
+    for ids, labels, *_ in batch:
         ids_, labels_ = (torch.from_numpy(part.astype(np.int64))[None] for part in (ids, labels))
         count = int((labels_[:, 1:] != IGNORE).sum())
         if count:

@@ -27,11 +27,13 @@ ALL = "all"
 def modality_of(name: str) -> str:
     """The group of a parameter, by its name: the modality that it is for, or `all` for what everybody holds.
 
-    >>> modality_of("base_model.model.connectors.image.norm.weight"), modality_of("language_model.lm_head.weight")
+    What stands in for missing media is everybody's: those learn it who have none.
+
+    >>> modality_of("base_model.model.connectors.image.norm.weight"), modality_of("connectors.image.null")
     ('image', 'all')
     """
     for modality in MODALITIES:
-        if f"connectors.{modality}." in name:
+        if f"connectors.{modality}." in name and not name.endswith(".null"):
             return modality
     return ALL
 

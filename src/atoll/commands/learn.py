@@ -44,6 +44,10 @@ def data(
     from atoll.data.read import media_of, open_source
 
     if str(path) == "get" and not path.exists():
+        if as_json or model or context or objective:
+            raise typer.BadParameter(
+                "after `get`, a set's name and --to alone: `atoll data FOLDER` shows what it wrote"
+            )
         return get(name, to)
     if name is not None or to is not None:
         raise typer.BadParameter(f"one path, or `atoll data get NAME`; found {path} {name or '--to'}")
@@ -62,7 +66,7 @@ def data(
         if wanted is None and of_recipe:
             wanted = spec(of_recipe.objective, "finetune.objective").use.replace("-", "_")
         tokenizer, senses = load_tokenizer(whose, say), load_senses(whose, say)
-    seen = preview(path, tokenizer, context, samples, wanted, senses)
+    seen = preview(path, tokenizer, context, samples, wanted, senses, say)
     if as_json:
         show_json(seen.as_dict())
     else:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from atoll.commands.output import RunName, say
+from atoll.errors import AtollError
 
 
 def chat(
@@ -26,6 +27,10 @@ def chat(
     from atoll.record.folder import find
 
     folder = find(run)
+    attached = [(name, path) for name, paths in (("image", image), ("audio", audio)) for path in paths or ()]
+    for name, path in attached:  # told before the model is loaded
+        if not path.is_file():
+            raise AtollError("there is no such file", where=f"--{name}", found=path, allowed="a file on this machine")
     from atoll.chat import Chat, converse
     from atoll.result import load_result, unfinished
 
@@ -34,9 +39,8 @@ def chat(
         say(f"{folder.name} is not finished: this is the model {early}")
     if (words := talk.result.recipe.finetune.personal) and client is None:
         say(f"clients have parts of their own ({', '.join(words)}): this is the model before any; --client names one")
-    for modality, paths in (("image", image), ("audio", audio)):
-        for path in paths or ():
-            talk.attach(modality, path)
+    for name, path in attached:
+        talk.attach(name, path)
     if prompt is not None:
         talk.answer(prompt, _write)
         _write("\n")
@@ -67,7 +71,10 @@ def export(
         Literal["adapter", "merged"],
         typer.Option(help="adapter: a folder that `peft` loads; merged: a whole model for `transformers`."),
     ] = "adapter",
-    out: Annotated[Path | None, typer.Option(help="The new folder; RUN-adapter or RUN-merged by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The new folder; by default RUN-adapter or RUN-merged, RUN-CLIENT-... with --client."),
+    ] = None,
     client: Annotated[str | None, typer.Option(help="Whose own parts, of a run with `finetune.personal`.")] = None,
 ) -> None:
     """Export a run's result for use elsewhere, checked against its checkpoint."""
@@ -80,4 +87,6 @@ def export(
     if early := unfinished(folder, tuned_params(folder)[1]):
         say(f"{folder.name} is not finished: this is its result {early}")
     write = {"adapter": export_adapter, "merged": export_merged}[to]
-    print(write(folder, out or Path(f"{folder.path.name}-{to}"), say, client))
+    name = "-".join([folder.path.name, *([client] if client else []), to])
+    print(write(folder, out or Path(name), say, client))
+    say("its README.md says how it is loaded")

@@ -4,8 +4,8 @@ A packed row holds no padding, so no work is spent on it. Positions restart at e
 and `atoll.models.fast` know where one sample ends: no token attends to another sample's. Families that keep a recurrent
 state or compute positions for themselves cannot be packed; `packable` finds out by running the model.
 
-Shapes: B rows, T positions. A sample is (input_ids, labels), both int32 [n]; labels[i] is the target token at position
-i, as in transformers, and IGNORE where there is no loss. `Batch.targets` does the shift, once, for every objective.
+Shapes: B rows, T positions. labels[i] of a sample is the target token at position i, as in
+transformers, and IGNORE where there is no loss. `Batch.targets` does the shift, once, for every objective.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from atoll.data.media import Medium
-
-Sample = tuple[Any, ...]
-"""(input_ids, labels), both int32 [n]; where a sample has them, its media (media.py) and its choices beside them."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,27 @@ class Choices:
     """The choice that is the sample's answer."""
 
 
-def media_in(sample: Sample) -> tuple[Medium, ...]:
-    """The pictures and sounds of a sample, in the order of their placeholders."""
-    return tuple(sample[2]) if len(sample) > 2 else ()
+class Sample(NamedTuple):
+    """What an objective of language models learns from."""
 
-
-def choices_in(sample: Sample) -> Choices | None:
+    ids: NDArray[np.int32]
+    """Its tokens [n]."""
+    labels: NDArray[np.int32]
+    """The targets among them [n]; IGNORE where there is no loss."""
+    media: tuple[Medium, ...] = ()
+    """Its pictures and sounds, in the order of their placeholders."""
+    choices: Choices | None = None
     """The answers that it allows; None where it allows any."""
-    return sample[3] if len(sample) > 3 else None
+
+
+def media_in(sample: Any) -> tuple[Medium, ...]:
+    """The pictures and sounds of a sample; none where it is of a kind of the user's own."""
+    return sample.media if isinstance(sample, Sample) else ()
+
+
+def choices_in(sample: Any) -> Choices | None:
+    """The answers that a sample allows; None where it allows any, or is of a kind of the user's own."""
+    return sample.choices if isinstance(sample, Sample) else None
 
 
 IGNORE = -100
@@ -112,7 +122,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
     """Lay samples end to end in one row [1, sum of n], positions restarting at 0 in each.
 
     >>> one, two = np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)
-    >>> batch = pack([(one, one), (two, two)])
+    >>> batch = pack([Sample(one, one), Sample(two, two)])
     >>> batch.position_ids.tolist(), batch.targets.tolist()
     ([[0, 1, 2, 0, 1]], [[6, 7, -100, 9, -100]])
     """
@@ -128,7 +138,7 @@ def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
     Padding after the sample is invisible to a causal model, so no attention mask is needed.
 
     >>> one, two = np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)
-    >>> pad([(one, one), (two, two)], pad_id=0).input_ids.tolist()
+    >>> pad([Sample(one, one), Sample(two, two)], pad_id=0).input_ids.tolist()
     [[5, 6, 7], [8, 9, 0]]
     """
     lengths = _lengths(samples)
@@ -210,7 +220,7 @@ def packable(model: nn.Module) -> bool:
 
 def _probe(tokens: list[int]) -> Sample:
     ids = np.array(tokens, np.int32)
-    return ids, ids
+    return Sample(ids, ids)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 64_000_000
 """Of a picture: what unpacks to more is left out before it is unpacked."""
+
+MOST_UNEQUAL = 50
+"""How many times one side of a picture is the other: preprocessing may make the shorter 224 pixels, and both grow."""
 
 MOST_BYTES = 64 * 1024**2
 """Of a file."""
@@ -42,10 +46,14 @@ class Modality(NamedTuple):
     """In a text, where a medium stands."""
     columns: tuple[str, ...]
     """Of a record, that name its files."""
+    encoder: str
+    """Of an assembled model, the module that makes its features."""
+    config: str
+    """Of that model's configuration, the encoder's."""
 
 
-IMAGE = Modality("image", "<image>", ("images", "image"))
-AUDIO = Modality("audio", "<audio>", ("audio", "audios"))
+IMAGE = Modality("image", "<image>", ("images", "image"), "vision_encoder", "vision_config")
+AUDIO = Modality("audio", "<audio>", ("audio", "audios"), "audio_encoder", "audio_config")
 MODALITIES = {one.name: one for one in (IMAGE, AUDIO)}
 COLUMNS = {column: one for one in MODALITIES.values() for column in one.columns}
 
@@ -101,6 +109,53 @@ class Sense:
 
 Senses = Mapping[str, Sense]
 """By modality, of a model; empty for one that takes text alone."""
+
+
+MEDIA_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".wav", ".flac", ".ogg", ".opus",
+    ".mp3", ".m4a", ".mp4", ".mov", ".avi", ".mkv", ".webm",
+)  # fmt: skip
+"""Of what somebody may take for a medium, readable or not."""
+
+
+def without_parts(content: Any, place: str) -> Any:
+    """A message's content as text: parts, as other libraries have them, with a placeholder for each picture and sound.
+
+    >>> without_parts([{"type": "image"}, {"type": "text", "text": "What is it?"}], "a.jsonl:1")
+    '<image>What is it?'
+
+    Raises:
+        AtollError: a part of another kind, or one that holds its medium itself.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        beside = {name for name, value in part.items() if value is not None} - {"type"} if kind else set()
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in MODALITIES and not beside:
+            texts.append(MODALITIES[kind].placeholder)
+        else:
+            columns = ", ".join(one.columns[0] for one in MODALITIES.values())
+            raise AtollError(
+                "a part of a message cannot be read", where=place, found=str(part)[:60],
+                allowed='{"type": "text", "text": ...}, ' + ", ".join(f'{{"type": "{name}"}}' for name in MODALITIES),
+                remedy=f"name the files in the record's columns ({columns}), in the order of their places",
+            )  # fmt: skip
+    return "".join(texts)
+
+
+def need(module: str) -> None:
+    """Raises AtollError where a library that pictures and sounds need is not installed."""
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise AtollError(
+            "pictures and sounds need libraries that are not installed", found=error,
+            remedy="pip install 'atoll[multimodal]'",
+        ) from error  # fmt: skip
 
 
 def named_media(row: Mapping[str, Any], folder: Path, place: str) -> list[Medium]:
@@ -177,16 +232,19 @@ def _without(text: str, words: Collection[str]) -> str:
     return text
 
 
-def placed_media(messages: Sequence[Mapping[str, Any]], media: Sequence[Medium]) -> list[dict[str, Any]]:
+def placed_media(
+    messages: Sequence[Mapping[str, Any]], media: Sequence[Medium], known: Collection[str] = MODALITIES
+) -> list[dict[str, Any]]:
     """Messages with a placeholder for every medium; those of one modality are for its media in their order.
 
-    Media that no place is given for stand at the beginning of the first question.
+    Media that no place is given for stand at the beginning of the first question. What would be the place of a modality that
+    is not `known` to the model is a word like any other.
 
     Raises:
         Unusable: more places than media.
     """
     placed = [dict(message) for message in messages]
-    for one in MODALITIES.values():
+    for one in map(MODALITIES.__getitem__, known):
         places = sum(str(message["content"]).count(one.placeholder) for message in placed)
         missing = sum(medium.modality == one.name for medium in media) - places
         if missing < 0:
@@ -199,17 +257,22 @@ def placed_media(messages: Sequence[Mapping[str, Any]], media: Sequence[Medium])
 
 def read_image(path: Path) -> Image:
     """A picture in RGB, on white where it is transparent. Raises Unusable."""
-    from PIL import Image, ImageOps
+    need("PIL")
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path, formats=FORMATS) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise Unusable(f"image of more than {MOST_PIXELS // 10**6} million pixels")
+            if max(opened.size) > MOST_UNEQUAL * min(opened.size):
+                raise Unusable(f"image more than {MOST_UNEQUAL} times as long as it is wide, or as wide as it is long")
             upright = ImageOps.exif_transpose(of_8_bits(opened)).convert("RGBA")
     except Unusable:
         raise
+    except UnidentifiedImageError as error:
+        raise Unusable(f"image that is not of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise what they like
-        raise Unusable("image that cannot be read") from error
+        raise Unusable("image that is broken") from error
     ground = Image.new("RGBA", upright.size, "white")
     return Image.alpha_composite(ground, upright).convert("RGB")
 
@@ -222,9 +285,10 @@ def of_8_bits(picture: Any) -> Any:
     """A picture of 16 bits of gray as one of 8: Pillow would cut off what is brighter. Raises Unusable for other depths."""
     from PIL import Image
 
-    if picture.mode in ("I", "F"):
+    of_16_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+    if picture.mode in ("I", "F") and not of_16_bits:
         raise Unusable("image of more than 16 bits a channel")
-    if not picture.mode.startswith("I;16"):
+    if not of_16_bits:
         return picture
     return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
@@ -235,26 +299,40 @@ LOUDEST = 1000.0
 LEAST_RATE, MOST_RATE = 1000, 768_000
 """Samples a second: a filter to another rate is as long as what both share is short."""
 
+MOST_CHANNELS = 16
+
+UNKNOWN_LENGTH = 1 << 62
+"""Frames, from which on libsndfile means that it does not know."""
+
+BLOCK = 1 << 16
+"""Frames that are unpacked at a time: a small file may hold much silence in many channels."""
+
 
 def read_sound(path: Path, rate: int, seconds: float) -> NDArray[np.float32]:
     """One channel, float32 [samples] at `rate`. Raises Unusable for one of more than `seconds`."""
+    need("soundfile")
     import soundfile
     from scipy.signal import resample_poly
 
     longest = min(seconds, LONGEST_SOUND)
     try:
         with soundfile.SoundFile(path) as file:
-            if file.frames > longest * file.samplerate:
-                raise Unusable(f"audio of more than {longest:g} s")
             own: int = file.samplerate
             if not LEAST_RATE <= own <= MOST_RATE:
                 raise Unusable(f"audio of {own} samples a second")
-            channels: NDArray[np.float32] = file.read(dtype="float32", always_2d=True)
+            if file.channels > MOST_CHANNELS:
+                raise Unusable(f"audio of more than {MOST_CHANNELS} channels")
+            most = math.floor(longest * own)
+            if file.frames >= UNKNOWN_LENGTH:  # as a pipe writes it; libsndfile cannot read it in blocks
+                raise Unusable("audio that does not say how long it is")
+            blocks = file.blocks(BLOCK, frames=most + 1, dtype="float32", always_2d=True)
+            mono: NDArray[np.float32] = np.concatenate([np.zeros(0, np.float32), *(block.mean(1) for block in blocks)])
+            if len(mono) > most:
+                raise Unusable(f"audio of more than {longest:g} s")
     except Unusable:
         raise
     except Exception as error:
-        raise Unusable("audio that cannot be read") from error
-    mono: NDArray[np.float32] = channels.mean(1)
+        raise Unusable("audio that is broken, or not of a known format (WAV, FLAC, OGG, MP3, ...)") from error
     if not len(mono) or not np.isfinite(mono).all():
         raise Unusable("audio without sound")
     if float(np.abs(mono).max()) > LOUDEST:

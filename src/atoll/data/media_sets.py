@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.cache import Say, content_hash, file_hash, home, once, quiet
+from atoll.data.media import MODALITIES, need
 from atoll.debs import LANGUAGES, NOTO_EMOJI, TUXPAINT_STAMPS, Deb, asterisk_prompts, fetch_deb
 from atoll.errors import AtollError, closest
 
@@ -76,8 +77,9 @@ def write_site(folder: Path, asked: Iterable[Asked]) -> None:
         record: dict[str, Any] = {"messages": turns}
         if one.choices:
             record["choices"] = list(one.choices)
-        for column, medium in (("images", one.image), ("audio", one.audio)):
-            if medium is not None:
+        for modality in MODALITIES.values():
+            column = modality.columns[0]
+            if (medium := getattr(one, modality.name)) is not None:
                 name = f"media/{file_hash(medium)[:16]}{medium.suffix}"
                 if not (folder / name).exists():
                     shutil.copyfile(medium, folder / name)
@@ -166,6 +168,7 @@ def emoji(say: Say = quiet) -> list[Asked]:
 
 def write_glyphs(font: Path, folder: Path) -> None:
     """The bitmaps of a color font's characters, a PNG each, named by the character's number in hexadecimal."""
+    need("fontTools")
     from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
 
     with TTFont(font, lazy=True) as opened:

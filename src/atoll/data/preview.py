@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from atoll.cache import Say, quiet, watched
 from atoll.data.media import MODALITIES, Medium, Senses
 from atoll.data.read import Report, open_source, records
 from atoll.data.tokenize import NO_SENSES, Encoded, Objective, encode, fit
@@ -91,6 +92,7 @@ def preview(
     show: int = 3,
     objective: Objective | None = None,
     senses: Senses = NO_SENSES,
+    say: Say = quiet,
 ) -> Preview:
     """Read and tokenize everything at `path` once, and keep what tells how training would see it.
 
@@ -101,13 +103,14 @@ def preview(
         show: how many samples to keep token by token.
         objective: where the loss is; by the data's format if not given.
         senses: how the model takes pictures and sounds; records with others are left out.
+        say: hears how many records have been read, where it takes long.
 
     Raises:
         AtollError: the source cannot be read.
     """
     source = open_source(path)
     report = Report()
-    found = records(source, report)
+    found = watched(records(source, report), say, "records read")
     first = list(islice(found, 1))
     objective = objective or ("causal_lm" if first and first[0].form == "text" else "sft")
     samples, lengths, totals = {"train": 0, "test": 0}, array("q"), np.zeros(2, np.int64)
@@ -193,12 +196,18 @@ def _facts(preview: Preview) -> list[tuple[str, str]]:
         ("unused columns", ", ".join(report.unused_columns) or "none"),
         ("records", f"{report.kept} kept of {report.read}"),
         ("left out", "\n".join(left_out) or "none"),
-        ("samples", f"{preview.samples['train']} train, {preview.samples['test']} test"),
+        ("samples", f"{preview.samples['train']} train, {preview.samples['test']} test{_none_held_out(preview)}"),
         ("tokens", f"{preview.tokens}, {preview.labeled_share:.1%} with a loss, context {preview.context}"),
         ("length", ", ".join(f"{q:.0%}: {length}" for q, length in preview.lengths.items()) or "-"),
         *([("media", ", ".join(f"{n} {name}" for name, n in preview.media.items()))] if preview.media else []),
         *([] if preview.tokens else [("usable", "no: a run leaves this client out")]),
     ]
+
+
+def _none_held_out(preview: Preview) -> str:
+    """Of few records a share drawn by content may be none: nothing then says how good the model is there."""
+    none = preview.samples["train"] and not preview.samples["test"]
+    return ": none is held out, so nothing is measured here; raise held_out, or name a file test.jsonl" if none else ""
 
 
 def _marked(sample: tuple[Token, ...], media: tuple[str, ...]) -> Text:

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from atoll.data.files import READERS, Row, parse_json, rows
 from atoll.data.media import COLUMNS as MEDIA_COLUMNS
-from atoll.data.media import Medium, Missing, Unusable, named_media
+from atoll.data.media import MEDIA_SUFFIXES, Medium, Missing, Unusable, named_media, without_parts
 from atoll.errors import AtollError, closest
 
 Form = Literal["chat", "prompt_completion", "text"]
@@ -71,6 +71,12 @@ class Record(NamedTuple):
     """The answers that the last question allows; the answer is among them."""
 
 
+def known_columns(form: str) -> tuple[str, ...]:
+    """That are read of records of this format."""
+    columns = next((columns for name, columns in COLUMNS.items() if name == form), ())
+    return (*columns, *MEDIA_COLUMNS, *((CHOICES,) if form != "text" else ()))
+
+
 @dataclass
 class Report:
     """What became of a source's records: `left_out` maps a reason to (how many, the first one's place)."""
@@ -89,6 +95,12 @@ class Report:
     def usable(self) -> bool:
         """Whether anything is left to train or evaluate on; a client without is left out by the caller."""
         return self.kept > 0
+
+    def see(self, row: Row) -> None:
+        """Notes a row's columns that are not read."""
+        known = known_columns(self.form)
+        new = [name for name in row if name not in known and name not in self.unused_columns]
+        self.unused_columns = (*self.unused_columns, *new)
 
     def leave_out(self, reason: str, place: str) -> None:
         """Count one record under `reason`, keeping the place of the first."""
@@ -191,7 +203,8 @@ def _refuse_nested(path: Path) -> None:
             where=str(path),
             found=", ".join(nested),
             allowed="the data files of a client side by side in its folder",
-            remedy="move them up, or let the subfolder's name begin with _ to leave it out",
+            remedy=f"of a folder of clients name one: {path / nested[0]}; of a client's, move them up, or let the "
+            "subfolder's name begin with _ to leave it out",
         )
 
 
@@ -221,11 +234,13 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
     for path, named in source.files:
         for place, row in islice(rows(path), first):
             form = form or _recognize(row, place, report)
+            report.see(row)
             report.read += 1
             where = place.removeprefix(f"{source.path.parent}/")  # a report holds for a copy of the data elsewhere
             try:
                 content, media = _content(form, row, place), tuple(named_media(row, path.parent, place))
                 choices = _choices(row, content, place) if form != "text" else ()
+                _refuse_unread_media(row, path.parent, report)
             except Unusable as reason:
                 report.leave_out(str(reason), where)
                 continue
@@ -250,6 +265,25 @@ def planted_records(planted: Iterable[Planted], form: Form) -> Iterator[Record]:
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages = [{"content": f"{question}\n{answer}"}] if form == "text" else chat
         yield Record(form, messages, "train", -number, f"planted record {number}")
+
+
+def _refuse_unread_media(row: Row, folder: Path, report: Report) -> None:
+    """Raises Unusable for a record that names pictures, sounds or films in a column that is not read: it would be blind."""
+    for name in report.unused_columns:
+        value = row.get(name)
+        named = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        if any(
+            isinstance(one, str) and one.lower().endswith(MEDIA_SUFFIXES) and _is_there(folder / one) for one in named
+        ):
+            read = ", ".join(dict.fromkeys(one.columns[0] for one in MEDIA_COLUMNS.values()))
+            raise Unusable(f"media in the column '{name}', which is not read: {read} are")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # what no file can be called
+        return False
 
 
 def media_of(path: Path) -> Iterator[Medium]:
@@ -294,8 +328,6 @@ def _recognize(row: Row, place: str, report: Report) -> Form:
             remedy=_rename(row, place),
         )
     report.form = form
-    known = (*COLUMNS[form], *((*MEDIA_COLUMNS, CHOICES) if form != "text" else ()))
-    report.unused_columns = tuple(name for name in row if name not in known)
     return form
 
 
@@ -360,7 +392,7 @@ def _choices(row: Row, messages: list[Message], place: str) -> tuple[str, ...]:
 def _message(message: object, place: str) -> Message:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise _wrong_type("a message", message, "{role, content}", place)
-    role, content = message["role"], message["content"]
+    role, content = message["role"], without_parts(message["content"], place)
     if role not in ROLES:
         raise AtollError(
             "unknown role", where=place, found=role, allowed=", ".join(ROLES), remedy=closest(str(role), ROLES)

@@ -7,7 +7,7 @@ from the cache) what the run needs. Both tell what is wrong with all clients at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from annotated_types import Ge, Lt
 
-from atoll.cache import content_hash, home
+from atoll.cache import Say, content_hash, home, quiet
 from atoll.data.files import READERS
 from atoll.data.media import MODALITIES, Missing, Senses
 from atoll.data.partition import Ints, Partition
@@ -161,19 +161,51 @@ FIRST = 100
 """Rows of each file that `check` reads: a plan of a hundred files still answers at once."""
 
 
-def check(sources: Mapping[str, Any], labels: Labels) -> None:
-    """Reads the first records of every file: encoding, JSON, columns, and whether they fit the objective.
+class Unheard(NamedTuple):
+    """Of a client's first records, those that the model does not take."""
+
+    records: int
+    of: int
+    modalities: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{' and '.join(self.modalities)} in {self.records} of its first {self.of} records"
+
+
+def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | None) -> dict[str, str]:
+    """Reads the first records of every file: encoding, JSON, columns, and whether they fit the objective and the model.
+
+    Args:
+        sources: by client.
+        labels: where the objective puts the loss.
+        takes: the modalities that the model takes beside text; None: unknown.
+
+    Returns:
+        By client, what the model does not take of its first records.
 
     Raises:
-        AtollError: what is wrong, for all clients.
+        AtollError: what is wrong, for all clients; or the model takes nobody's records.
     """
     from atoll.data.tokenize import refuse_plain_text
 
-    def read(source: Source) -> None:
-        for record in records(source, Report(), FIRST):
+    def read(source: Source) -> Unheard:
+        report, unknown, modalities = Report(), 0, set[str]()
+        for record in records(source, report, FIRST):
             refuse_plain_text(record, labels)
+            lacks = {medium.modality for medium in record.media} - set(MODALITIES if takes is None else takes)
+            unknown, modalities = unknown + bool(lacks), modalities | lacks
+        return Unheard(unknown, report.kept, tuple(sorted(modalities)))
 
-    _each(sources, read)
+    found = _each(sources, read)
+    each = {name: found[one.source] for name, one in sources.items() if isinstance(one, ClientSource)}
+    told = {name: str(one) for name, one in each.items() if one.records}
+    if told and len(told) == len(sources) and all(one.records == one.of for one in each.values()):
+        raise AtollError(
+            "the model takes nobody's records", where="model", found=one_a_line(f"{n}: {why}" for n, why in told.items()),
+            allowed=", ".join(["text", *(takes or ())]),
+            remedy="`model: {use: assembled, ...}` is one that sees and hears; `atoll init --data FOLDER` writes it",
+        )  # fmt: skip
+    return told
 
 
 def _each(sources: Mapping[str, Any], do: Callable[[Source], T]) -> dict[Source, T]:
@@ -228,6 +260,7 @@ def load(
     context: int,
     labels: Labels,
     senses: Senses,
+    say: Say = quiet,
 ) -> dict[str, Loaded]:
     """Every client's samples. Both splits of a client may be empty: see the report.
 
@@ -236,7 +269,7 @@ def load(
     """
     from atoll.data.tokenize import prepare
 
-    prepared = _each(sources, lambda source: prepare(source, tokenizer, context, labels, home(), senses))
+    prepared = _each(sources, lambda source: prepare(source, tokenizer, context, labels, home(), senses, say))
     return {name: _share(client, prepared[client.source]) for name, client in sources.items()}
 
 

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.cache import content_hash, file_hash, home, once
+from atoll.cache import Say, content_hash, file_hash, home, once, quiet, watched
 from atoll.data.answers import PLAIN, ChatFormat, Spans
 from atoll.data.collate import Choices
 from atoll.data.files import content
@@ -87,6 +87,7 @@ def prepare(
     objective: Objective = "sft",
     cache_root: Path | None = None,
     senses: Senses = NO_SENSES,
+    say: Say = quiet,
 ) -> Prepared:
     """Tokenize a client's data, or map what an earlier call made of the same content.
 
@@ -97,6 +98,7 @@ def prepare(
         objective: `sft` puts the loss on answers only; `causal_lm` on every token.
         cache_root: the folder under which `tokens/` is kept; `atoll.cache.home()` if not given.
         senses: how the model takes pictures and sounds; records with others are left out.
+        say: hears how many records have been read, where it takes long.
 
     Returns:
         Both splits may be empty: see `report.usable`.
@@ -107,7 +109,7 @@ def prepare(
     source = source if isinstance(source, Source) else open_source(source)
     fingerprint = _fingerprint(source, tokenizer, context, objective, senses)
     target = (cache_root or home()) / "tokens" / fingerprint
-    folder = once(target, lambda partial: _write(partial, source, tokenizer, context, objective, senses))
+    folder = once(target, lambda partial: _write(partial, source, tokenizer, context, objective, senses, say))
     train, test = (load(folder / split, source.path.parent) for split in ("train", "test"))
     return Prepared(train, test, _read_report(folder), fingerprint)
 
@@ -119,11 +121,13 @@ def _write(
     context: int,
     objective: Objective,
     senses: Senses,
+    say: Say,
 ) -> None:
     folder.chmod(0o700)  # tokens are text to whoever has the tokenizer: nobody else reads a client's
     report, root = Report(), source.path.parent
     with TokenWriter(folder / "train", root) as train, TokenWriter(folder / "test", root) as test:
-        for encoded in encode(records(source, report), tokenizer, objective, report, senses, context):
+        found = watched(records(source, report), say, f"records read of {source.path.name}")
+        for encoded in encode(found, tokenizer, objective, report, senses, context):
             writer = train if encoded.record.split == "train" else test
             for start, stop in fit(encoded, context, objective, report):
                 part = encoded.ids[start:stop], encoded.labeled[start:stop]
@@ -237,7 +241,7 @@ def _with_places(record: Record, senses: Senses, report: Report, read: bool = Tr
                 raise Unusable(f"{medium.modality} that this model cannot take")
             if medium.path is not None and read:
                 senses[medium.modality].read(medium)
-        return record._replace(messages=placed_media(record.messages, record.media))
+        return record._replace(messages=placed_media(record.messages, record.media, senses))
     except Unusable as reason:
         report.leave_out(str(reason), record.place)
         return None

@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset(Sequence[Sample]):
-    """Samples (input_ids, labels), both int32 [length]; labels hold the token where there is a loss and -100 elsewhere.
+    """Samples, read as they are asked for.
 
     `chosen` holds the positions of these samples among those on disk, int64 [n].
     """
@@ -57,10 +57,8 @@ class TokenDataset(Sequence[Sample]):
         ids = np.array(self.ids[start:stop])
         bits = np.unpackbits(self.mask[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
         labels = np.where(bits, ids, np.int32(IGNORE))
-        if not self.all_media and not self.all_choices:
-            return ids, labels
         media = self.all_media[at] if self.all_media else ()
-        return (ids, labels, media, self.all_choices[at]) if self.all_choices else (ids, labels, media)
+        return Sample(ids, labels, media, self.all_choices[at] if self.all_choices else None)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -141,8 +139,8 @@ class TokenWriter:
         >>> folder = Path(tempfile.mkdtemp()) / "train"
         >>> with TokenWriter(folder) as writer:
         ...     writer.add(np.array([7, 8, 9]), np.array([False, True, True]), row=0)
-        >>> ids, labels = load(folder)[0]
-        >>> ids.tolist(), labels.tolist()
+        >>> sample = load(folder)[0]
+        >>> sample.ids.tolist(), sample.labels.tolist()
         ([7, 8, 9], [-100, 8, 9])
     """
 

@@ -82,7 +82,7 @@ def one_exposure(subject: Subject, params: Params, canary: Planted, codes: int, 
     others = other_codes(canary, codes - 1)
     samples = encoded(subject, [canary, *(canary._replace(answer=other) for other in others)])
     mean = subject.losses(params, samples, f"{measure}: codes of one canary")
-    total = mean * np.array([int((labels[1:] != IGNORE).sum()) for _, labels in samples])
+    total = mean * np.array([int((labels[1:] != IGNORE).sum()) for _, labels, *_ in samples])
     return exposure(rank_of(total[0], total[1:]), codes)
 
 
@@ -101,4 +101,4 @@ def encoded(subject: Subject, planted: Sequence[Planted]) -> list[Sample]:
     form: Any = next(report.form for report in subject.things.reports.values() if report.form)
     labels = labels_of(subject.plan)
     made = encode(planted_records(planted, form), subject.things.tokenizer, labels, Report())
-    return [(one.ids, np.where(one.labeled, one.ids, np.int32(IGNORE))) for one in made]
+    return [Sample(one.ids, np.where(one.labeled, one.ids, np.int32(IGNORE))) for one in made]

@@ -72,7 +72,7 @@ def together(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[
 
     each = [choices_of(sample) for sample in samples]
     device = next(model.parameters()).device
-    questions = pad_first([sample[0][: one.shared] for sample, one in zip(samples, each, strict=True)])
+    questions = pad_first([sample.ids[: one.shared] for sample, one in zip(samples, each, strict=True)])
     questions = replace(questions, media=media(samples)).to(device)
     last = torch.zeros_like(questions.input_ids, dtype=torch.bool)
     last[:, -1] = True
@@ -94,7 +94,7 @@ def together(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[
 def after(questions: Batch, each: Sequence[Choices], sample_of: Tensor) -> Batch:
     """What comes after the questions, a row a choice, padded on the right."""
     texts = [pair for one in each for pair in zip(one.rest, one.labeled, strict=True)]
-    batch = pad([(ids, np.where(labeled, ids, IGNORE)) for ids, labeled in texts], pad_id=0).to(sample_of.device)
+    batch = pad([Sample(ids, np.where(labeled, ids, IGNORE)) for ids, labeled in texts], pad_id=0).to(sample_of.device)
     assert questions.mask is not None
     mask = torch.cat([questions.mask[sample_of], torch.ones_like(batch.input_ids)], dim=1)
     lengths = torch.tensor(questions.lengths, device=sample_of.device)[sample_of]
@@ -111,11 +111,11 @@ def choices_of(sample: Sample) -> Choices:
 def in_full(model: nn.Module, sample: Sample, media: Media) -> Tensor:
     """The same of one sample, from every text in full, one at a time."""
     choices, device = choices_of(sample), next(model.parameters()).device
-    beginning = sample[0][: choices.shared]
+    beginning = sample.ids[: choices.shared]
     found = []
     for ids, labeled in zip(choices.rest, choices.labeled, strict=True):
         text = np.concatenate([beginning, ids])
         labels = np.concatenate([np.full(len(beginning), IGNORE), np.where(labeled, ids, IGNORE)])
-        batch = replace(pad([(text, labels)], pad_id=0), media=media([sample])).to(device)
+        batch = replace(pad([Sample(text, labels)], pad_id=0), media=media([sample])).to(device)
         found.append(-token_losses(model, batch)[0].double().sum())
     return torch.stack(found)

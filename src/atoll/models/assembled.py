@@ -6,23 +6,34 @@
       image: {encoder: efficientnet-lite0, connector: {use: mlp, pool: 7}}
       audio: {encoder: whisper-tiny.en, connector: {use: mlp, pool: 25}, seconds: 5}
 
-Connectors are drawn by a seed that is the same everywhere: whoever assembles the same parts has the same model.
+A connector is drawn by a seed that is the same everywhere, apart from all else: whoever assembles the same parts has the
+same model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from atoll import parts
+from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, placed
+from atoll.keys import key
 from atoll.models.tiny import tiny
 
-ASSEMBLY = "3"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from atoll.models.connectors import Connector
+    from atoll.models.multimodal import ModalityConfig
+
+ASSEMBLY = "5"
 """Raise this when the same parts are put together to another model."""
 
 SEED = 0
@@ -56,7 +67,7 @@ class Assembled:
     @property
     def senses(self) -> dict[str, Sense]:
         """By modality, those that it has."""
-        return {name: sense for name, sense in (("image", self.image), ("audio", self.audio)) if sense is not None}
+        return {name: sense for name in MODALITIES if (sense := getattr(self, name)) is not None}
 
 
 Share = Annotated[float, Ge(0), Lt(1)]
@@ -78,6 +89,9 @@ def audio(
 ) -> Sense:
     """Sounds of at most `seconds`: an encoder, the connector to the language model, and dropout as of pictures."""
     return Sense(encoder, _written(connector), seconds, dropout)
+
+
+SENSES: dict[str, Callable[..., Sense]] = {"image": image, "audio": audio}
 
 
 def _written(connector: Mapping[str, Any] | str) -> Mapping[str, Any]:
@@ -104,7 +118,8 @@ def _sense(name: str, written: Mapping[str, Any] | None) -> Sense | None:
     from atoll.models.connectors import make_connector
 
     at = f"model.{name}"
-    sense: Sense = globals()[name](**parts.check(globals()[name], parts.Spec(name, written), at))
+    make = SENSES[name]
+    sense = make(**parts.check(make, parts.Spec(name, written), at, named=False))
     make_connector(sense.connector, f"{at}.connector")
     return sense
 
@@ -127,9 +142,8 @@ def put_together(
     """Writes model, tokenizer and preprocessing, of the folders of its parts (None: a tiny language model)."""
     import torch
 
-    from atoll.data.media import MODALITIES
     from atoll.models.encoders import load_encoder
-    from atoll.models.multimodal import CONFIGS, ENCODERS, MultimodalConfig, MultimodalModel
+    from atoll.models.multimodal import ModalityConfig, MultimodalConfig, MultimodalModel
 
     with placed("model.language"):
         model_of_text, tokenizer = language_model(one.language, language)
@@ -139,32 +153,66 @@ def put_together(
             made[name] = load_encoder(name, encoders[name], sense.seconds)
     tokenizer.add_special_tokens({"additional_special_tokens": [MODALITIES[name].placeholder for name in made]})
     said = {
-        name: {
-            "connector": {key: value for key, value in one.senses[name].connector.items() if key != "of"},
-            "positions": encoder.positions,
-            "features": encoder.features,
-            "tokens": tokens(one.senses[name], encoder.positions),
-            "seconds": one.senses[name].seconds,
-            "dropout": one.senses[name].dropout,
-            "token_id": tokenizer.convert_tokens_to_ids(MODALITIES[name].placeholder),
-            "layer": encoder.layer,
-            "skip": encoder.skip,
-        }
+        name: ModalityConfig(
+            connector={key: value for key, value in one.senses[name].connector.items() if key != "of"},
+            positions=encoder.positions,
+            features=encoder.features,
+            tokens=tokens(one.senses[name], encoder.positions),
+            seconds=one.senses[name].seconds,
+            dropout=one.senses[name].dropout,
+            token_id=tokenizer.convert_tokens_to_ids(MODALITIES[name].placeholder),
+            layer=encoder.layer,
+            skip=encoder.skip,
+        )
         for name, encoder in made.items()
     }
-    configs: dict[str, Any] = {CONFIGS[name]: encoder.module.config for name, encoder in made.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    configs: dict[str, Any] = {MODALITIES[name].config: encoder.module.config for name, encoder in made.items()}
+    with torch.device("meta"):  # nothing of it stays: every part is put in its place
         model = MultimodalModel(MultimodalConfig(model_of_text.config, **configs, **said))
     model.language_model = model_of_text
+    model.generation_config = generation(model_of_text, [one["token_id"] for one in said.values()])
+    words = embedded(model_of_text)
     for name, encoder in made.items():
-        setattr(model, ENCODERS[name], encoder.module)
-        model.connector(name).start_like(model_of_text.get_input_embeddings().weight)
+        setattr(model, MODALITIES[name].encoder, encoder.module)
+        model.connectors[name] = connector = drawn(name, said[name], model.width)
+        connector.start_like(words)
         if name in ready:
-            copy_connector(ready[name], model.connector(name).body.layers)
+            copy_connector(ready[name], connector.body.layers)
         encoder.prepare.processor.save_pretrained(folder / name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def generation(language: Any, placeholders: Sequence[int]) -> Any:
+    """How it generates: as the language model does, and no placeholders, which a larger vocabulary than the tokenizer's has.
+
+    A family whose state is no cache of keys and values reads the whole text again for each token.
+    """
+    found = copy.deepcopy(language.generation_config)
+    found.suppress_tokens = [one for one in placeholders if one < language.config.get_text_config().vocab_size] or None
+    found.use_cache = "past_key_values" in inspect.signature(language.forward).parameters
+    return found
+
+
+def embedded(language: Any) -> Tensor:
+    """What the language model makes of each token [V, D]: of some families that is not the row of its embeddings."""
+    import torch
+
+    embed = language.get_input_embeddings()
+    with torch.no_grad():
+        rows: Tensor = embed(torch.arange(len(embed.weight), device=embed.weight.device))
+    return rows
+
+
+def drawn(name: str, said: ModalityConfig, width: int) -> Connector:
+    """A connector's first values, which hang on nothing but what it is."""
+    import torch
+
+    from atoll.models.multimodal import new_connector
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(SEED, name))
+        return new_connector(said, width)
 
 
 def copy_connector(folder: Path, layers: Any) -> None:

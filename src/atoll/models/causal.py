@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atoll.errors import AtollError
+from atoll.models.ready_made import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,4 +51,5 @@ def _check_causal(config: PretrainedConfig, where: str) -> None:
             where=where,
             found=f"model_type {config.model_type}, architectures {', '.join(sorted(stated)) or 'none'}",
             allowed=" or ".join(sorted(names)) or "a family that has a causal language-model head",
+            remedy=f"of a ready-made model with an encoder, these families' parts are known: {', '.join(FAMILIES)}",
         )

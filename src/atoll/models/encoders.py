@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from atoll.cache import Say, content_hash, home, once, quiet
 from atoll.carriers import EFFICIENTNET_LITE0, WHISPER_TINY_EN, Carrier, fetch
+from atoll.data.media import need
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
@@ -247,13 +248,13 @@ class Preparation:
         sound: Tensor = made[self.processor.model_input_names[0]][0]
         return sound
 
-    def blank(self) -> Any:
+    def blank(self, size: tuple[int, int] = (64, 64)) -> Any:
         """A white picture, or silence."""
         if self.modality == "audio":
             return np.zeros(1, np.float32)
         from PIL import Image
 
-        return Image.new("RGB", (64, 64), "white")
+        return Image.new("RGB", size, "white")
 
 
 def load_preparation(modality: str, folder: Path, seconds: float | None) -> Preparation:
@@ -262,6 +263,7 @@ def load_preparation(modality: str, folder: Path, seconds: float | None) -> Prep
 
     try:
         if modality == "image":
+            need("PIL")
             return Preparation(modality, AutoImageProcessor.from_pretrained(folder, backend="pil"), None)
         options = {"chunk_length": math.ceil(seconds)} if seconds else {}
         return Preparation(modality, AutoFeatureExtractor.from_pretrained(folder, **options), seconds)
@@ -312,8 +314,9 @@ def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> E
     module = bare(module).eval().requires_grad_(False)
     prepare = load_preparation(modality, folder, seconds)
     inputs = prepare(prepare.blank())[None]
-    if hasattr(module, "embed_positions"):
-        shorten(module, inputs.shape[-1] // 2)
+    refuse_preparation(prepare, folder)
+    if isinstance(getattr(module, "embed_positions", None), torch.nn.Embedding):
+        shorten(module, inputs.shape[-1] // STRIDE)
     try:
         with torch.no_grad():
             positions, features = hidden(module, inputs, layer, skip).shape[1:]
@@ -326,6 +329,36 @@ def load_encoder(modality: str, folder: Path, seconds: float | None = None) -> E
     return Encoder(module, prepare, int(positions), int(features), layer, skip)
 
 
+def refuse_preparation(prepare: Preparation, folder: Path) -> None:
+    """Raises AtollError where pictures would come out in unlike sizes, or the end of a sound would not be heard."""
+    if prepare.modality == "image":
+        sizes = sorted({tuple(prepare(prepare.blank(shape)).shape) for shape in ((64, 64), (64, 96), (96, 64))})
+        if len(sizes) > 1:
+            raise AtollError(
+                "the preprocessing leaves pictures in sizes of their own", where=str(folder / "preprocessor_config.json"),
+                found=", ".join("x".join(map(str, size[-2:])) for size in sizes), allowed="one size",
+                remedy='"do_center_crop": true, or a "size" of height and width',
+            )  # fmt: skip
+        return
+    longest = next((seconds for seconds in range(math.ceil(prepare.seconds or 0), 0, -1) if hears(prepare, seconds)), 0)
+    if prepare.seconds and longest < math.floor(prepare.seconds):
+        raise AtollError(
+            "the preprocessing cuts sounds off", where="seconds", found=f"{prepare.seconds:g}",
+            allowed=f"at most {longest}: what {folder} takes", remedy=f"seconds: {longest}",
+        )  # fmt: skip
+
+
+def hears(prepare: Preparation, seconds: float) -> bool:
+    """Whether what is said in the last tenth of the second before `seconds` makes a difference to an encoder."""
+    import torch
+
+    end = min(round(prepare.rate * seconds), round(prepare.rate * (prepare.seconds or 0)))
+    silence = np.zeros(end, np.float32)
+    noise = np.random.default_rng(0).normal(size=prepare.rate // 10).astype(np.float32)
+    spoken = np.concatenate([silence[: -len(noise)], noise[: len(silence)]])
+    return not torch.equal(prepare(silence), prepare(spoken))
+
+
 def refuse_made_up(report: Mapping[str, Any], folder: Path) -> None:
     """What a folder lacks is filled with random values: no harm where it is beside what makes features."""
     beside = ("pooler", "head", "decoder", "text_model", "text_projection", "logit_scale", "masked_spec_embed")
@@ -335,6 +368,10 @@ def refuse_made_up(report: Mapping[str, Any], folder: Path) -> None:
             "the encoder's files lack params", where=str(folder), found=f"no {', '.join(missing[:4])}",
             remedy="download it again, or save it whole with save_pretrained",
         )  # fmt: skip
+
+
+STRIDE = 2
+"""Frames of sound a position, of those encoders whose positions are a table: of Whisper's second convolution."""
 
 
 def shorten(module: Any, positions: int) -> None:

@@ -176,6 +176,8 @@ def _load_folder(
     if report["missing_keys"]:  # transformers would fill them with random values
         missing = ", ".join(sorted(report["missing_keys"])[:4])
         raise AtollError("the model's files lack params", where=f"{ref.name} in {folder}", found=f"no {missing}")
+    for name, sense in ref.parts.senses.items() if ref.parts else ():  # it changes no parameter: the folder is for any
+        model.config.of(name)["dropout"] = model.connector(name).dropout = sense.dropout
     return model.eval(), tokenizer
 
 

@@ -5,8 +5,9 @@
     the embeddings of a medium's K + 2 placeholders in the text are its tokens
 
 Source: LLaVA (Liu et al. 2023, arXiv 2304.08485), with one encoder and connector for each modality as in Macaw-LLM (Lyu et
-al. 2023, arXiv 2306.09093). Departs from both in that placeholders are no rows of the language model's embeddings: their
-ids lie beyond its vocabulary, and what it embeds in their place is never read.
+al. 2023, arXiv 2306.09093). Departs from both in that placeholders are no rows of the language model's embeddings: what it
+embeds in their place is never read. Their ids are the tokenizer's, mostly beyond the vocabulary; where the vocabulary is
+larger than the tokenizer's they are of it, and are not generated.
 
 Shapes: media of one modality in the order of the text; T, F, K, D as in connectors.py; B rows, N positions, V vocabulary.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,33 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from atoll.data.media import MODALITIES
 from atoll.models.connectors import Connector, make_connector
 
 MODEL_TYPE = "atoll_multimodal"
 
 
-CONFIGS = {"image": "vision_config", "audio": "audio_config"}
-ENCODERS = {"image": "vision_encoder", "audio": "audio_encoder"}
-"""By modality, the names of its encoder and of that one's configuration."""
+class ModalityConfig(TypedDict):
+    """What a saved model's configuration says of a modality."""
+
+    connector: dict[str, Any]
+    """As in a recipe."""
+    positions: int
+    """T, of its encoder."""
+    features: int
+    """F."""
+    tokens: int
+    """Places of one medium in the text: K + 2."""
+    token_id: int
+    """Of its placeholder."""
+    seconds: float | None
+    """The longest sound; None for pictures."""
+    dropout: float
+    """The share of media that are taken for missing while the connector trains."""
+    layer: int | None
+    """Of the encoder, whose outputs the features are; None: the last one's, after its norm."""
+    skip: int
+    """Features that are left out at the beginning."""
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -47,20 +67,19 @@ class MultimodalConfig(PreTrainedConfig):
     Args:
         text_config: of the causal language model.
         vision_config, audio_config: of the encoders; None for a modality that the model does not know.
-        image, audio: of each modality {"connector": as in a recipe, "positions": T, "features": F, "token_id": int,
-            "dropout": a share of media, "layer" and "skip": of the encoder's outputs}.
+        image, audio: of each modality that it knows, a `ModalityConfig`.
     """
 
     model_type = MODEL_TYPE
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "audio_config": AutoConfig}  # noqa: RUF012
+    sub_configs = dict.fromkeys(["text_config", *(one.config for one in MODALITIES.values())], AutoConfig)
 
     def __init__(
         self,
         text_config: Any = None,
         vision_config: Any = None,
         audio_config: Any = None,
-        image: Mapping[str, Any] | None = None,
-        audio: Mapping[str, Any] | None = None,
+        image: ModalityConfig | None = None,
+        audio: ModalityConfig | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _config(text_config) or CONFIG_MAPPING["llama"]()
@@ -71,7 +90,12 @@ class MultimodalConfig(PreTrainedConfig):
     @property
     def modalities(self) -> list[str]:
         """Those that the model knows."""
-        return [name for name, config in CONFIGS.items() if getattr(self, config) is not None]
+        return [name for name, one in MODALITIES.items() if getattr(self, one.config) is not None]
+
+    def of(self, modality: str) -> ModalityConfig:
+        """What it says of a modality that the model knows."""
+        found: ModalityConfig = getattr(self, modality)
+        return found
 
 
 def _config(written: Any) -> Any:
@@ -93,6 +117,12 @@ def hidden(encoder: Any, raw: Tensor, layer: int | None, skip: int) -> Tensor:
     return found[:, skip:]
 
 
+def new_connector(said: ModalityConfig, width: int) -> Connector:
+    """A connector to a language model of this width, with first values of its own."""
+    make = make_connector(said["connector"])
+    return Connector(make, said["positions"], said["features"], width, said["dropout"])
+
+
 class MultimodalModel(PreTrainedModel, GenerationMixin):
     """See the module's text."""
 
@@ -100,25 +130,32 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     config_class = MultimodalConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ["image", "audio", "text"]  # noqa: RUF012 - as the base class has it
+    input_modalities = [*MODALITIES, "text"]  # noqa: RUF012 - as the base class has it
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = {"vision_encoder", "audio_encoder", "connectors"}  # noqa: RUF012 - small, and exact there
+    _keep_in_fp32_modules_strict = {"connectors", *(m.encoder for m in MODALITIES.values())}  # noqa: RUF012 - small, and exact there
 
     def __init__(self, config: MultimodalConfig) -> None:
         super().__init__(config)
-        self.connectors = nn.ModuleDict()
-        for name in config.modalities:
-            encoder: Any = AutoModel.from_config(getattr(config, CONFIGS[name]))
-            setattr(self, ENCODERS[name], bare(encoder))
-            said = getattr(config, name)
-            width = config.text_config.hidden_size
-            make = make_connector(said["connector"])
-            self.connectors[name] = Connector(
-                make, said["positions"], said["features"], width, said.get("dropout", 0.0)
-            )
+        self.connectors = nn.ModuleDict()  # before the language model: the order of what trains and travels
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        for name in config.modalities:
+            encoder: Any = AutoModel.from_config(getattr(config, MODALITIES[name].config))
+            setattr(self, MODALITIES[name].encoder, bare(encoder))
+            self.connectors[name] = new_connector(config.of(name), self.width)
         self.post_init()
+
+    @property
+    def width(self) -> int:
+        """D, of what the language model embeds: some families' is not that of their hidden states."""
+        embeddings: Any = self.get_input_embeddings()
+        return int(embeddings.weight.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The language model's: encoders and connectors are small, and exact."""
+        found: torch.dtype = self.language_model.dtype
+        return found
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's."""
@@ -134,8 +171,12 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         """Encoders stay as they are: their norms must not follow the media that they see."""
         super().train(mode)
         for name in self.config.modalities:
-            getattr(self, ENCODERS[name]).eval()
+            self.encoder(name).eval()
         return self
+
+    def encoder(self, modality: str) -> Any:
+        """Of this modality; frozen."""
+        return getattr(self, MODALITIES[modality].encoder)
 
     def connector(self, modality: str) -> Connector:
         """Of this modality; by PEFT's copy where that is what trains."""
@@ -144,9 +185,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def encode(self, modality: str, raw: Tensor) -> Tensor:
         """An encoder's features [media, T, F] of its own inputs [media, ...], without gradients."""
-        encoder, said = getattr(self, ENCODERS[modality]), getattr(self.config, modality)
+        encoder, said = self.encoder(modality), self.config.of(modality)
         with torch.no_grad():
-            return hidden(encoder, raw.to(encoder.device, encoder.dtype), said.get("layer"), said.get("skip", 0))
+            return hidden(encoder, raw.to(encoder.device, encoder.dtype), said["layer"], said["skip"])
 
     def forward(
         self,
@@ -189,7 +230,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def embed(self, input_ids: Tensor, media: Mapping[str, Tensor]) -> Tensor:
         """The language model's inputs [B, N, D]: embeddings of the text, with the media' tokens at their placeholders."""
-        places = {name: input_ids == getattr(self.config, name)["token_id"] for name in self.config.modalities}
+        places = {name: input_ids == self.config.of(name)["token_id"] for name in self.config.modalities}
         anywhere = torch.stack([*places.values(), torch.zeros_like(input_ids, dtype=torch.bool)]).any(0)
         embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(anywhere, 0))
         for name, place in places.items():
@@ -216,7 +257,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def _of_rows(self, name: str, media: Tensor, input_ids: Tensor, times: int) -> Tensor:
         """Media [media, ...] in the order of rows each of which comes so many times."""
-        said = getattr(self.config, name.partition("_")[0])
+        said = self.config.of(name.partition("_")[0])
         counts = ((input_ids == said["token_id"]).sum(1) // said["tokens"]).tolist()
         return torch.cat([row for part in media.split(counts) for row in [part] * times]) if times > 1 else media
 
@@ -228,7 +269,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         return inputs | media if is_first_iteration or not kwargs.get("use_cache", True) else inputs
 
 
-MEDIA = tuple(f"{name}_{what}" for name in CONFIGS for what in ("features", "inputs"))
+MEDIA = tuple(f"{name}_{what}" for name in MODALITIES for what in ("features", "inputs"))
 """The arguments of `forward` that hold media."""
 
 AutoConfig.register(MODEL_TYPE, MultimodalConfig)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,41 +47,74 @@ class MultimodalProcessor:
     def __call__(
         self,
         text: str | Sequence[str],
-        images: Sequence[str | Path] = (),
-        audio: Sequence[str | Path] = (),
+        images: Sequence[Any] = (),
+        audio: Sequence[Any] = (),
         padding_side: str = "left",
+        return_tensors: str = "pt",
         **tokenizing: Any,
     ) -> BatchFeature:
         """Inputs for `forward` and `generate`: input_ids and attention_mask [B, N], image_inputs, audio_inputs.
 
         Args:
-            text: one or several, with `<image>` and `<audio>` where media stand.
-            images, audio: files, in the order of their places in all texts.
+            text: one or several, padded to the longest, with `<image>` and `<audio>` where media stand.
+            images: files or pictures of PIL, in the order of their places in all texts.
+            audio: files, or float32 [samples] at the encoder's rate, in the order of their places.
             padding_side: left to generate, right to train.
+            return_tensors: `pt`, which is all that the model takes.
             tokenizing: what the tokenizer takes, such as `add_special_tokens`.
 
         Raises:
             Unusable: a medium that cannot be read.
+            ValueError: another kind of tensors; truncation, which would cut off places of media.
         """
-        found: dict[str, Tensor] = {}
-        for name, files in (("image", images), ("audio", audio)):
-            if files:
-                media = [Medium(name, Path(file)) for file in files]
-                made = [self.preparations[name](self.senses[name].read(medium)) for medium in media]
-                found[f"{name}_inputs"] = torch.stack(made)
+        if return_tensors != "pt" or tokenizing.get("truncation"):
+            raise ValueError(
+                f"the model takes return_tensors='pt', not {return_tensors!r}, and whole texts: no truncation"
+            )
+        tokenizing.pop("padding", None)  # always
+        found = {
+            f"{name}_inputs": torch.stack([self.inputs(_medium(name, one)) for one in some])
+            for name, some in (("image", images), ("audio", audio))
+            if some
+        }
         texts = [text] if isinstance(text, str) else list(text)
         rows = [self.expanded(self.tokenizer(one, **tokenizing)["input_ids"]) for one in texts]
         ids, mask = padded(rows, self.tokenizer.pad_token_id or 0, first=padding_side == "left")
         return BatchFeature({"input_ids": ids, "attention_mask": mask, **found})
+
+    def inputs(self, medium: Medium | Given) -> Tensor:
+        """What an encoder takes of a medium, without the batch's dimension. Raises Unusable for one that cannot be read."""
+        raw = self.senses[medium.modality].read(medium) if isinstance(medium, Medium) else medium.raw
+        return self.preparations[medium.modality](raw)
 
     def expanded(self, ids: Sequence[int]) -> list[int]:
         """Tokens with as many placeholders for each medium as it has tokens."""
         places = {sense.token_id: sense.tokens for sense in self.senses.values()}
         return [one for token in ids for one in [token] * places.get(token, 1)]
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The tokenizer's, after media of a message's parts ({"type": "image"}) were given their placeholders."""
-        return self.tokenizer.apply_chat_template([_flat(message) for message in conversation], **options)
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tokenize: bool = False,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """A conversation's text; or, to `tokenize`, the model's inputs of it and its media.
+
+        A message's content is text, or parts as `transformers` has them: {"type": "text", "text": ...}, {"type": "image",
+        "path": ...}, or with a picture of PIL or a sound under the type's own name.
+
+        Raises:
+            ValueError: a part of another type.
+        """
+        flat = [{**message, "content": "\n".join(map(_in_words, _parts(message)))} for message in conversation]
+        text = self.tokenizer.apply_chat_template(flat, tokenize=False, **options)
+        if not tokenize:
+            return text
+        media = [part for message in conversation for part in _parts(message) if part["type"] in MODALITIES]
+        each = {name: [_raw(part) for part in media if part["type"] == name] for name in MODALITIES}
+        made = self(text, images=each["image"], audio=each["audio"], add_special_tokens=False)
+        return made if return_dict else made["input_ids"]
 
     def batch_decode(self, *args: Any, **options: Any) -> Any:
         """The tokenizer's."""
@@ -92,14 +125,43 @@ class MultimodalProcessor:
         return self.tokenizer.decode(*args, **options)
 
 
-def _flat(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose content is text, of one whose content is parts as `transformers` has them."""
-    if isinstance(message["content"], str):
-        return message
-    texts = [
-        part["text"] if part["type"] == "text" else MODALITIES[part["type"]].placeholder for part in message["content"]
-    ]
-    return {**message, "content": "\n".join(texts)}
+class Given(NamedTuple):
+    """A medium that is no file."""
+
+    modality: str
+    raw: Any
+    """A picture of PIL in RGB, or float32 [samples]."""
+
+
+def _medium(modality: str, one: Any) -> Medium | Given:
+    """Of a file, or of what is in memory already."""
+    if isinstance(one, str | Path):
+        return Medium(modality, Path(one))
+    return Given(modality, one.convert("RGB") if hasattr(one, "convert") else one)
+
+
+def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of a message; raises ValueError for one of an unknown type."""
+    content = message["content"]
+    found: list[Mapping[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    known = ("text", *MODALITIES)
+    for part in found:
+        if part["type"] not in known:
+            raise ValueError(f"a part of type {part['type']!r}: the model takes {', '.join(known)}")
+    return found
+
+
+def _in_words(part: Mapping[str, Any]) -> str:
+    """A part as it stands in the text."""
+    return str(part["text"]) if part["type"] == "text" else MODALITIES[part["type"]].placeholder
+
+
+def _raw(part: Mapping[str, Any]) -> Any:
+    """The medium of a part. Raises ValueError for one that has none."""
+    for name in (part["type"], "path"):
+        if part.get(name) is not None:
+            return part[name]
+    raise ValueError(f"a part of type {part['type']!r} without '{part['type']}' or 'path'")
 
 
 AutoProcessor.register(MultimodalConfig, MultimodalProcessor)  # type: ignore[no-untyped-call]

@@ -141,7 +141,7 @@ def encoder_folder(ref: ModelRef, modality: str, say: Say = quiet) -> Path:
 def _assembled(one: Assembled) -> ModelRef:
     """Its identity is known before anything is fetched, for parts whose identities are."""
     encoders = {name: resolve_encoder(sense.encoder, name).identity for name, sense in one.senses.items()}
-    senses = {name: [dict(sense.connector), sense.seconds, sense.dropout] for name, sense in one.senses.items()}
+    senses = {name: [dict(sense.connector), sense.seconds] for name, sense in one.senses.items()}
     ready = {name: ref.identity for name, ref in _ready_made(one).items()}
     facts = json.dumps([ASSEMBLY, resolve(one.language).identity, encoders, senses, ready], sort_keys=True)
     return ModelRef(str(one), "assembled", str(one), content_hash(facts), parts=one)

@@ -19,6 +19,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import nn
 
+from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.params import Params
 
@@ -76,7 +77,7 @@ def split(params: Mapping[str, T], personal: Sequence[str]) -> tuple[dict[str, T
 
 def frozen(name: str) -> bool:
     """Whether a parameter is of an assembled model's encoder: what features are made by once stays as it is."""
-    return name.startswith(("vision_encoder.", "audio_encoder."))
+    return name.startswith(tuple(f"{one.encoder}." for one in MODALITIES.values()))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
+from atoll.aggregate.base import ALL
 from atoll.errors import AtollError
 from atoll.params import Params
 from atoll.privacy.accounting import MOST_NOISE, Release
@@ -76,8 +77,12 @@ class OfExamples:
         return None
 
     def guarded(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """As it is: its gradients are private."""
-        return work
+        """As it is, for its gradients are private. A weight of 0 would tell that no sample has a picture: all are 1."""
+
+        def protected(*given: Any) -> Any:
+            return work(*given)._replace(weights={ALL: 1.0})
+
+        return protected
 
 
 def examples(
