@@ -55,7 +55,7 @@ def main() -> None:
         assert story is not None
         for table in (by_modality(story, measure) for measure in (LOSS, ACCURACY)):
             for model, cells in table.rows if table else ():
-                shown = ", ".join(f"{site} {one[0]:.4f}" for site, one in zip(table.sites, cells, strict=True) if one)
+                shown = ", ".join(f"{site} {one[0]:.4f}" for site, one in zip(table.columns, cells, strict=True) if one)
                 print(f"{name}: {table.measure.name} of {model}: {shown}")
         print(f"{name}: largest difference from the clear: {largest:.2g}")
 

@@ -90,7 +90,7 @@ def as_cells(story: Story, measure: Measure) -> Cells:
     if table is None:
         raise SystemExit("a run without modalities")
     return {
-        model: {name: cell for name, cell in zip(table.sites, row, strict=True) if cell} for model, row in table.rows
+        model: {name: cell for name, cell in zip(table.columns, row, strict=True) if cell} for model, row in table.rows
     }
 
 

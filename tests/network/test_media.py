@@ -70,7 +70,7 @@ def test_masked_sites_with_unlike_media_give_what_one_process_gives(unlike: Fede
     assert equal(ours, theirs)
     for measure in (LOSS, ACCURACY):
         far, near = (by_modality(read_story(one), measure) for one in (there, here))
-        assert far.sites == ["audio", "image", "text"]
+        assert far.columns == ["audio", "image", "text"]
         assert far.rows == near.rows
 
 

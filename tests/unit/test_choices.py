@@ -142,7 +142,7 @@ def test_a_run_tells_how_many_questions_it_answers_right(tmp_path: Path, monkeyp
     base_of_east = replace(story.base, clients={"east": story.base.clients["east"]})
     late = measured(replace(story, evaluations=[base_of_east, story.final]))
     for table in (late.accuracy, late.loss):
-        assert table.sites == ["east", "west"], "a site that told nothing at first stays in"
+        assert table.columns == ["east", "west"], "a site that told nothing at first stays in"
         assert dict(table.rows)["base"][1] is None
         assert None not in dict(table.rows)["federated"]
     found = measured(story)

@@ -964,13 +964,13 @@ def test_what_a_policy_keeps_is_not_in_the_table(sites, monkeypatch):
     monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
     story = read_story(atoll.run(sites / "mine.yaml", ["finetune.rounds=1"]))
     whole = by_modality(story, LOSS)
-    assert {"image", "text"} <= {*whole.sites}
+    assert {"image", "text"} <= {*whole.columns}
     for kept in (["loss", "standard_error"], ["loss", "loss/image"], ["accuracy"], []):
         metrics = {name: x for name, x in story.base.clients["see"].items() if name in {*kept, "samples"}}
         base = replace(story.base, clients={**story.base.clients, "see": metrics})
         less = by_modality(replace(story, evaluations=[base, story.final]), LOSS)
-        assert "image" not in less.sites
-        assert all(name in ("text", "mean") for name in less.sites)
+        assert "image" not in less.columns
+        assert all(name in ("text", "mean") for name in less.columns)
 
 
 def test_media_in_the_words_of_a_question(sites, atoll: Atoll):

@@ -160,8 +160,8 @@ def _shown(table: Table) -> list[str]:
 
 def markdown_table(table: Table) -> list[str]:
     """The table's lines in Markdown."""
-    head = f"| {table.measure.name} | " + " | ".join([*table.sites, table.mean_name]) + " |"
-    rule = "|---" * (len(table.sites) + 2) + "|"
+    head = f"| {table.measure.name} | " + " | ".join([*table.columns, table.mean_name]) + " |"
+    rule = "|---" * (len(table.columns) + 2) + "|"
     rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
     return [*([head, rule, *rows] if rows else []), *(f"\n{note}" for note in table.notes)]
 

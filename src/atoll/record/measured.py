@@ -41,7 +41,8 @@ Row = tuple[str, list[Cell | None]]
 class Table:
     """A measure per site, or per modality."""
 
-    sites: list[str]
+    columns: list[str]
+    """Sites, or modalities."""
     rows: list[Row]
     notes: tuple[str, ...] = ()
     """Who is missing, and why."""
@@ -50,7 +51,7 @@ class Table:
     @property
     def mean_name(self) -> str:
         """The head of the mean's column. A site may be called `mean`, too."""
-        return "mean of sites" if "mean" in self.sites else "mean"
+        return "mean of sites" if "mean" in self.columns else "mean"
 
     def mean(self, row: Row) -> Cell | None:
         """Over all sites, each counting once; with its standard error."""

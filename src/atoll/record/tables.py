@@ -73,13 +73,13 @@ def compared(table: Compared) -> RenderableType:
 
     Where the terminal is too narrow the standard errors go first, then the columns go below each other.
     """
-    more = len(table.sites) - SITES_SHOWN
+    more = len(table.columns) - SITES_SHOWN
     notes = [*table.notes, *([f"and {more} more sites: --json and the card have them"] if more > 0 else [])]
     return Group(*([Fitting(list(_layouts(table)))] if table.rows else []), *notes)
 
 
 def _layouts(table: Compared) -> Iterator[RenderableType]:
-    sites = table.sites[:SITES_SHOWN]
+    sites = table.columns[:SITES_SHOWN]
     columns = {site: [row[1][i] for row in table.rows] for i, site in enumerate(sites)}
     columns_with_mean = [*columns.items(), (table.mean_name, list(map(table.mean, table.rows)))]
     names = [row[0] for row in table.rows]

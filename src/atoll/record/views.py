@@ -156,7 +156,7 @@ def as_data(table: Table | None) -> list[dict[str, Any]]:
     return [
         {
             "model": row[0],
-            "sites": dict(zip(table.sites, map(cell, row[1]), strict=True)),
+            "sites": dict(zip(table.columns, map(cell, row[1]), strict=True)),
             "mean": cell(table.mean(row)),
         }
         for row in table.rows
