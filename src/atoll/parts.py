@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from atoll.errors import AtollError, closest, in_words, mend, wanted
 
 SLOTS: dict[str, dict[str, str]] = {
+    "model": {"assembled": "atoll.models.assembled:assembled"},
     "data": {
         "folders": "atoll.data.sources:folders",
         "clients": "atoll.data.sources:clients",

@@ -102,7 +102,16 @@ def _written(connector: Mapping[str, Any] | str) -> Mapping[str, Any]:
 def assembled(
     language: str, image: Mapping[str, Any] | None = None, audio: Mapping[str, Any] | None = None
 ) -> Assembled:
-    """The parts as a recipe names them. Raises AtollError for a part that is none."""
+    """A language model with an encoder and a connector for each modality: `image`, `audio`, or both.
+
+    Args:
+        language: a preset, a folder, or a hub id.
+        image: {encoder, connector, dropout}, see `image`.
+        audio: {encoder, connector, seconds, dropout}, see `audio`.
+
+    Raises:
+        AtollError: a part that is none; no encoder at all.
+    """
     made = {"image": _sense("image", image), "audio": _sense("audio", audio)}
     if not any(made.values()):
         raise AtollError(
