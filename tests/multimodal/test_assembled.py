@@ -11,7 +11,7 @@ import pytest
 import torch
 from of_parts import EYES, LANGUAGES, asked, final, parts
 from PIL import Image
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import atoll
 from atoll.data.collate import pack, pad
@@ -46,6 +46,48 @@ def test_any_parts_go_together_and_media_stand_where_the_text_has_them(language,
         expected = model.language_model(inputs_embeds=by_hand[None]).logits
     torch.testing.assert_close(said, expected)
     assert not torch.allclose(*tokens["image"])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_text_is_continued_as_by_the_language_model_alone(language):
+    model, tokenizer = load_model(parts(language))
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        said = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+        alone = model.language_model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(said[:, -5:], alone[:, -5:])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_tokens_of_media_begin_as_loud_as_words(language):
+    model, _ = load_model(parts(language))
+    said = model.config.image
+    with torch.no_grad():
+        words = model.get_input_embeddings()(torch.arange(256))
+        tokens = model.tokens("image", torch.randn(4, said["positions"], said["features"]))
+    loudness = [float(x.square().mean().sqrt()) for x in (words, tokens)]
+    assert loudness[1] == pytest.approx(loudness[0], rel=0.2)
+
+
+def test_placeholders_are_not_generated_where_the_vocabulary_has_their_ids(tmp_path):
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    byte_tokenizer().save_pretrained(tmp_path / "wide")
+    model, tokenizer = load_model(assembled(str(tmp_path / "wide"), {"encoder": "tiny:clip", "connector": "mlp"}))
+    place = model.config.image["token_id"]
+    assert place < 320
+    with torch.no_grad():
+        model.language_model.lm_head.weight[place] *= 1000  # the likeliest of all, or the least likely
+    ids = tokenizer(["a", "b", "c", "d"], return_tensors="pt")["input_ids"]
+    made = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    assert not (made == place).any()
+
+
+def test_the_type_of_a_model_is_its_language_models():
+    model, _ = load_model(parts(), dtype="bfloat16")
+    assert (model.dtype, model.vision_encoder.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_saved_model_is_read_by_transformers_and_generates_the_same(tmp_path, media):

@@ -140,9 +140,14 @@ def test_a_damaged_feature_is_made_again(tmp_path, media):
     kept = Features(found.model, found.preparations, found.identities, tmp_path / "features")
     first = kept.of(media[:1])["image"]
     (file,) = (tmp_path / "features").rglob("*.npy")
-    for left in (0, 40, 200):
-        file.write_bytes(file.read_bytes()[:left])
+    whole = file.read_bytes()
+    other = whole.replace(b"(64, 32)", b"(32, 64)").replace(b"(17, 32)", b"(32, 17)")
+    damaged = [whole[:0], whole[:40], whole[:200], whole + b"x", b"PK\x03\x04" + whole[4:], other]
+    damaged += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, 128, 7)]
+    for content in damaged:
+        file.write_bytes(content)
         assert torch.equal(kept.of(media[:1])["image"], first)
+        assert file.read_bytes() == whole
 
 
 def test_media_are_those_that_the_data_were_read_with(tmp_path, media):

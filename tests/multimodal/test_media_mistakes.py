@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from of_parts import MLP, write
+from transformers import ASTFeatureExtractor
+from transformers import CLIPImageProcessorPil as CLIPImageProcessor
 
 from atoll import recipe as recipes
 from atoll.chat import Chat, converse
@@ -16,7 +18,9 @@ from atoll.data.media import read_image, read_sound
 from atoll.data.media_sets import write_glyphs
 from atoll.errors import AtollError
 from atoll.models.assembled import assembled
+from atoll.models.encoders import load_preparation, refuse_preparation
 from atoll.models.load import load_model
+from atoll.models.tiny import tiny_encoder
 from atoll.policy import model_names
 from atoll.record.folder import find
 from atoll.result import load_result
@@ -127,6 +131,20 @@ def test_encoders_with_missing_weights_are_refused(tmp_path):
     save_file({k: x for k, x in tensors.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(AtollError, match="lack params"):
         load_encoder("image", folder)
+
+
+@pytest.mark.parametrize(("modality", "processor", "said"), [
+    ("image", lambda: CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False), "sizes of their own"),
+    ("audio", lambda: ASTFeatureExtractor(), "at most 10"),
+])  # fmt: skip
+def test_preprocessing_that_no_encoder_can_be_given_is_refused(tmp_path, modality, processor, said):
+    processor().save_pretrained(tmp_path)
+    prepare = load_preparation(modality, tmp_path, 30.0)
+    with pytest.raises(AtollError) as error:
+        refuse_preparation(prepare, tmp_path)
+    assert said in str(error.value)
+    whole = tiny_encoder("tiny:clip" if modality == "image" else "tiny:whisper", modality)
+    refuse_preparation(load_preparation(modality, whole, 30.0), whole)
 
 
 def test_connectors_that_do_not_train_are_warned_of(sites, atoll: Atoll):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from of_parts import final, parts_of_recipe
+from of_parts import final, parts_of_recipe, write
 
 import atoll
 from atoll.assemble import assemble
@@ -124,6 +125,32 @@ def test_methods_go_with_modalities_that_not_all_hold(sites, monkeypatch, settin
     assert [one.accepted for one in story.rounds] == [3, 3]
     assert not story.missing
     assert all(torch.isfinite(x).all() for x in final(run).values())
+
+
+def test_what_stands_for_missing_media_is_learned_by_those_who_have_none(sites, monkeypatch):
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    write(sites / "sites" / "blind", [{"images": [None]}] * 12)
+    begun = assemble(atoll.plan(sites / "mine.yaml")).start
+    after = final(atoll.run(sites / "mine.yaml", ["finetune.rounds=1", "finetune.population=[blind]"]))
+    moved = {name for name, x in after.items() if "connectors.image." in name and not torch.equal(x, begun[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"null"}
+
+
+def test_weights_under_privacy_of_examples_do_not_tell_who_has_pictures(sites, monkeypatch):
+    private = [
+        "finetune.privacy={use: examples, clip: 1, delta: 0.01, noise_multiplier: 1}",
+        "finetune.weighting=uniform",
+    ]
+    plan = atoll.plan(sites / "mine.yaml", private)
+    things = assemble(plan)
+    work = plan.protection.guarded(partial(train, things.local))
+    told = [
+        work({UPDATE: things.start}, things.data[name], {}, Task("train", name, "", Broadcast(0, {}), 1)).weights
+        for name in ("see", "text")
+    ]
+    assert told == [{"all": 1.0}, {"all": 1.0}]
+    monkeypatch.setenv("ATOLL_RUNS", str(sites / "runs"))
+    assert atoll.run(sites / "mine.yaml", [*private, "finetune.rounds=1"]).checkpoint.exists()
 
 
 def test_those_who_hold_a_modality_are_counted(sites):
