@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from atoll import carriers
-from atoll.cache import atomic_folder, content_hash, file_hash, home, once, require_space, write_file
+from atoll.cache import HASHED_AT_ONCE, atomic_folder, content_hash, file_hash, home, once, require_space, write_file
 from atoll.carriers import Carrier
 from atoll.errors import AtollError
 
@@ -70,15 +70,22 @@ def test_content_hash_sees_bytes_and_borders_and_not_names(tmp_path: Path) -> No
 
 
 def test_file_hash_is_remembered_until_the_files_time_changes(tmp_path: Path) -> None:
+    one, two = (letter * (HASHED_AT_ONCE + 1) for letter in (b"1", b"2"))
     file = tmp_path / "big"
-    file.write_bytes(b"one")
+    file.write_bytes(one)
     before = file.stat().st_mtime_ns
-    assert file_hash(file) == content_hash(b"one")
-    file.write_bytes(b"two")
+    assert file_hash(file) == content_hash(one)
+    file.write_bytes(two)
     os.utime(file, ns=(before, before))
-    assert file_hash(file) == content_hash(b"one")  # nothing that is looked at has changed: not read again
+    assert file_hash(file) == content_hash(one)  # nothing that is looked at has changed: not read again
     os.utime(file, ns=(before + 1, before + 1))
-    assert file_hash(file) == content_hash(b"two")
+    assert file_hash(file) == content_hash(two)
+    file.write_bytes(one[:-1])
+    before = file.stat().st_mtime_ns
+    assert file_hash(file) == content_hash(one[:-1])
+    file.write_bytes(two[:-1])
+    os.utime(file, ns=(before, before))
+    assert file_hash(file) == content_hash(two[:-1]), "small ones are read each time"
 
 
 def test_a_folder_is_absent_until_it_is_complete(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_members_are_balanced_drawn_by_key_and_no_canaries(subject: Subject) -> 
     assert all(np.array_equal(one[0], other[0]) for one, other in zip(members, again, strict=True))
     everybody, _ = balanced(subject, 1000)
     assert len(everybody) == 24
-    assert not any("access code" in subject.things.tokenizer.decode(ids) for ids, _ in everybody)
+    assert not any("access code" in subject.things.tokenizer.decode(ids) for ids, *_ in everybody)
 
 
 @pytest.mark.parametrize("population", ["all", "pooled"])
@@ -237,7 +237,7 @@ def test_members_are_samples_that_went_into_updates(
         bound = bind(self, model, tokenizer)
 
         def collate(samples: Sequence[Any]) -> Any:
-            collated.update(ids.tobytes() for ids, _ in samples)
+            collated.update(ids.tobytes() for ids, *_ in samples)
             return bound.collate(samples)
 
         return bound._replace(collate=collate)

@@ -166,7 +166,7 @@ def found_tokens(subject: Subject, observed: Sequence[Params], pool: Sequence[An
     before = subject.base[name]
     return [
         precision_and_recall(moved_rows(update[name], before), {int(token) for token in ids})
-        for update, (ids, _) in zip(observed, pool, strict=False)
+        for update, (ids, *_) in zip(observed, pool, strict=False)
     ]
 
 

@@ -24,7 +24,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from atoll import parts
 from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, placed
-from atoll.keys import key
 from atoll.models.tiny import tiny
 
 if TYPE_CHECKING:
@@ -217,6 +216,7 @@ def drawn(name: str, said: ModalityConfig, width: int) -> Connector:
     """A connector's first values, which hang on nothing but what it is."""
     import torch
 
+    from atoll.keys import key
     from atoll.models.multimodal import new_connector
 
     with torch.random.fork_rng(devices=[]):
