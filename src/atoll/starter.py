@@ -47,7 +47,7 @@ OF_MEDIA = """\
 model:
   use: assembled                 # a language model, with an encoder and a connector for each modality: see the guide
   language: smollm2-135m         # a preset, a folder, or a hub id like org/name"""
-SENSES = {
+ENCODER_LINES = {
     "image": "  image: {encoder: efficientnet-lite0, connector: {use: mlp, pool: 7}}    # or a folder, or a hub id",
     "audio": "  audio: {encoder: whisper-tiny.en, connector: {use: mlp, pool: 75}, seconds: 30}    # the longest sound",
 }
@@ -75,7 +75,7 @@ def write_starter(path: Path, data: Path | None) -> Path:
         raise AtollError("the file is there already", where=str(file), remedy="choose another name, or remove it")
     section, held = (OWN_PATHS, []) if data is None else _found(data, file.absolute().parent)
     model, space = (
-        ("\n".join([OF_MEDIA, *(SENSES[name] for name in held)]), WITH_CONNECTORS) if held else (OF_TEXT, SPACE)
+        ("\n".join([OF_MEDIA, *(ENCODER_LINES[name] for name in held)]), WITH_CONNECTORS) if held else (OF_TEXT, SPACE)
     )
     text = TEMPLATE.format(file=file, name=_name(file), model=model, space=space, data=section)
     write_file(file.absolute(), text.encode())

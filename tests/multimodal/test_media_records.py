@@ -87,7 +87,7 @@ def test_messages_of_parts_are_those_of_other_libraries(tmp_path, media):
     rows = [{"messages": [{"role": "user", "content": shown}, answer], "images": ["a.png"]}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     [record] = records(open_source(tmp_path), Report())
-    assert [message["content"] for message in record.messages] == ["<image>What is it?", "A dog."]
+    assert [message["content"] for message in record.messages] == ["<image>\nWhat is it?", "A dog."]
     for part in (
         {"type": "image", "path": "a.png"},
         {"type": "video"},

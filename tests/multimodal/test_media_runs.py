@@ -205,7 +205,12 @@ def test_an_export_is_loaded_as_its_card_says_and_answers_as_the_run(sites, atol
     assert atoll("export", "mine-1", "--to", to, "--out", str(sites / "this-folder")).status == 0
     monkeypatch.chdir(sites)
     namespace: dict[str, Any] = {}
-    exec((sites / "this-folder" / "README.md").read_text().split("```python\n")[1].split("```")[0], namespace)
+    shutil.copy(sites / "sites/see/p1.png", "a.png")
+    shutil.copy(sites / "sites/hear/s1.wav", "a.wav")
+    blocks = (sites / "this-folder" / "README.md").read_text().split("```python\n")[1:]
+    assert len(blocks) == (2 if to == "merged" else 1), "how it is loaded; and how it is asked"
+    for block in blocks:
+        exec(block.split("```")[0], namespace)
     result = load_result(find(str(sites / "runs" / "mine-1")))
     given = result.processor(
         "<image> or <audio>?", images=[sites / "sites/see/p1.png"], audio=[sites / "sites/hear/s1.wav"]

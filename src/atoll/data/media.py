@@ -122,7 +122,7 @@ def without_parts(content: Any, place: str) -> Any:
     """A message's content as text: parts, as other libraries have them, with a placeholder for each picture and sound.
 
     >>> without_parts([{"type": "image"}, {"type": "text", "text": "What is it?"}], "a.jsonl:1")
-    '<image>What is it?'
+    '<image>\\nWhat is it?'
 
     Raises:
         AtollError: a part of another kind, or one that holds its medium itself.
@@ -144,7 +144,7 @@ def without_parts(content: Any, place: str) -> Any:
                 allowed='{"type": "text", "text": ...}, ' + ", ".join(f'{{"type": "{name}"}}' for name in MODALITIES),
                 remedy=f"name the files in the record's columns ({columns}), in the order of their places",
             )  # fmt: skip
-    return "".join(texts)
+    return "\n".join(texts)  # as the exported processor writes them
 
 
 def need(module: str) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["sft", "causal_lm"]
 
-VERSION = 7
+VERSION = 8
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
