@@ -162,10 +162,10 @@ def _assembled_folder(one: Assembled, identity: str, say: Say) -> Path:
 
     def build(folder: Path) -> None:
         language = resolve(one.language)
-        encoders = {n: encoder_folder(resolve_encoder(s.encoder, n), n, say) for n, s in one.senses.items()}
-        ready = {name: folder_of(ref, say) for name, ref in _ready_made(one).items()}
-        say(f"putting {one} together once")
         with no_progress_bars():
+            encoders = {n: encoder_folder(resolve_encoder(s.encoder, n), n, say) for n, s in one.senses.items()}
+            ready = {name: folder_of(ref, say) for name, ref in _ready_made(one).items()}
+            say(f"putting {one} together once")
             put_together(one, None if language.tiny else folder_of(language, say), encoders, ready, folder)
 
     return once(home() / "models" / f"assembled-{identity[:12]}", build)

@@ -137,7 +137,7 @@ class LoRA:
             wrapped: nn.Module = get_peft_model(model, config)
         except ValueError as error:
             raise AtollError(
-                "LoRA found no module to adapt", where="space.targets", found=self.targets,
+                "LoRA found no module to adapt", where="finetune.space.targets", found=self.targets,
                 allowed=f"{ALL_LINEAR}, or names of linear modules", remedy=str(error).splitlines()[0],
             ) from error  # fmt: skip
         for name, parameter in wrapped.named_parameters():
@@ -179,7 +179,7 @@ class LoRA:
             ends = sorted({name.rsplit(".", 1)[-1] for name in shapes.linears})
             wanted = self.targets if isinstance(self.targets, str) else self.targets[0]
             raise AtollError(
-                "LoRA finds no module to adapt", where="space.targets", found=self.targets,
+                "LoRA finds no module to adapt", where="finetune.space.targets", found=self.targets,
                 allowed=f"{ALL_LINEAR}, or some of: {', '.join(ends)}", remedy=closest(wanted, ends),
             )  # fmt: skip
         planned: PlannedShapes = {}
@@ -209,7 +209,7 @@ class LoRA:
 def no_such_module(name: str, known: Sequence[str]) -> AtollError:
     """What `modules` names and the model has not."""
     return AtollError(
-        "the model has no such module", where="space.modules", found=name, allowed=", ".join(known),
+        "the model has no such module", where="finetune.space.modules", found=name, allowed=", ".join(known),
         remedy=closest(name, known),
     )  # fmt: skip
 
