@@ -7,9 +7,11 @@ import time
 from collections import Counter
 
 import pytest
-from machines import Federation, wait_until
+from machines import NAMES, Federation, wait_until
 from relay import Relay
 
+from atoll.fleet.flower.calls import Gone
+from atoll.fleet.flower.operator import Operator
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story
 
@@ -81,6 +83,25 @@ def test_a_server_killed_while_clients_work_comes_back_and_the_run_goes_on(feder
     found = story(federation, "headless")
     assert [r.accepted for r in found.rounds] == [3, 3, 3]
     assert counted_once(found)
+
+
+def test_a_server_that_comes_back_while_it_is_asked_who_is_there_is_not_taken_for_the_one_before(
+    federation, monkeypatch
+):
+    operator = Operator(federation.address, federation.folder / "certs" / "operator", limit_bytes=1 << 30)
+    listed, before = operator._listed, {name: federation.said(name).count("back at") for name in NAMES}
+
+    def meanwhile():
+        federation.kill("server")
+        federation.serve()
+        return listed()
+
+    assert set(operator.sites()) == set(NAMES)
+    monkeypatch.setattr(operator, "_listed", meanwhile)
+    with pytest.raises(Gone):  # nobody has joined it yet: a run would take that for sites that are away
+        operator.sites()
+    operator.close()
+    wait_until(lambda: all(federation.said(n).count("back at") > before[n] for n in NAMES), "the sites to be back")
 
 
 def test_an_operator_killed_in_a_round_resumes_and_nothing_counts_twice(federation):

@@ -142,10 +142,9 @@ class Operator:
 
     def sites(self) -> dict[str, int]:
         """Who is there now: name -> node. Raises Gone if the server has died since this run began, and knows nobody yet."""
-        self._alive()
-        return {
-            node.name: node.node_id for node in sorted(self._listed(), key=lambda n: n.name) if node.status == "online"
-        }
+        there = [node for node in self._listed() if node.status == "online"]
+        self._alive()  # after it: a server that died and came back while we asked answers too, and knows nobody yet
+        return {node.name: node.node_id for node in sorted(there, key=lambda n: n.name)}
 
     def send(self, node: int, parts: Sequence[Part]) -> str:
         """Sends a message; gives its name, by which it will be answered. Raises NotTaken, or Gone."""
