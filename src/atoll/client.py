@@ -174,7 +174,8 @@ class Client:
             return self.side.answer(task)
         if task.plan != self.plan or task.kind not in self.works:
             raise WorkFailed(f"no work of kind '{task.kind}' for plan {task.plan} here")
-        params = {s.name: s.down.decode(task.broadcast.payloads[s.name]) for s in self.streams}
+        fixed = {name: payload.main for name, payload in task.broadcast.payloads.items()}
+        params = fixed | {s.name: s.down.decode(task.broadcast.payloads[s.name]) for s in self.streams}
         payloads, done = self._work(task, params)
         about = {"metrics": done.metrics, "keeps_state": bool(done.state)}
         if self.side is None or not payloads:

@@ -27,6 +27,7 @@ from atoll.privacy.hidden import Hidden
 from atoll.record.story import Story
 from atoll.statement import statement
 from atoll.stream import Stream
+from atoll.transforms.chain import Chain
 
 COUNTED_BYTES = 64 << 20
 """Lines of JSONL are counted up to this size; beyond, a plan would not answer at once."""
@@ -60,6 +61,8 @@ def traffic(plan: Plan) -> Traffic | None:
         return None
     shapes = {stream.name: shapes_of(stream, plan.trains) for stream in plan.rounds.streams}
     down = sum(payload_bytes(stream.down, shapes[stream.name]) for stream in plan.rounds.streams)
+    if plan.refers and plan.recipe.start is not None:
+        down += payload_bytes(Chain(), plan.trains)
     up = sum(bytes_up(stream, shapes[stream.name]) for stream in plan.rounds.streams)
     return Traffic(down, up, plan.cohort, plan.recipe.finetune.rounds)
 

@@ -27,6 +27,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "partitioned": "atoll.data.sources:partitioned",
         "four-sites": "atoll.data.sources:four_sites",
         "multimodal-sites": "atoll.data.sources:multimodal_sites",
+        "preference-sites": "atoll.data.sources:preference_sites",
         "with-canaries": "atoll.data.canaries:with_canaries",
         "without-media": "atoll.data.sources:without_media",
     },
@@ -35,7 +36,11 @@ SLOTS: dict[str, dict[str, str]] = {
         "iid": "atoll.data.partition:iid",
         "dirichlet": "atoll.data.partition:dirichlet",
     },
-    "objective": {"sft": "atoll.local.language:sft", "causal-lm": "atoll.local.language:causal_lm"},
+    "objective": {
+        "sft": "atoll.local.language:sft",
+        "causal-lm": "atoll.local.language:causal_lm",
+        "dpo": "atoll.local.preferences:dpo",
+    },
     "space": {
         "lora": "atoll.models.spaces:lora",
         "ffa-lora": "atoll.models.spaces:ffa_lora",

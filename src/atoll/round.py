@@ -41,6 +41,7 @@ from atoll.keys import key
 from atoll.params import Params, clipped
 from atoll.schedule import Schedule, synchronous
 from atoll.stream import Stream
+from atoll.transforms.chain import Payload
 
 Observer = Callable[[Verdict], None]
 
@@ -78,14 +79,16 @@ class State:
     """Per client with state: its last task whose reply was taken in."""
     in_flight: list[Task] = field(default_factory=list)
     """Tasks that are still out, in the order they were sent."""
+    fixed: dict[str, Params] = field(default_factory=dict)
+    """By name: what goes down with every broadcast and stays as it was before the first round."""
 
 
-def initial(plan: RoundPlan, params: Params, round: int = 0) -> State:
-    """The state before the first round, from the params that train."""
+def initial(plan: RoundPlan, params: Params, round: int = 0, fixed: Mapping[str, Params] | None = None) -> State:
+    """The state before the first round, from the params that train; `fixed` goes down with every broadcast."""
     values = {stream.name: stream.initial(params) for stream in plan.streams}
     outer = {stream.name: stream.outer.init(values[stream.name]) for stream in plan.streams}
     down = {stream.name: stream.down.init(values[stream.name]) for stream in plan.streams}
-    return State(round, values, outer, down)
+    return State(round, values, outer, down, fixed=dict(fixed or {}))
 
 
 def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = lambda verdict: None) -> State:
@@ -181,6 +184,7 @@ def broadcast(
         down[stream.name], payloads[stream.name] = stream.down.encode(
             state.down[stream.name], state.params[stream.name], key(plan.seed, state.round, "down", stream.name)
         )
+    payloads |= {name: Payload(params) for name, params in state.fixed.items()}
     sent = Broadcast(state.round, payloads)
     tasks = [
         Task(

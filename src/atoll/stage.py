@@ -48,7 +48,7 @@ from atoll.record.events import (
 from atoll.record.folder import RunFolder, find
 from atoll.round import State, initial, run_round
 from atoll.statement import statement
-from atoll.stream import UPDATE
+from atoll.stream import REFERENCE, UPDATE
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,13 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
         if accounted(ready):
             refuse_short_ledger(state.round, folder)
         return state, progress
-    return initial(ready.rounds, start_of(ready, things)), Progress(ready.hash, things.digests)
+    start = start_of(ready, things)
+    return initial(ready.rounds, start, fixed=sent_along(ready, start)), Progress(ready.hash, things.digests)
+
+
+def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
+    """What an objective refers to, where clients do not have it: the result of the run that this one starts `from`."""
+    return {REFERENCE: start} if ready.refers and ready.recipe.start is not None else {}
 
 
 def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folder: RunFolder) -> None:

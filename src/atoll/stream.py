@@ -14,6 +14,9 @@ from atoll.transforms.chain import Chain
 UPDATE = "update"
 """The stream of the params that train."""
 
+REFERENCE = "reference"
+"""What an objective measures the params that train against: it goes down beside the streams, and nothing comes up."""
+
 
 Release = Callable[[Params, Mapping[str, Params]], Params]
 """(opened total, params of all streams as they were broadcast) -> what the server goes on with."""

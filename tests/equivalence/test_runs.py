@@ -133,17 +133,18 @@ def test_a_client_that_lost_its_state_is_told_so_and_starts_anew(edge):
 
 
 def stumbling(at: str = "loss"):
-    """An objective that raises, where it trains or `at` sample_losses, where it measures, over odd batches."""
+    """An objective that raises, where it trains or, `at` measure, where it measures, over an odd number of tokens."""
     from atoll.local.language import Language
 
     class Stumbling(Language):
         def bind(self, model, tokenizer):
             inner = super().bind(model, tokenizer)
 
-            def stumble(model, batch):
+            def stumble(model, given):
+                batch = inner.collate(given) if at == "measure" else given
                 if batch.tokens % 2:
                     raise KeyError("no such label")
-                return getattr(inner, at)(model, batch)
+                return getattr(inner, at)(model, given)
 
             return inner._replace(**{at: stumble})
 
@@ -160,7 +161,7 @@ def test_what_a_client_raises_is_its_refusal_and_not_the_end_of_the_run(edge, mo
 
 def test_a_client_that_cannot_measure_is_named_in_the_tables(edge, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    odd = "finetune.objective={use: test_runs:stumbling, at: sample_losses}"
+    odd = "finetune.objective={use: test_runs:stumbling, at: measure}"
     story = read_story(edge(odd, "evaluate.final_samples=1", "data.held_out=0.3"))
     table = loss_table(story)
     asked = {name for name, count in story.started.held_out.items() if count}

@@ -14,7 +14,7 @@ from atoll.data.sources import ClientData
 from atoll.exchange import Broadcast, Task, WorkFailed
 from atoll.local.corrections import CONTROL, none, proximal, scaffold
 from atoll.local.optimizers import adamw, constant, cosine, linear, sgd
-from atoll.local.work import Local, Objective, draw, evaluate, train
+from atoll.local.work import Local, Measured, Objective, draw, evaluate, train
 from atoll.models.spaces import full, read
 from atoll.params import equal, subtract, zeros_like
 from atoll.stream import UPDATE
@@ -35,7 +35,10 @@ class Regression:
             loss = (model(x) - y).square().squeeze(1) / 2
             return torch.where(x[:, 0] > self.poison, torch.nan, loss)
 
-        return Objective(collate, lambda m, b: (each(m, b).sum(), len(b[0])), lambda b: len(b[0]), each)
+        def measure(model, samples):
+            return Measured(each(model, collate(samples)))
+
+        return Objective(collate, lambda m, b: (each(m, b).sum(), len(b[0])), lambda b: len(b[0]), measure)
 
 
 def model() -> nn.Linear:

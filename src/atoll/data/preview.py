@@ -17,8 +17,8 @@ import numpy as np
 
 from atoll.cache import Say, quiet, watched
 from atoll.data.media import MODALITIES, Medium, Senses
-from atoll.data.read import Report, open_source, records
-from atoll.data.tokenize import NO_SENSES, Encoded, Objective, encode, fit
+from atoll.data.read import LABELS, Labels, Report, open_source, records
+from atoll.data.tokenize import NO_SENSES, Encoded, encode, fit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,7 +46,7 @@ class Preview:
     Attributes:
         path: where it lies.
         files: the data files, with the split each names ("" where the split is by content).
-        objective: `sft` for chats and completions, `causal_lm` for plain text.
+        objective: `sft` for chats and completions, `causal_lm` for plain text, `preference` for preferences.
         context: the longest sample, in tokens.
         report: the format, and how many records were read, kept, and left out for which reason.
         samples: number of samples in each split; long plain texts give several.
@@ -60,7 +60,7 @@ class Preview:
 
     path: str
     files: dict[str, str]
-    objective: Objective
+    objective: Labels
     context: int
     report: Report
     samples: dict[str, int]
@@ -90,7 +90,7 @@ def preview(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     show: int = 3,
-    objective: Objective | None = None,
+    objective: Labels | None = None,
     senses: Senses = NO_SENSES,
     say: Say = quiet,
 ) -> Preview:
@@ -112,7 +112,7 @@ def preview(
     report = Report()
     found = watched(records(source, report), say, "records read")
     first = list(islice(found, 1))
-    objective = objective or ("causal_lm" if first and first[0].form == "text" else "sft")
+    objective = objective or (LABELS[first[0].form] if first else "sft")
     samples, lengths, totals = {"train": 0, "test": 0}, array("q"), np.zeros(2, np.int64)
     shown: list[tuple[Token, ...]] = []
     shown_media: list[tuple[str, ...]] = []

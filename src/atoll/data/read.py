@@ -1,4 +1,4 @@
-"""What a client holds, as records: chat, prompt and completion, or plain text; checked, counted, never all in memory.
+"""What a client holds, as records: chat, prompt and completion, preferences, or plain text; checked, never all in memory.
 
 A source is a file, a folder of files, or a Hugging Face `datasets` directory. In a folder, files named `train` and
 `test` (also validation, dev, eval, held_out) name the two splits; otherwise a held-out share is split off by a hash of
@@ -28,16 +28,27 @@ from atoll.data.media import COLUMNS as MEDIA_COLUMNS
 from atoll.data.media import MEDIA_SUFFIXES, Medium, Missing, Unusable, named_media, without_parts
 from atoll.errors import AtollError, closest
 
-Form = Literal["chat", "prompt_completion", "text"]
+Form = Literal["preference", "chat", "prompt_completion", "text"]
 Split = Literal["train", "test"]
+Labels = Literal["sft", "causal_lm", "preference"]
+"""Where an objective puts the loss: on a chat's answers, on every token, on each of the answers that a question allows."""
 Message = dict[str, Any]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
     "chat": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
 """The columns that make a format; the first format whose columns are all there is the one."""
+
+LABELS: dict[Form, Labels] = {
+    "preference": "preference",
+    "chat": "sft",
+    "prompt_completion": "sft",
+    "text": "causal_lm",
+}
+"""Where the loss is on records of a format, unless an objective says otherwise."""
 
 FORMS = " | ".join(" + ".join(columns) for columns in COLUMNS.values())
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -45,6 +56,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_ANSWER = "no answer"
 NO_PROMPT = "no prompt"
 NOT_A_CHOICE = "an answer that is not among its choices"
+EQUAL_ANSWERS = "equal answers, of which neither can be preferred"
+UNLIKE_BEFORE = "answers that are not one turn of the assistant each, after the same messages"
 CHOICES = "choices"
 """The column that names the answers which a question allows: it is then scored by which of them is the likeliest."""
 MOST_CHOICES = 100
@@ -56,6 +69,8 @@ _TEST_NAME = re.compile(r"(test|validation|valid|val|dev|eval|held[-_]?out)([-_.
 
 class Record(NamedTuple):
     """One record: the `messages` of a chat (prompt and completion make two, plain text one without a role).
+
+    A preference is the chat with the chosen answer, and both answers as `choices`.
 
     `row` counts the rows of the source from 0 in reading order, those left out included: it addresses `column`. Those
     of planted records are -1, -2, ...
@@ -74,7 +89,8 @@ class Record(NamedTuple):
 def known_columns(form: str) -> tuple[str, ...]:
     """That are read of records of this format."""
     columns = next((columns for name, columns in COLUMNS.items() if name == form), ())
-    return (*columns, *MEDIA_COLUMNS, *((CHOICES,) if form != "text" else ()))
+    more = {"preference": ("prompt",), "text": ()}.get(form, (CHOICES,))
+    return (*columns, *MEDIA_COLUMNS, *more)
 
 
 @dataclass
@@ -238,8 +254,7 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
             report.read += 1
             where = place.removeprefix(f"{source.path.parent}/")  # a report holds for a copy of the data elsewhere
             try:
-                content, media = _content(form, row, place), tuple(named_media(row, path.parent, place))
-                choices = _choices(row, content, place) if form != "text" else ()
+                (content, choices), media = _content(form, row, place), tuple(named_media(row, path.parent, place))
                 _refuse_unread_media(row, path.parent, report)
             except Unusable as reason:
                 report.leave_out(str(reason), where)
@@ -344,8 +359,15 @@ def _rename(row: Row, place: str) -> str:
     return "; ".join(hints) or "rename the columns"
 
 
-def _content(form: Form, row: Row, place: str) -> list[Message]:
-    """The record's messages. Raises Unusable with the reason to leave it out."""
+class Content(NamedTuple):
+    """What a row says."""
+
+    messages: list[Message]
+    choices: tuple[str, ...] = ()
+
+
+def _content(form: Form, row: Row, place: str) -> Content:
+    """The record's messages, and the answers that it allows. Raises Unusable with the reason to leave it out."""
     found = _form(row)
     if found != form and (found or not any(name in row for name in COLUMNS[form])):
         raise AtollError(
@@ -358,17 +380,53 @@ def _content(form: Form, row: Row, place: str) -> list[Message]:
     return _CHECKS[form](row, place)
 
 
-def _chat(row: Row, place: str) -> list[Message]:
+def _chat(row: Row, place: str) -> Content:
     messages = row["messages"]
     if isinstance(messages, str):  # a CSV cell can only hold a chat as JSON text
         messages = _parsed(messages, place, "messages", "a JSON list of {role, content}")
-    if not isinstance(messages, list):
-        raise _wrong_type("messages", messages, "a list of {role, content}", place)
-    chat = [_message(message, f"{place}, message {number}") for number, message in enumerate(messages, 1)]
+    chat = _messages(messages, "messages", place)
     answers = [message for message in chat if message["role"] == "assistant"]
     if not answers or not all(_answered(message) for message in answers):
         raise Unusable(NO_ANSWER)
-    return chat
+    return Content(chat, _choices(row, chat, place))
+
+
+def _messages(messages: object, column: str, place: str) -> list[Message]:
+    if not isinstance(messages, list):
+        raise _wrong_type(column, messages, "a list of {role, content}", place)
+    return [_message(message, f"{place}, {column}, message {number}") for number, message in enumerate(messages, 1)]
+
+
+def _preference(row: Row, place: str) -> Content:
+    """A chosen and a rejected answer to the same prompt, each a text, its message, or the whole conversation."""
+    prompt = _turns(row.get("prompt"), "prompt", "user", place)
+    chosen, rejected = (_side(row, name, prompt, place) for name in COLUMNS["preference"])
+    if chosen[:-1] != rejected[:-1] or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise Unusable(UNLIKE_BEFORE)
+    if not any(_answered(message) for message in chosen[:-1]):
+        raise Unusable(NO_PROMPT)
+    answers = chosen[-1]["content"], rejected[-1]["content"]
+    if answers[0] == answers[1]:
+        raise Unusable(EQUAL_ANSWERS)
+    return Content(chosen, answers)
+
+
+def _side(row: Row, name: str, prompt: list[Message], place: str) -> list[Message]:
+    """The conversation with one of the answers. Raises Unusable where there is none."""
+    said = _turns(row.get(name), name, "assistant", place)
+    if not said or not _answered(said[-1]):
+        raise Unusable(f"no {name} answer")
+    return said if said[: len(prompt)] == prompt else prompt + said  # many sets repeat the prompt in both sides
+
+
+def _turns(value: object, column: str, role: str, place: str) -> list[Message]:
+    """A text as a turn of this role, or a list of messages."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):  # a CSV cell
+        with suppress(ValueError):
+            value = parse_json(value)
+    if isinstance(value, str | None):
+        return [{"role": role, "content": value}] if value else []
+    return _messages(value, column, place)
 
 
 def _choices(row: Row, messages: list[Message], place: str) -> tuple[str, ...]:
@@ -407,23 +465,25 @@ def _answered(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def _prompt_completion(row: Row, place: str) -> list[Message]:
+def _prompt_completion(row: Row, place: str) -> Content:
     prompt, completion = _string(row, "prompt", place), _string(row, "completion", place)
     if not completion.strip():
         raise Unusable(NO_ANSWER)
     if not prompt.strip():
         raise Unusable(NO_PROMPT)
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return Content(messages, _choices(row, messages, place))
 
 
-def _text(row: Row, place: str) -> list[Message]:
+def _text(row: Row, place: str) -> Content:
     text = _string(row, "text", place)
     if not text.strip():
         raise Unusable(EMPTY_TEXT)
-    return [{"content": text}]
+    return Content([{"content": text}])
 
 
-_CHECKS: dict[Form, Callable[[Row, str], list[Message]]] = {
+_CHECKS: dict[Form, Callable[[Row, str], Content]] = {
+    "preference": _preference,
     "chat": _chat,
     "prompt_completion": _prompt_completion,
     "text": _text,

@@ -19,7 +19,7 @@ from atoll.cache import Say, content_hash, home, quiet
 from atoll.data.files import READERS
 from atoll.data.media import MODALITIES, Missing, Senses
 from atoll.data.partition import Ints, Partition
-from atoll.data.read import Planted, Report, Source, column, open_source, records
+from atoll.data.read import Labels, Planted, Report, Source, column, open_source, records
 from atoll.errors import AtollError
 from atoll.parts import Slot
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from atoll.data.tokenize import Prepared
 
-Labels = Literal["sft", "causal_lm"]
 Share = Annotated[float, Ge(0), Lt(1)]
 T = TypeVar("T")
 
@@ -126,6 +125,16 @@ def multimodal_sites() -> dict[str, ClientSource]:
     Fetched once into the cache; sources and licenses are in SOURCES.md beside the data.
     """
     from atoll.data.prepared_media import multimodal_sites as fetch
+
+    return folders(str(fetch()))
+
+
+def preference_sites() -> dict[str, ClientSource]:
+    """A desk, a school, a museum and a clinic that prefer other answers: short or long ones, a language, refusals.
+
+    Fetched once into the cache; sources and licenses are in SOURCES.md beside the data.
+    """
+    from atoll.data.prepared_preferences import preference_sites as fetch
 
     return folders(str(fetch()))
 

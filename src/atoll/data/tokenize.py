@@ -4,8 +4,8 @@ The cache is named by the content that made it - data, tokenizer, template, cont
 a changed file or template is never answered with old tokens, and an unchanged one never tokenized again. Records are
 read, tokenized and written a batch at a time; memory does not grow with the data.
 
-Samples longer than the context are left out and counted for `sft` (a truncated answer teaches to break off), and cut
-into windows for `causal_lm`.
+Samples longer than the context are left out and counted for `sft` and `preference` (a truncated answer teaches to break
+off), and cut into windows for `causal_lm`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,20 +27,19 @@ from atoll.data.answers import PLAIN, ChatFormat, Spans
 from atoll.data.collate import Choices
 from atoll.data.files import content
 from atoll.data.media import Senses, Unusable, placed_media
-from atoll.data.read import NO_ANSWER, Record, Report, Source, media_of, open_source, records
+from atoll.data.read import NO_ANSWER, Labels, Record, Report, Source, media_of, open_source, records
 from atoll.data.tokens import TokenDataset, TokenWriter, load
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Objective = Literal["sft", "causal_lm"]
-
-VERSION = 8
+VERSION = 9
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
 TOO_SHORT = "a single token"
+NO_OTHER_ANSWER = "no other answer to prefer its own to"
 HIDDEN_ANSWER = "an answer that cannot be told from the rest in what the chat template writes"
 
 MISPLACED = "places for pictures or sounds among its words that are not its media's"
@@ -84,7 +83,7 @@ def prepare(
     source: Source | str | Path,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
-    objective: Objective = "sft",
+    objective: Labels = "sft",
     cache_root: Path | None = None,
     senses: Senses = NO_SENSES,
     say: Say = quiet,
@@ -95,7 +94,8 @@ def prepare(
         source: a path, or what `open_source` found there.
         tokenizer: a fast tokenizer, with or without a chat template.
         context: the longest sample, in tokens.
-        objective: `sft` puts the loss on answers only; `causal_lm` on every token.
+        objective: `sft` puts the loss on answers only; `causal_lm` on every token; `preference` on the answers that a
+            question allows, and records that allow one alone are left out.
         cache_root: the folder under which `tokens/` is kept; `atoll.cache.home()` if not given.
         senses: how the model takes pictures and sounds; records with others are left out.
         say: hears how many records have been read, where it takes long.
@@ -119,7 +119,7 @@ def _write(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
-    objective: Objective,
+    objective: Labels,
     senses: Senses,
     say: Say,
 ) -> None:
@@ -146,7 +146,7 @@ def _read_report(folder: Path) -> Report:
 def encode(
     found: Iterable[Record],
     tokenizer: PreTrainedTokenizerBase,
-    objective: Objective,
+    objective: Labels,
     report: Report,
     senses: Senses = NO_SENSES,
     context: int = 2**31,
@@ -189,15 +189,18 @@ def misplaced(encoded: Encoded, senses: Senses) -> bool:
     return any(int((encoded.ids == sense.token_id).sum()) != held[name] for name, sense in senses.items())
 
 
-def scored(record: Record, objective: Objective) -> bool:
-    """Whether a record's choices are ever looked at: they are no more than its answer to train on."""
-    return bool(record.choices) and record.split == "test" and objective == "sft"
+def scored(record: Record, objective: Labels) -> bool:
+    """Whether a record's choices are ever looked at: `sft` trains on its answer alone."""
+    return objective == "preference" or (bool(record.choices) and record.split == "test" and objective == "sft")
 
 
 def _choices(
     record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, senses: Senses, report: Report, context: int
 ) -> Choices | None:
     """The record's choices in tokens; None, counted in `report`, if they cannot be compared."""
+    if not record.choices:
+        report.leave_out(NO_OTHER_ANSWER, record.place)
+        return None
     written = []
     for choice in record.choices:
         placed = _with_places(with_answer(record, choice), senses, report, read=False)
@@ -248,7 +251,7 @@ def _with_places(record: Record, senses: Senses, report: Report, read: bool = Tr
 
 
 def _encode(
-    written: list[tuple[Record, str, Spans]], tokenizer: PreTrainedTokenizerBase, objective: Objective
+    written: list[tuple[Record, str, Spans]], tokenizer: PreTrainedTokenizerBase, objective: Labels
 ) -> Iterator[Encoded]:
     form = written[0][0].form
     templated = bool(tokenizer.chat_template) and form != "text"  # a template writes special tokens itself
@@ -269,7 +272,7 @@ def _encode(
 
 
 def _written(
-    record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, objective: Objective, report: Report
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, objective: Labels, report: Report
 ) -> tuple[str, Spans] | None:
     """The record's text and the spans of its answers; None if the template refuses it."""
     from jinja2 import TemplateError
@@ -285,20 +288,22 @@ def _written(
     except TemplateError as error:
         report.leave_out(f"refused by the chat template ({error})", record.place)
         return None
-    if not spans and objective == "sft":
+    if not spans and objective != "causal_lm":
         report.leave_out(HIDDEN_ANSWER, record.place)
         return None
     return text, spans
 
 
-def refuse_plain_text(record: Record, objective: Objective) -> None:
+def refuse_plain_text(record: Record, objective: Labels) -> None:
     """Raise AtollError for a record without answers where the objective learns from answers alone."""
-    if record.form == "text" and objective == "sft":
+    if record.form == "text" and objective != "causal_lm":
         raise AtollError(
             "plain text has no answers to train on",
             where=record.place,
-            found="records with 'text', objective sft",
-            allowed="messages, or prompt and completion",
+            found=f"records with 'text', labels {objective}",
+            allowed="prompt, chosen and rejected"
+            if objective == "preference"
+            else "messages, or prompt and completion",
             remedy="finetune.objective=causal-lm learns from every token",
         )
 
@@ -338,7 +343,7 @@ def _batches(found: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def fit(encoded: Encoded, context: int, objective: Objective, report: Report) -> list[tuple[int, int]]:
+def fit(encoded: Encoded, context: int, objective: Labels, report: Report) -> list[tuple[int, int]]:
     """The ranges of tokens to keep: the whole sample, windows of `context`, or none, counted in `report`.
 
     A window of a single token predicts nothing and is dropped.

@@ -66,7 +66,7 @@ class Subject:
         with torch.no_grad():
             for at in range(0, len(samples), EVALUATION_BATCH):
                 batch = samples[at : at + EVALUATION_BATCH]
-                each.append(local.objective.sample_losses(local.model, local.objective.collate(batch)).double().cpu())
+                each.append(local.objective.measure(local.model, batch).losses.double().cpu())
                 progress.more(len(batch))
         return np.asarray(torch.cat(each).numpy(), np.float64)
 

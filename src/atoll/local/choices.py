@@ -29,7 +29,7 @@ MOST_ROWS = 64
 
 
 def log_likelihoods(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[Tensor]:
-    """Of each sample the log-likelihood of each of its choices, float64 [choices].
+    """Of each sample the log-likelihood of each of its choices, float64 [choices]; gradients go through where they are on.
 
     Args:
         model: any transformers causal LM, plain or wrapped by PEFT.
@@ -43,6 +43,17 @@ def log_likelihoods(model: nn.Module, samples: Sequence[Sample], media: Media) -
     for part in parts(order, [len(choices_of(sample).rest) for sample in samples]):
         found |= zip(part, together(model, [samples[i] for i in part], media), strict=True)
     return [found[i] for i in range(len(samples))]
+
+
+def share_of_best(scores: Tensor, sample: Sample) -> float:
+    """1 if the sample's own answer has the greatest score, 0 if another has; a guess's share of those that have it.
+
+    >>> shown = Sample(np.array([1]), np.array([1]), (), Choices(1, (), (), right=0))
+    >>> [share_of_best(torch.tensor(scores), shown) for scores in ([3.0, 1.0], [1.0, 3.0], [2.0, 2.0])]
+    [1.0, 0.0, 0.5]
+    """
+    best = scores == scores.max()
+    return float(best[choices_of(sample).right]) / int(best.sum())
 
 
 def shape(sample: Sample) -> tuple[int, int]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from atoll.data.collate import IGNORE, Batch, media_in, pack, packable, pad
+from atoll.data.collate import IGNORE, Batch, choices_in, media_in, pack, packable, pad
+from atoll.data.read import Labels
 from atoll.errors import AtollError
-from atoll.local.choices import log_likelihoods
+from atoll.local.choices import Media, log_likelihoods, share_of_best
 from atoll.local.objectives import cross_entropy, token_losses
-from atoll.local.work import Objective
-from atoll.models.features import features_of
+from atoll.local.work import Measured, Objective
+from atoll.models.features import Features, features_of
 
 MeanOver = Literal["tokens", "samples"]
 
@@ -23,32 +24,43 @@ MeanOver = Literal["tokens", "samples"]
 class Language:
     """Cross-entropy of a causal language model at labeled tokens."""
 
-    labels: Literal["sft", "causal_lm"]
+    labels: Labels
     mean_over: MeanOver = "tokens"
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model: samples share one packed row where the family allows it."""
-        if tokenizer is None:
-            raise AtollError(
-                "a text objective needs a named model", where="finetune.objective", found=self.labels,
-                remedy="a model made by a factory of yours needs an objective of yours: objective: module:factory",
-            )  # fmt: skip
+        refuse_without_text(tokenizer, self.labels)
         device = next(model.parameters()).device
         together, features = packable(model), features_of(model)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        media = reader(features)
 
         def collate(samples: Sequence[Any]) -> Batch:
             batch = pack(samples) if together else pad(samples, pad_id)
             return replace(batch, media=media(samples)).to(device)
 
-        def media(samples: Sequence[Any]) -> Mapping[str, Tensor]:
-            return features.of([one for sample in samples for one in media_in(sample)]) if features else {}
-
-        def likeliest(model: nn.Module, samples: Sequence[Any]) -> list[int]:
-            return [int(each.argmax()) for each in log_likelihoods(model, samples, media)]
+        def measure(model: nn.Module, samples: Sequence[Any]) -> Measured:
+            asked = [i for i, sample in enumerate(samples) if choices_in(sample)]
+            found = log_likelihoods(model, [samples[i] for i in asked], media)
+            right = {i: share_of_best(each, samples[i]) for i, each in zip(asked, found, strict=True)}
+            return Measured(_means(model, collate(samples)), [right.get(i) for i in range(len(samples))])
 
         loss, terms = (cross_entropy, _tokens) if self.mean_over == "tokens" else (_sum_of_means, _answered)
-        return Objective(collate, loss, terms, _sample_losses, features is not None, likeliest)
+        return Objective(collate, loss, terms, measure, sees=features is not None)
+
+
+def refuse_without_text(tokenizer: Any, objective: str) -> None:
+    """Raises AtollError for a model without a tokenizer."""
+    if tokenizer is None:
+        raise AtollError(
+            "a text objective needs a named model", where="finetune.objective", found=objective,
+            remedy="a model made by a factory of yours needs an objective of yours: objective: module:factory",
+        )  # fmt: skip
+
+
+def reader(features: Features | None) -> Media:
+    """What the model sees and hears of samples."""
+    return lambda samples: features.of([one for sample in samples for one in media_in(sample)]) if features else {}
 
 
 def sft(mean_over: MeanOver = "tokens") -> Language:
@@ -76,10 +88,6 @@ def _answered(batch: Batch) -> int:
 
 def _sum_of_means(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return _means(model, batch).sum(), _answered(batch)
-
-
-def _sample_losses(model: nn.Module, batch: Batch) -> Tensor:
-    return _means(model, batch).cpu()
 
 
 def _means(model: nn.Module, batch: Batch) -> Tensor:

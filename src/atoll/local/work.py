@@ -26,7 +26,19 @@ from atoll.local.corrections import Correction, Start
 from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.models.spaces import Space, read, write
 from atoll.params import Params, nested, subtract, under
-from atoll.stream import UPDATE
+from atoll.stream import REFERENCE, UPDATE
+
+
+class Measured(NamedTuple):
+    """What a model makes of samples."""
+
+    losses: Tensor
+    """The mean loss of each, [samples]."""
+    right: Sequence[float | None] = ()
+    """Of each that allows certain answers, whether the likeliest is its own: 1 or 0; where several are the likeliest, the
+    share that a guess among them gets. None of the others; empty where there are no such samples."""
+    rewarded: Sequence[float | None] = ()
+    """The same of the answer with the greatest reward, where the objective has rewards."""
 
 
 class Objective(NamedTuple):
@@ -38,12 +50,12 @@ class Objective(NamedTuple):
     """The sum of the losses and how many terms it has."""
     terms: Callable[[Any], int]
     """How many terms a batch's loss has, before it is computed."""
-    sample_losses: Callable[[nn.Module, Any], Tensor]
-    """The mean loss of each sample, [samples], without gradients."""
+    measure: Callable[[nn.Module, Sequence[Any]], Measured]
+    """What the model makes of samples, without gradients."""
+    refer: Callable[[nn.Module], None] | None = None
+    """Takes the model as it is for what the loss is measured against, as it was when the objective was bound."""
     sees: bool = False
     """Whether samples may have pictures or sounds: what is measured is then told by modality, too."""
-    likeliest: Callable[[nn.Module, Sequence[Any]], Sequence[int]] | None = None
-    """Of each sample that allows certain answers, the one that the model finds likeliest, without gradients."""
 
 
 class Tick(NamedTuple):
@@ -122,6 +134,12 @@ class Local:
         own = under(PERSONAL, state) or self.personal
         return {**params, UPDATE: {**params[UPDATE], **own}}
 
+    def refer(self, params: Mapping[str, Params]) -> None:
+        """Has the objective measure against the reference that was sent, if one was."""
+        if self.objective.refer and REFERENCE in params:
+            write(self.space, self.model, {**params[REFERENCE], **self.personal})
+            self.objective.refer(self.model)
+
     def steps(self, count: int) -> int:
         """Optimizer steps a round for a client with `count` samples."""
         return optimizer_steps(count, self.local_steps, self.epochs, self.batch_size * self.accumulate)
@@ -138,6 +156,7 @@ class Local:
 
 def train(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
     """A client's round. Raises WorkFailed where the loss stops being a number: the server hears it as a refusal."""
+    local.refer(params)
     params = local.whole(params, state)
     write(local.space, local.model, params[UPDATE])
     trainable = local.space.trainable(local.model)
@@ -218,6 +237,7 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
     """Held-out loss: the mean over samples of each sample's mean loss, with its standard error."""
     if not len(data.test):
         raise WorkFailed("no held-out samples")
+    local.refer(params)
     write(local.space, local.model, local.whole(params, state)[UPDATE])
     local.model.eval()
     limit = int(task.data.get("samples", len(data.test))) or len(data.test)
@@ -225,13 +245,15 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
     starts = range(0, len(chosen), EVALUATION_BATCH)
     report = local.reporter(task, len(starts))
     each: list[Tensor] = []
+    answers: list[Answered | None] = []
     with torch.no_grad():
         for at in starts:
-            batch = local.objective.collate([data.test[i] for i in chosen[at : at + EVALUATION_BATCH]])
-            each.append(local.objective.sample_losses(local.model, batch))
-            report(len(each), float(each[-1].mean()))
+            samples = [data.test[i] for i in chosen[at : at + EVALUATION_BATCH]]
+            found = local.objective.measure(local.model, samples)
+            each.append(found.losses.cpu())
+            answers += answered(samples, found)
+            report(len(each), float(found.losses.mean()))
     losses = torch.cat(each).double()
-    answers = answered(local, [data.test[i] for i in chosen])
     metrics = told(losses, answers)
     if local.objective.sees:
         metrics |= by_modality(losses, answers, [data.test[i] for i in chosen])
@@ -241,28 +263,34 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
 class Answered(NamedTuple):
     """What came of a sample that allows certain answers."""
 
-    right: bool
+    right: float
     chance: float
     """That a guess is right."""
+    rewarded: float | None = None
+    """Whether it has the greatest reward."""
 
 
-@torch.no_grad()
-def answered(local: Local, samples: Sequence[Any]) -> list[Answered | None]:
-    """For each sample that allows certain answers, whether the likeliest is the right one."""
-    choices = [choices_in(sample) if local.objective.likeliest else None for sample in samples]
-    asked = [i for i, one in enumerate(choices) if one]
-    if not local.objective.likeliest or not asked:
-        return [None] * len(samples)
-    said = dict(zip(asked, local.objective.likeliest(local.model, [samples[i] for i in asked]), strict=True))
-    return [Answered(said[i] == one.right, 1 / len(one.rest)) if one else None for i, one in enumerate(choices)]
+def answered(samples: Sequence[Any], found: Measured) -> list[Answered | None]:
+    """What came of each sample that allows certain answers."""
+    right, rewarded = (list(each) or [None] * len(samples) for each in (found.right, found.rewarded))
+    return [
+        None if share is None or choices is None else Answered(share, 1 / len(choices.rest), reward)
+        for share, reward, choices in zip(right, rewarded, map(choices_in, samples), strict=True)
+    ]
 
 
 def told(losses: Tensor, answers: Sequence[Answered | None], of: str = "") -> dict[str, float]:
     """Mean, its standard error and the number of samples' losses, as metrics; the same of the answers, and their chance."""
     found = {**summed(losses, "loss", "standard_error", "samples")}
     if some := [one for one in answers if one]:
-        right, chance = (torch.tensor(each, dtype=torch.float64) for each in zip(*some, strict=True))
+        right, chance = (
+            torch.tensor(each, dtype=torch.float64)
+            for each in zip(*((one.right, one.chance) for one in some), strict=True)
+        )
         found |= summed(right, "accuracy", "accuracy_error", "questions") | {"chance": float(chance.mean())}
+    if rewarded := [one.rewarded for one in some if one.rewarded is not None]:
+        share = torch.tensor(rewarded, dtype=torch.float64)
+        found |= summed(share, "reward_accuracy", "reward_accuracy_error", "preferences")
     return {f"{name}{of}": value for name, value in found.items()}
 
 

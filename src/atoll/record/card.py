@@ -140,6 +140,8 @@ def _loss_section(story: Story) -> list[str]:
         shown += ["## Accuracy", "", *_shown(found.accuracy), ACCURACY_NOTE, ""]
     if found.accuracy_by_modality:
         shown += [BY_MODALITY, "", *_shown(found.accuracy_by_modality)]
+    if found.reward_accuracy:
+        shown += ["## Reward accuracy", "", *_shown(found.reward_accuracy), REWARD_NOTE, ""]
     return shown
 
 
@@ -150,6 +152,10 @@ LOSS_NOTE = (
 ACCURACY_NOTE = (
     "Share of held-out questions with choices of which the right one is the likeliest, ± its standard error; "
     "chance is what guessing comes to."
+)
+REWARD_NOTE = (
+    "Share of held-out preferences whose chosen answer has the greatest reward: how much likelier the model finds an answer "
+    "than the reference does, which is the model before the first round, and for which all answers are equal."
 )
 BY_MODALITY = "By what samples hold, over all sites, each sample counting once:"
 

@@ -1,7 +1,8 @@
 """Checkpoints: the whole state of a run in one safetensors file, replaced atomically.
 
-Tensors under `params/STREAM/`, `outer/STREAM/` and `down/STREAM/`; tasks in flight as data beside them, with each broadcast
-they started from once, under `broadcast/ROUND/STREAM/`. A process that dies while writing leaves the old file whole.
+Tensors under `params/STREAM/`, `outer/STREAM/`, `down/STREAM/` and `fixed/NAME/`; tasks in flight as data beside them, with
+each broadcast they started from once, under `broadcast/ROUND/STREAM/`. A process that dies while writing leaves the old file
+whole.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
     for part in ("params", "outer", "down"):
         for stream, values in getattr(state, part).items():
             flat |= nested(f"{part}/{stream}", values)
+    for name, values in state.fixed.items():
+        flat |= nested(f"fixed/{name}", values)
     broadcasts = {task.broadcast.round: task.broadcast for task in state.in_flight}
     sides: dict[str, dict[str, int]] = {}
     for number, sent in broadcasts.items():
@@ -40,6 +43,7 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
         "clock": state.clock,
         "bytes_down": state.bytes_down,
         "streams": list(state.params),
+        "fixed": list(state.fixed),
         "acknowledged": state.acknowledged,
         "in_flight": [_task_as_data(task) for task in state.in_flight],
         "broadcasts": sides,
@@ -89,6 +93,7 @@ def _state(about: dict[str, Any], flat: Params) -> State:
         bytes_down=about["bytes_down"],
         acknowledged=about["acknowledged"],
         in_flight=tasks,
+        fixed={name: under(f"fixed/{name}", flat) for name in about.get("fixed", ())},
     )
 
 

@@ -27,6 +27,7 @@ class Measure(NamedTuple):
 
 LOSS = Measure("held-out loss", "loss", "standard_error", "samples", min)
 ACCURACY = Measure("accuracy", "accuracy", "accuracy_error", "questions", max)
+REWARD_ACCURACY = Measure("reward accuracy", "reward_accuracy", "reward_accuracy_error", "preferences", max)
 CHANCE = "chance"
 """What a guess among a question's choices comes to."""
 
@@ -70,6 +71,8 @@ class Tables:
     loss_by_modality: Table | None
     accuracy: Table | None
     accuracy_by_modality: Table | None
+    reward_accuracy: Table | None
+    """By site, where preferences were learned."""
 
     def __iter__(self) -> Iterator[Table]:
         return (one for one in vars(self).values() if one is not None)
@@ -77,7 +80,13 @@ class Tables:
 
 def measured(story: Story) -> Tables:
     """What was measured so far."""
-    return Tables(loss_table(story), by_modality(story, LOSS), accuracy_table(story), by_modality(story, ACCURACY))
+    return Tables(
+        loss_table(story),
+        by_modality(story, LOSS),
+        accuracy_table(story),
+        by_modality(story, ACCURACY),
+        accuracy_table(story, REWARD_ACCURACY),
+    )
 
 
 def loss_table(story: Story) -> Table | None:
@@ -90,20 +99,20 @@ def loss_table(story: Story) -> Table | None:
     return Table(sites, [(name, [cell(e.clients, site) for site in sites]) for name, e in each], notes)
 
 
-def accuracy_table(story: Story) -> Table | None:
+def accuracy_table(story: Story, measure: Measure = ACCURACY) -> Table | None:
     """The same of the answers to questions that allow certain ones; None where there are none."""
     each = models(story)
     told: dict[str, Mapping[str, float]] = {}
     for _, evaluated in each:
         for site, metrics in evaluated.clients.items():
-            if numbers(metrics, ACCURACY):
+            if numbers(metrics, measure):
                 told.setdefault(site, metrics)
     sites = list(told)
     if not sites:
         return None
     guess: Row = (CHANCE, [None if (one := told[site].get(CHANCE)) is None else (one, 0.0) for site in sites])
-    rows = [(name, [cell(e.clients, site, ACCURACY) for site in sites]) for name, e in each]
-    return Table(sites, [guess, *rows], measure=ACCURACY)
+    rows = [(name, [cell(e.clients, site, measure) for site in sites]) for name, e in each]
+    return Table(sites, [guess, *rows], measure=measure)
 
 
 def by_modality(story: Story, measure: Measure) -> Table | None:

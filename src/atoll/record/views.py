@@ -134,6 +134,7 @@ def details(folder: RunFolder) -> dict[str, Any]:
         "losses": as_data(found.loss),
         "losses_by_modality": as_data(found.loss_by_modality),
         "accuracies": as_data(found.accuracy),
+        "reward_accuracies": as_data(found.reward_accuracy),
         "accuracies_by_modality": as_data(found.accuracy_by_modality),
         "evaluations": [{"round": e.round, "mean": e.mean, "worst": e.worst} for e in story.evaluations],
         "spans": spans,

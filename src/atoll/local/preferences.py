@@ -1,0 +1,142 @@
+"""Learning from preferences: of the answers that a question allows, one was chosen.
+
+DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) needs no reward model. What a model rewards is how much likelier it finds
+an answer than a reference does, and the chosen answer is to have the greatest reward:
+
+    r(answer) = beta (log p(answer | question) - log p_ref(answer | question))
+    loss = -log softmax(r)[chosen]
+
+With two answers that is -log sigmoid(r(chosen) - r(rejected)); with more, it is S-DPO (Chen et al. 2024, arXiv 2406.09215).
+
+The reference is the model as the stage found it: as it begins, or what the server sends where a run starts `from` another's
+result. It is run once for each sample, whose log-likelihoods are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Gt
+from torch import Tensor, nn
+
+from atoll.data.collate import Sample, evaluating
+from atoll.data.read import Labels
+from atoll.local.choices import Media, choices_of, log_likelihoods, share_of_best
+from atoll.local.language import reader, refuse_without_text
+from atoll.local.work import Measured, Objective
+from atoll.models.features import features_of
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch: samples, and what the reference says of their answers, float64 [choices] each."""
+
+    samples: Sequence[Sample]
+    reference: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class DPO:
+    """See the module's text."""
+
+    beta: float
+    labels: Labels = "preference"
+    refers: bool = True
+
+    def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
+        """The objective on this model; as it is now, it is the reference."""
+        refuse_without_text(tokenizer, "dpo")
+        features = features_of(model)
+        reference = Reference(model, reader(features))
+
+        def collate(samples: Sequence[Sample]) -> Pairs:
+            return Pairs(samples, reference(model, samples))
+
+        def rewards(found: Sequence[Tensor], batch: Pairs) -> list[Tensor]:
+            return [self.beta * (ours - theirs) for ours, theirs in zip(found, batch.reference, strict=True)]
+
+        def loss(model: nn.Module, batch: Pairs) -> tuple[Tensor, int]:
+            found = rewards(log_likelihoods(model, batch.samples, reference.media), batch)
+            return torch.stack(losses(found, batch.samples)).sum(), len(batch.samples)
+
+        def measure(model: nn.Module, samples: Sequence[Sample]) -> Measured:
+            batch, found = collate(samples), log_likelihoods(model, samples, reference.media)
+            rewarded = rewards(found, batch)
+            best = ([share_of_best(*one) for one in zip(each, samples, strict=True)] for each in (found, rewarded))
+            return Measured(torch.stack(losses(rewarded, samples)), *best)
+
+        return Objective(collate, loss, lambda batch: len(batch.samples), measure, reference.take, features is not None)
+
+
+def losses(rewards: Sequence[Tensor], samples: Sequence[Sample]) -> list[Tensor]:
+    """-log softmax(rewards)[chosen] of each sample."""
+    return [-torch.log_softmax(r, 0)[choices_of(sample).right] for r, sample in zip(rewards, samples, strict=True)]
+
+
+class Reference:
+    """A model as it was: what trains in it, and what it said of each sample that it was asked about."""
+
+    def __init__(self, model: nn.Module, media: Media) -> None:
+        self.media = media
+        self.params: dict[str, Tensor] = {}
+        self.said: dict[bytes, Tensor] = {}
+        self.take(model)
+
+    def take(self, model: nn.Module) -> None:
+        """The model as it is now. What another one said is forgotten."""
+        if not all(name in self.params and torch.equal(x, self.params[name]) for name, x in trained(model)):
+            self.params = {name: x.detach().clone() for name, x in trained(model)}
+            self.said = {}
+
+    def __call__(self, model: nn.Module, samples: Sequence[Sample]) -> list[Tensor]:
+        """The log-likelihoods of each sample's answers, float64 [choices]."""
+        names = [identity(sample) for sample in samples]
+        new = {name: sample for name, sample in zip(names, samples, strict=True) if name not in self.said}
+        if new:
+            with self.in_place(model), evaluating(model), torch.no_grad():
+                self.said.update(zip(new, log_likelihoods(model, list(new.values()), self.media), strict=True))
+        return [self.said[name] for name in names]
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """The model is the reference inside the block."""
+        now = {name: x.detach().clone() for name, x in trained(model)}
+        put(model, self.params)
+        try:
+            yield
+        finally:
+            put(model, now)
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that train, by name."""
+    return ((name, x) for name, x in model.named_parameters() if x.requires_grad)
+
+
+@torch.no_grad()
+def put(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Writes what trains."""
+    for name, x in trained(model):
+        x.copy_(params[name])
+
+
+def identity(sample: Sample) -> bytes:
+    """Names what a sample asks and allows."""
+    choices = choices_of(sample)
+    arrays = (sample.ids[: choices.shared], *choices.rest, *choices.labeled)
+    said = [one.tobytes() for one in arrays] + [medium.key.encode() for medium in sample.media]
+    return blake2b(b"".join(len(one).to_bytes(8) + one for one in said), digest_size=16).digest()
+
+
+def dpo(beta: Annotated[float, Gt(0)] = 0.1) -> DPO:
+    """Direct preference optimization: the chosen answer gains on the others, measured against the model as it began.
+
+    Args:
+        beta: how much a log-likelihood's distance from the reference counts; a small one lets the model go further away.
+    """
+    return DPO(beta)
