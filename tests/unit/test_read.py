@@ -268,7 +268,7 @@ def test_unknown_columns_get_the_closest(tmp_path: Path) -> None:
     error = fails(write_jsonl(tmp_path / "a.jsonl", [{"promt": "q", "completion": "a"}]))
     assert error.what == "the format of the records is not recognized"
     assert error.details["found"] == "columns promt, completion"
-    assert error.details["allowed"] == "messages | prompt + completion | text"
+    assert error.details["allowed"] == "chosen + rejected | messages | prompt + completion | text"
     assert "did you mean 'prompt'" in error.details["remedy"]
 
 
