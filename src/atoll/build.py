@@ -12,7 +12,7 @@ import json
 import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -120,6 +120,8 @@ class Plan:
     """The model's; None for a model of the user's own factory, which has no configuration to read them from."""
     trains: PlannedShapes | None
     warnings: tuple[str, ...]
+    before: Mapping[str, Plan] = field(default_factory=dict)
+    """The stages before this one, by name; it begins with what the last of them comes to."""
 
     @property
     def clients(self) -> list[str]:

@@ -18,8 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from annotated_types import Ge, Gt, Le, Len
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from atoll.errors import AtollError, closest, in_words, mend, placed, wanted
 
@@ -38,6 +38,13 @@ class Section(BaseModel):
     """A mapping whose keys are known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+def each_once(names: list[str]) -> list[str]:
+    """Raises ValueError where one is named twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("each at most once")
+    return names
 
 
 class Finetune(Section):
@@ -89,6 +96,19 @@ class Finetune(Section):
     """Who may be sampled: all clients, the named ones, or `pooled`: one client that holds everybody's samples."""
 
 
+class Align(Finetune):
+    """The stage `align`: what it does not say is as in `finetune`, but for the objective."""
+
+    objective: PartAsWritten = "dpo"
+    """What is minimized."""
+    data: PartAsWritten | None = None
+    """Where its data come from, where not the run's."""
+
+
+STAGES: dict[str, type[Finetune]] = {"finetune": Finetune, "align": Align}
+"""By name: each has a section of the recipe, which says what its rounds are."""
+
+
 class Evaluate(Section):
     """Held-out loss at the clients."""
 
@@ -134,7 +154,10 @@ class Recipe(Section):
     """A preset, a folder, a hub id, `tiny:FAMILY`, or a factory of your own."""
     data: PartAsWritten
     """Where the clients' data come from."""
+    stages: Annotated[list[Literal["finetune", "align"]], Len(1), AfterValidator(each_once)] = ["finetune"]
+    """What is done one after the other: each begins with what the one before came to."""
     finetune: Finetune = Finetune()
+    align: Align = Align()
     evaluate: Evaluate = Evaluate()
     baselines: list[Literal["local", "pooled"]] = []
     """What the result is measured against: each client alone, everybody's data in one place."""
@@ -238,6 +261,38 @@ def rooted(tree: Any, folder: Path) -> Any:
     return tree
 
 
+def staged(tree: Tree) -> dict[str, Tree]:
+    """By stage, the tree of a run of this stage alone; baselines are the last one's.
+
+    >>> each = staged({"name": "x", "stages": ["finetune", "align"], "finetune": {"rounds": 3}, "align": {"batch_size": 2}})
+    >>> each["align"]["finetune"], each["align"]["from"], each["finetune"]["name"]
+    ({'rounds': 3, 'objective': 'dpo', 'batch_size': 2}, 'stage:finetune', 'x.finetune')
+    """
+    names = tree.get("stages") or ["finetune"]
+    if names == ["finetune"]:
+        return {"finetune": {key: value for key, value in tree.items() if key not in ("stages", "align")}}
+    common = {key: value for key, value in tree.items() if key not in ("stages", *STAGES)}
+    found: dict[str, Tree] = {}
+    for before, name in zip([None, *names], names, strict=False):
+        section = tree.get("finetune") or {}
+        if name != "finetune":
+            section = merge(
+                {**section, "objective": STAGES[name].model_fields["objective"].default}, tree.get(name) or {}
+            )
+        own = {key: section.pop(key) for key in ("data",) if section.get(key) is not None}
+        one = {**common, **own, "finetune": {key: value for key, value in section.items() if key != "data"}}
+        if before:
+            one["from"] = STAGE + before
+        if name != names[-1]:
+            one |= {"name": f"{tree.get('name')}.{name}", "baselines": []}
+        found[name] = one
+    return found
+
+
+STAGE = "stage:"
+"""Before a stage's name, in `from`: a stage of the same run."""
+
+
 def with_method(tree: Tree, method: str) -> Tree:
     """A run's tree with what a method says laid over it: how methods are compared on one run."""
     said = resolve(method)
@@ -324,7 +379,9 @@ def _under_default(tree: Tree, keys: Sequence[str], over: Tree) -> Tree:
     section: Any = Recipe
     for depth, key in enumerate(keys[:-1], 1):
         default = section.model_fields[key].default if key in section.model_fields else None
-        if isinstance(default, str):
+        if section is Align and key != "objective":  # which says what it does not say itself
+            default = (tree.get("finetune") or {}).get(key, default)
+        if isinstance(default, str | Mapping):
             tree = merge(nest(keys[:depth], default), tree)
         if not isinstance(default, Section):
             break

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,50 +33,77 @@ from atoll.record.events import (
 )
 from atoll.record.folder import RunFolder, create, find
 from atoll.record.story import read_story
-from atoll.stage import run_stage
+from atoll.stage import begun_from, done_before, run_stage
 from atoll.stream import UPDATE
 
 
 def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
-    """The plan of a recipe: what `atoll plan` shows. Runs nothing.
+    """The plan of a recipe: what `atoll plan` shows. Runs nothing. Of several stages, the last with those `before` it.
 
     >>> plan("quickstart", ["finetune.rounds=2"]).recipe.finetune.rounds
     2
     """
-    written, tree = recipe.read(name_or_path, settings)
+    _, tree = recipe.read(name_or_path, settings)
+    ready: dict[str, Plan] = {}
     with recipe.blamed(str(name_or_path), settings), quiet_libraries():
-        ready = build(*starting_from(written, tree))
-        refuse_start(ready)
-        check_data(ready)
-    return ready
+        for stage, one in recipe.staged(tree).items():
+            with told_of(stage):
+                found = build(*starting_from(recipe.validate(one), one))
+                refuse_start(found, ready)
+                check_data(found)
+                ready[stage] = replace(found, before=dict(ready))
+    return [*ready.values()][-1]
+
+
+@contextmanager
+def told_of(stage: str) -> Iterator[None]:
+    """A mistake in a stage's settings is told with its section."""
+    try:
+        yield
+    except AtollError as error:
+        where = error.details["where"]
+        if where.partition(".")[0] == "finetune":
+            error.details["where"] = stage + where.removeprefix("finetune")
+        raise
 
 
 def plan_again(folder: RunFolder) -> Plan:
     """The plan of a run that is there. What it started `from` lies in its checkpoint, and may be gone."""
     with quiet_libraries():
-        return build(*recipe.read(folder.recipe))
+        written, tree = recipe.read(folder.recipe)
+        ready = build(written, tree)
+    if written.start is None or not written.start.startswith(recipe.STAGE):
+        return ready
+    stage = written.start.removeprefix(recipe.STAGE)
+    last = plan_again(begun_from(written.start, folder))
+    return replace(ready, before={**last.before, stage: last})
 
 
 def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> tuple[recipe.Recipe, recipe.Tree]:
     """The recipe with the run that it starts `from` by its path: `latest` is another one as soon as this run is there."""
-    if written.start is None:
+    if written.start is None or written.start.startswith(recipe.STAGE):
         return written, tree
     with placed("from"):
         path = str(find(written.start).path.absolute())
     return written.model_copy(update={"start": path}), {**tree, "from": path}
 
 
-def refuse_start(ready: Plan) -> None:
-    """The run that this one starts `from` must be there, with the same model and space."""
-    if ready.recipe.start is None:
+def refuse_start(ready: Plan, before: Mapping[str, Plan]) -> None:
+    """The run that this one starts `from` must be there, with the same model and space; so must the stage `before` it."""
+    start = ready.recipe.start
+    if start is None:
         return
-    with placed("from"):
-        other = find(ready.recipe.start)
-    if not other.checkpoint.exists():
-        raise AtollError(
-            "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
-        )
-    theirs, _ = recipe.read(other.recipe)
+    if start.startswith(recipe.STAGE):
+        theirs, name = before[start.removeprefix(recipe.STAGE)].recipe, f"the stage {start.removeprefix(recipe.STAGE)}"
+    else:
+        with placed("from"):
+            other = find(start)
+        if not other.checkpoint.exists():
+            raise AtollError(
+                "the run has no result to start from", where="from", found=other.name,
+                remedy=f"`atoll resume {other.name}`",
+            )  # fmt: skip
+        theirs, name = recipe.read(other.recipe)[0], other.name
     model, space = choose_model(theirs.model), parts.make("space", theirs.finetune.space, "finetune.space")
     same = {
         "model": (model.name, ready.model.name),
@@ -83,13 +111,13 @@ def refuse_start(ready: Plan) -> None:
     }
     if words := theirs.finetune.personal:
         raise AtollError(
-            "a part of the run's result stayed at its clients", where="from", found=f"{other.name}: personal {words}",
+            "a part of the run's result stayed at its clients", where="from", found=f"{name}: personal {words}",
             allowed="a run without finetune.personal",
         )  # fmt: skip
     for key, (found, mine) in same.items():
         if found != mine:
             raise AtollError(
-                f"the run has another {key.rpartition('.')[2]}", where="from", found=f"{other.name}: {_said(theirs, key)}",
+                f"the run has another {key.rpartition('.')[2]}", where="from", found=f"{name}: {_said(theirs, key)}",
                 allowed=_said(ready.recipe, key), remedy=f"use the {key} of that run",
             )  # fmt: skip
 
@@ -134,11 +162,14 @@ def run(
 def begun(ready: Plan) -> Iterator[RunFolder]:
     """A new run's folder with its recipe; gone again if something ends the run before its first event."""
     folder = create(ready.recipe.name)
+    for stage, one in ready.before.items():
+        folder.stage(stage).path.mkdir(parents=True)
+        write_recipe(folder.stage(stage), one)
     write_recipe(folder, ready)
     try:
         yield folder
     except BaseException:
-        if not folder.record.exists():
+        if not any(folder.path.rglob(folder.record.name)):
             shutil.rmtree(folder.path)
         raise
 
@@ -160,26 +191,37 @@ def write_recipe(folder: RunFolder, ready: Plan) -> None:
 def execute(
     ready: Plan, folder: RunFolder, sinks: Sequence[Sink] = (), say: Say = quiet, report: Report = unwatched
 ) -> RunFolder:
-    """The run itself, then its baselines, the adapter and the card. Each is skipped if it is there."""
+    """The stages one after the other, the last with its baselines. What is there already is skipped."""
     with folder.outermost.locked(), folder.disk_errors(), quiet_libraries():
-        things = assemble(ready, say, report)
-        ready = build(ready.recipe, ready.tree, left_out=things.left_out)
-        list(
-            baselines(ready, things, ready.recipe.finetune.rounds)
-        )  # what they cannot do is found before hours of training
-        state = run_stage(ready, things, folder, folder, sinks)
-        save_adapter(ready, things, state.params[UPDATE], folder)
-        if story := read_story(folder):
-            remember_speed(ready, story, folder.name)
-        for name, variant in baselines(ready, things, state.round):
-            say(f"baseline {name}")
-            inner = folder.baseline(name)
-            inner.path.mkdir(parents=True, exist_ok=True)
-            write_recipe(inner, variant)
-            run_stage(variant, again(things, variant), inner, folder, sinks)
-        say("writing the card")
-        write_card(folder)
+        for stage, one in ready.before.items():
+            if not folder.stage(stage).card.exists():
+                say(f"stage {stage}")
+                whole_stage(one, folder.stage(stage), sinks, say, report)
+        whole_stage(ready, folder, sinks, say, report)
     return folder
+
+
+def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say, report: Report) -> None:
+    """Rounds, baselines, the adapter and the card."""
+    things = assemble(ready, say, report)
+    ready = build(ready.recipe, ready.tree, left_out=things.left_out)
+    if folder.is_stage and not folder.checkpoint.exists() and (same := done_before(ready, things, folder)):
+        say(f"as in {same.name}, of the same plan and data from the same params: it is taken over")
+        return folder.take_over(same)
+    for _ in baselines(ready, things, ready.recipe.finetune.rounds):
+        pass  # what they cannot do is found before hours of training
+    state = run_stage(ready, things, folder, folder.outermost, sinks)
+    save_adapter(ready, things, state.params[UPDATE], folder)
+    if story := read_story(folder):
+        remember_speed(ready, story, folder.name)
+    for name, variant in baselines(ready, things, state.round):
+        say(f"baseline {name}")
+        inner = folder.baseline(name)
+        inner.path.mkdir(parents=True, exist_ok=True)
+        write_recipe(inner, variant)
+        run_stage(variant, again(things, variant), inner, folder, sinks)
+    say("writing the card")
+    write_card(folder)
 
 
 def baselines(ready: Plan, things: Assembly, rounds: int) -> Iterator[tuple[str, Plan]]:

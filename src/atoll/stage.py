@@ -25,11 +25,11 @@ from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdic
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
 from atoll.models.spaces import split
-from atoll.params import Params, numel
+from atoll.params import Params, content, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
-from atoll.recipe import POOLED
-from atoll.record.checkpoint import load_with_extra, save_state
+from atoll.recipe import POOLED, STAGE
+from atoll.record.checkpoint import load_with_extra, read_extra, save_state
 from atoll.record.events import (
     EVERYBODY,
     ClientLeftOut,
@@ -45,7 +45,7 @@ from atoll.record.events import (
     SumOpened,
     read_events,
 )
-from atoll.record.folder import RunFolder, find
+from atoll.record.folder import CHECKPOINT, RunFolder, find, root
 from atoll.round import State, initial, run_round
 from atoll.statement import statement
 from atoll.stream import REFERENCE, UPDATE
@@ -63,6 +63,8 @@ class Progress:
     record_bytes: int = 0
     seconds: float = 0.0
     ended: str = ""
+    start: str = ""
+    """The params before the first round, by content."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,24 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
         if accounted(ready):
             refuse_short_ledger(state.round, folder)
         return state, progress
-    start = start_of(ready, things)
-    return initial(ready.rounds, start, fixed=sent_along(ready, start)), Progress(ready.hash, things.digests)
+    start = start_of(ready, things, folder)
+    return initial(ready.rounds, start, fixed=sent_along(ready, start)), before_first(ready, things, start)
+
+
+def before_first(ready: Plan, things: Assembly, start: Params) -> Progress:
+    """What decides the result of a stage, and nothing done."""
+    return Progress(ready.hash, things.digests, start=content(start))
+
+
+def done_before(ready: Plan, things: Assembly, folder: RunFolder) -> RunFolder | None:
+    """A finished stage, of whatever run here, of the same plan on the same data that began with the same params."""
+    wanted = before_first(ready, things, start_of(ready, things, folder))
+    for checkpoint in sorted((*root().glob(f"*/{CHECKPOINT}"), *root().glob(f"*/stages/*/{CHECKPOINT}"))):
+        found = read_extra(checkpoint)
+        same = all(found.get(name) == getattr(wanted, name) for name in ("plan", "data", "start"))
+        if same and found.get("ended") and (other := RunFolder(checkpoint.parent)).card.exists():
+            return other
+    return None
 
 
 def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
@@ -186,12 +204,12 @@ def refuse_short_ledger(rounds: int, folder: RunFolder) -> None:
         )  # fmt: skip
 
 
-def start_of(ready: Plan, things: Assembly) -> Params:
+def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
     """The params before the first round."""
     mine, _ = split(things.start, ready.recipe.finetune.personal)
     if ready.recipe.start is None:
         return mine
-    other = find(ready.recipe.start)
+    other = begun_from(ready.recipe.start, folder)
     if not other.checkpoint.exists():
         raise AtollError(
             "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
@@ -205,6 +223,11 @@ def start_of(ready: Plan, things: Assembly) -> Params:
     return params
 
 
+def begun_from(start: str, folder: RunFolder) -> RunFolder:
+    """The run, or the stage of the same run, whose result is where the one in this folder starts."""
+    return folder.outermost.stage(start.removeprefix(STAGE)) if start.startswith(STAGE) else find(start)
+
+
 def introduce(at: Stage) -> None:
     """What is going to happen, and who cannot take part."""
     ready, things = at.ready, at.things
@@ -216,7 +239,7 @@ def introduce(at: Stage) -> None:
             clients=ready.trainers,
             samples={name: len(data.train) for name, data in things.data.items()},
             held_out={name: len(data.test) for name, data in things.data.items()},
-            trains=numel(start_of(ready, things)),
+            trains=numel(start_of(ready, things, at.folder)),
             of=ready.shapes.count if ready.shapes else sum(p.numel() for p in things.model.parameters()),
             seed=ready.recipe.seed,
             baselines=baseline_names(ready),
@@ -226,7 +249,7 @@ def introduce(at: Stage) -> None:
             recipe=ready.recipe.model_dump(include={"model", "reference", "data", "finetune", "evaluate"}),
         )
     )
-    if at.folder != at.outer:  # a baseline trains on what its run has told of
+    if at.folder.is_baseline:  # it trains on what its run has told of
         return
     for client, report in things.left_out.items():
         at.record(ClientLeftOut(client, report))

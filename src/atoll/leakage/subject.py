@@ -148,7 +148,7 @@ def open_run(folder: RunFolder, say: Say) -> Subject:
     _, kept = load_with_extra(folder.checkpoint)
     refuse_changed_data(Progress(**kept).data, things.digests, folder)
     read = samples_read(ready, things, replies_that_count(list(read_events(folder.record)), things.data.keys()))
-    base = {name: x.clone() for name, x in {**things.start, **start_of(ready, things)}.items()}
+    base = {name: x.clone() for name, x in {**things.start, **start_of(ready, things, folder)}.items()}
     return Subject(ready, things, base, {**base, **tuned_params(folder)[0]}, read, say)
 
 

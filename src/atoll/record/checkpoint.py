@@ -73,6 +73,16 @@ def load_with_extra(path: Path) -> tuple[State, dict[str, Any]]:
     return _state(about, flat), about["extra"]
 
 
+def read_extra(path: Path) -> dict[str, Any]:
+    """What was written beside a state; empty for a file that is no checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            extra: dict[str, Any] = json.loads((file.metadata() or {})["state"])["extra"]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return {}
+    return extra
+
+
 def _state(about: dict[str, Any], flat: Params) -> State:
     streams = about["streams"]
     params, outer, down = ({s: under(f"{part}/{s}", flat) for s in streams} for part in ("params", "outer", "down"))

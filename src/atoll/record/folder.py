@@ -8,6 +8,7 @@ runs/quickstart-1/
   clients/                  client state, one file each
   adapter/                  what trained, as `peft` loads it
   baselines/local-clinic/   a baseline's own run, same layout
+  stages/finetune/          a stage before the last, same layout
   leakage.json              what attacks on the result found, see `atoll leakage`
   card.md, plots            what the run says of itself
 """
@@ -18,6 +19,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ from urllib.parse import quote
 
 from atoll.errors import AtollError, closest
 
+CHECKPOINT = "checkpoint.safetensors"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -37,9 +41,19 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """`quickstart-1`, or `quickstart-1/local-clinic` for a baseline's."""
-        inside = self.path.parent.name == "baselines"
-        return f"{self.path.parent.parent.name}/{self.path.name}" if inside else self.path.name
+        """`quickstart-1`, or `quickstart-1/local-clinic` for a baseline's, and so for a stage before the last."""
+        inside = self.outermost is not self
+        return f"{self.outermost.path.name}/{self.path.name}" if inside else self.path.name
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether another run is measured against it."""
+        return self.path.parent.name == "baselines"
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is a stage before the last one of a run."""
+        return self.path.parent.name == "stages"
 
     @property
     def id(self) -> str:
@@ -62,7 +76,7 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """The state after the last whole round."""
-        return self.path / "checkpoint.safetensors"
+        return self.path / CHECKPOINT
 
     @property
     def ledger(self) -> Path:
@@ -84,6 +98,14 @@ class RunFolder:
         """What the run says of itself."""
         return self.path / "card.md"
 
+    def take_over(self, other: RunFolder) -> None:
+        """What came of another run of the same; the checkpoint last, so that a copy that was cut off counts for nothing."""
+        shutil.copytree(other.adapter, self.adapter, dirs_exist_ok=True)
+        kept = {one.name for one in (self.record, self.ledger, self.card)}
+        for one in sorted(other.path.iterdir(), key=lambda path: path.name == CHECKPOINT):
+            if one.name in kept or one.suffix == ".svg" or one.name == CHECKPOINT:
+                shutil.copyfile(one, self.path / one.name)
+
     def client(self, name: str) -> Path:
         """A client's state. Names come from data: quoted, none leaves the folder and no two share a file."""
         return self.path / "clients" / f"{quote(name, safe='')}.safetensors"
@@ -92,10 +114,15 @@ class RunFolder:
         """The run of a baseline."""
         return RunFolder(self.path / "baselines" / quote(name, safe=""))
 
+    def stage(self, name: str) -> RunFolder:
+        """The run of a stage before the last."""
+        return RunFolder(self.path / "stages" / name)
+
     @property
     def outermost(self) -> RunFolder:
-        """The run that this baseline belongs to, or this run."""
-        return RunFolder(self.path.parent.parent) if self.path.parent.name == "baselines" else self
+        """The run that this baseline or stage belongs to, or this run."""
+        inside = self.path.parent.name in ("baselines", "stages")
+        return RunFolder(self.path.parent.parent) if inside else self
 
     def baselines(self) -> list[RunFolder]:
         """The baselines that have a record."""
@@ -211,8 +238,9 @@ def find(reference: str) -> RunFolder:
     if reference == "latest":
         return max(known.values(), key=lambda folder: folder.recipe.stat().st_mtime)
     run, _, inner = reference.partition("/")
-    if run in known and known[run].baseline(inner).recipe.exists():
-        return known[run].baseline(inner)
+    for one in (known[run].baseline(inner), known[run].stage(inner)) if run in known and inner else ():
+        if one.recipe.exists():
+            return one
     if reference not in known:
         raise AtollError(
             "there is no such run", where=str(root().absolute()), found=reference, remedy=closest(reference, known)

@@ -1,0 +1,148 @@
+"""Runs of several stages: each begins with what the one before came to, and a stop in any of them loses nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import atoll
+from atoll.errors import AtollError, Interrupted
+from atoll.params import equal
+from atoll.record.checkpoint import load_state
+from atoll.record.events import Event, RoundEnded, RunStarted
+from atoll.record.folder import RunFolder, find
+from atoll.record.story import read_story
+from atoll.run import plan, plan_again
+from atoll.stream import UPDATE
+
+RECIPE = """
+recipe: 1
+name: both
+model: tiny:llama
+data: {{use: folders, path: {data}, held_out: 0.3}}
+stages: [finetune, align]
+finetune: {{rounds: 2, local_steps: 3, batch_size: 4, optimizer: {{use: adamw, lr: 1.0e-2}}}}
+align: {{rounds: 3, objective: {{use: dpo, beta: 0.5}}}}
+evaluate: {{every: 0}}
+baselines: [local]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"{i}!"} for i in range(24)]
+    for site in ("north", "south"):
+        (tmp_path / "data" / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "both.yaml"
+    path.write_text(RECIPE.format(data=tmp_path / "data"))
+    return path
+
+
+def result(folder: RunFolder) -> dict:
+    return load_state(folder.checkpoint).params[UPDATE]
+
+
+def test_a_stage_begins_with_what_the_one_before_came_to(recipe: Path) -> None:
+    heard: list[Event] = []
+    folder = atoll.run(recipe, sinks=[heard.append])
+    first, story = read_story(folder.stage("finetune")), read_story(folder)
+    assert first
+    assert story
+    started = [(one.name, one.rounds, list(one.baselines)) for one in heard if isinstance(one, RunStarted)]
+    assert started[:2] == [("both.finetune", 2, []), ("both", 3, ["local-north", "local-south"])]
+    assert (first.started.recipe["finetune"]["objective"], story.started.recipe["finetune"]["batch_size"]) == ("sft", 4)
+    for one in (folder, folder.baseline("local-north")):
+        assert equal(load_state(one.checkpoint).fixed["reference"], result(folder.stage("finetune")))
+    assert story.base
+    assert first.final
+    assert [one["accuracy"] for one in story.base.clients.values()] == [
+        one["accuracy"] for one in first.final.clients.values()
+    ]
+    assert find(f"{folder.name}/finetune").path == folder.stage("finetune").path
+    assert find(folder.name).path == folder.path
+
+
+@pytest.mark.parametrize("rounds", [1, 3], ids=["in the first stage", "in the second"])
+def test_a_run_that_is_stopped_in_a_stage_goes_on_to_the_same_result(recipe: Path, rounds: int) -> None:
+    whole, seen = atoll.run(recipe, ["baselines=[]"]), []
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundEnded):
+            seen.append(event)
+            if len(seen) == rounds:
+                find("both-2").ask_to_stop()
+
+    with pytest.raises(Interrupted, match="stopped as asked"):
+        atoll.run(recipe, ["baselines=[]"], sinks=[stop])
+    assert len(seen) == rounds
+    resumed = atoll.resume("both-2")
+    assert equal(result(resumed), result(whole))
+    assert equal(result(resumed.stage("finetune")), result(whole.stage("finetune")))
+
+
+def test_a_stage_that_has_not_changed_is_taken_over(recipe: Path) -> None:
+    said: list[str] = []
+    first = atoll.run(recipe, ["baselines=[]"])
+    second = atoll.run(recipe, ["baselines=[]", "align.objective.beta=0.1"], say=said.append)
+    other = atoll.run(recipe, ["baselines=[]", "finetune.local_steps=2"], say=said.append)
+    taken = [line for line in said if "taken over" in line]
+    assert taken == ["as in both-1/finetune, of the same plan and data from the same params: it is taken over"]
+    inner = [one.stage("finetune") for one in (first, second, other)]
+    assert equal(result(inner[0]), result(inner[1]))
+    assert not equal(result(inner[0]), result(inner[2]))
+    assert inner[1].record.read_bytes() == inner[0].record.read_bytes()
+    assert not equal(result(first), result(second))
+    (recipe.parent / "data" / "north.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 9)
+    assert not equal(result(atoll.run(recipe, ["baselines=[]"]).stage("finetune")), result(inner[0]))
+
+
+def test_a_run_whose_second_stage_cannot_begin_keeps_the_first(recipe: Path) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, RunStarted) and event.name == "both":
+            raise KeyError("a sink")
+
+    with pytest.raises(KeyError):
+        atoll.run(recipe, ["baselines=[]"], sinks=[fail])
+    assert find("both-1").stage("finetune").card.exists()
+    assert read_story(atoll.resume("both-1")).ended.rounds == 3
+
+
+def test_the_plan_has_every_stage_and_is_made_again_from_the_folder(recipe: Path) -> None:
+    ready = plan(recipe)
+    assert list(ready.before) == ["finetune"]
+    assert (ready.recipe.start, ready.recipe.finetune.objective) == ("stage:finetune", {"use": "dpo", "beta": 0.5})
+    folder = atoll.run(recipe, ["baselines=[]", "align.rounds=1"])
+    again = plan_again(folder)
+    assert (again.recipe.finetune.rounds, again.before["finetune"].recipe.finetune.rounds) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "what"),
+    [
+        (["align.space=full"], "from", "another space"),
+        (["align.batch_size=0"], "align.batch_size", "wrong value"),
+        (["align.objective=dpoo"], "align.objective", "unknown objective"),
+        (["align.rund=3"], "align.rund", "unknown key"),
+        (["stages=[align, align]"], "stages", "wrong value"),
+        (["stages=[]"], "stages", "wrong value"),
+        (["stages=[train]"], "stages", "wrong value"),
+        (["align.data={use: folders, path: nowhere}"], "path", "no such folder"),
+    ],
+)
+def test_what_is_wrong_in_a_stage_is_told_with_its_section(
+    recipe: Path, settings: list[str], where: str, what: str
+) -> None:
+    with pytest.raises(AtollError, match=what) as caught:
+        plan(recipe, settings)
+    assert where in caught.value.details["where"]
+
+
+def test_settings_of_a_stage_are_laid_over_those_of_fine_tuning(recipe: Path) -> None:
+    ready = plan(recipe, ["finetune.optimizer={use: sgd, lr: 0.5}", "align.optimizer.lr=1e-4"]).recipe.finetune
+    assert ready.optimizer == {"use": "sgd", "lr": 1e-4}
+    alone = plan(recipe, ["stages=[align]"])
+    assert (alone.before, alone.recipe.start, alone.recipe.finetune.rounds) == ({}, None, 3)
