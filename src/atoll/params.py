@@ -63,10 +63,8 @@ def content(params: Mapping[str, Tensor]) -> str:
     """
     parts: list[bytes | str] = []
     for name, x in sorted(params.items()):
-        parts += [
-            f"{name} {x.dtype} {tuple(x.shape)}",
-            x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
-        ]
+        raw = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        parts += [f"{name} {x.dtype} {tuple(x.shape)}", raw.numpy().tobytes()]
     return content_hash(*parts)
 
 

@@ -67,19 +67,23 @@ def test_a_stage_begins_with_what_the_one_before_came_to(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("rounds", [1, 3], ids=["in the first stage", "in the second"])
-def test_a_run_that_is_stopped_in_a_stage_goes_on_to_the_same_result(recipe: Path, rounds: int) -> None:
-    whole, seen = atoll.run(recipe, ["baselines=[]"]), []
+def test_a_run_that_is_stopped_in_a_stage_goes_on_to_the_same_result(
+    recipe: Path, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Event] = []
 
     def stop(event: Event) -> None:
         if isinstance(event, RoundEnded):
             seen.append(event)
             if len(seen) == rounds:
-                find("both-2").ask_to_stop()
+                find("both-1").ask_to_stop()
 
     with pytest.raises(Interrupted, match="stopped as asked"):
         atoll.run(recipe, ["baselines=[]"], sinks=[stop])
     assert len(seen) == rounds
-    resumed = atoll.resume("both-2")
+    resumed = atoll.resume("both-1")
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / "others"))  # where there is no stage to take over
+    whole = atoll.run(recipe, ["baselines=[]"])
     assert equal(result(resumed), result(whole))
     assert equal(result(resumed.stage("finetune")), result(whole.stage("finetune")))
 
