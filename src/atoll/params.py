@@ -12,8 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from atoll.cache import content_hash
-
 Params = dict[str, Tensor]
 
 
@@ -53,19 +51,6 @@ def clipped(params: Mapping[str, Tensor], norm: float) -> Params:
     """
     size = global_norm(params)
     return dict(params) if size <= norm else {name: x * (norm / size * (1 - 1e-6)) for name, x in params.items()}
-
-
-def content(params: Mapping[str, Tensor]) -> str:
-    """Names params by their bytes, whatever their order.
-
-    >>> content({"w": torch.ones(1), "b": torch.zeros(2)}) == content({"b": torch.zeros(2), "w": torch.ones(1)})
-    True
-    """
-    parts: list[bytes | str] = []
-    for name, x in sorted(params.items()):
-        raw = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        parts += [f"{name} {x.dtype} {tuple(x.shape)}", raw.numpy().tobytes()]
-    return content_hash(*parts)
 
 
 def numel(params: Mapping[str, Tensor]) -> int:

@@ -105,8 +105,8 @@ class Align(Finetune):
     """Where its data come from, where not the run's."""
 
 
-STAGES: dict[str, type[Finetune]] = {"finetune": Finetune, "align": Align}
-"""By name: each has a section of the recipe, which says what its rounds are."""
+STAGES = ("finetune", "align")
+"""What a run may do one after the other, each with a section of the recipe."""
 
 
 class Evaluate(Section):
@@ -276,9 +276,7 @@ def staged(tree: Tree) -> dict[str, Tree]:
     for before, name in zip([None, *names], names, strict=False):
         section = tree.get("finetune") or {}
         if name != "finetune":
-            section = merge(
-                {**section, "objective": STAGES[name].model_fields["objective"].default}, tree.get(name) or {}
-            )
+            section = merge({**section, "objective": Align.model_fields["objective"].default}, tree.get(name) or {})
         own = {key: section.pop(key) for key in ("data",) if section.get(key) is not None}
         one = {**common, **own, "finetune": {key: value for key, value in section.items() if key != "data"}}
         if before:

@@ -102,12 +102,15 @@ def plan(
     from atoll.run import plan
 
     ready = plan(recipe, [*at_sites(fleet, certs, insecure), *(settings or ())])
-    data = as_data(ready)
-    data["warnings"] += beyond_memory(ready)
+    each = [as_data(one) for one in (*ready.before.values(), ready)]
+    for data, one in zip(each, (*ready.before.values(), ready), strict=True):
+        data["warnings"] += beyond_memory(one)
     if as_json:
-        show_json(data)
+        show_json(each[-1] | {"before": dict(zip(ready.before, each, strict=False))})
         return
-    show(table(data))
+    for number, data in enumerate(each):
+        show("") if number else None
+        show(table(data))
 
 
 def stop(run: RunName = "latest") -> None:

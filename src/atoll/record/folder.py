@@ -128,6 +128,10 @@ class RunFolder:
         """The baselines that have a record."""
         return [RunFolder(p.parent) for p in sorted(self.path.glob("baselines/*/record.jsonl"))]
 
+    def stages(self) -> list[RunFolder]:
+        """The stages before the last."""
+        return [RunFolder(path.parent) for path in sorted(self.path.glob("stages/*/recipe.yaml"))]
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time works on a run; the lock goes with the process, however it ends.

@@ -101,7 +101,7 @@ def loss_table(story: Story) -> Table | None:
 
 def accuracy_table(story: Story, measure: Measure = ACCURACY) -> Table | None:
     """The same of the answers to questions that allow certain ones; None where there are none."""
-    each = models(story)
+    each = [*(at_first(story) if measure is ACCURACY else []), *models(story)]
     told: dict[str, Mapping[str, float]] = {}
     for _, evaluated in each:
         for site, metrics in evaluated.clients.items():
@@ -139,11 +139,22 @@ def first_of(story: Story) -> Evaluated | None:
 
 def models(story: Story) -> list[tuple[str, Evaluated]]:
     """The models that were measured, in the order of the tables."""
-    named: list[tuple[str, Evaluated | None]] = [("base", story.base)]
+    named: list[tuple[str, Evaluated | None]] = [(begins_as(story), story.base)]
     named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
     named += [("federated", story.final)]
     named += [("pooled", s.final) for _, s in _of(story, "pooled")]
     return [(name, one) for name, one in named if one is not None]
+
+
+def begins_as(story: Story) -> str:
+    """What the model before the first round is called: the base, or the stage that it comes from."""
+    return f"after {[*story.before][-1]}" if story.before else "base"
+
+
+def at_first(story: Story) -> list[tuple[str, Evaluated]]:
+    """The model before the first of several stages: its loss may be another objective's, accuracy is the same measure."""
+    first = next(iter(story.before.values()), None)
+    return [("base", first.base)] if first and first.base else []
 
 
 def over_clients(evaluated: Evaluated, modality: str, measure: Measure) -> Cell | None:

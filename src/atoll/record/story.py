@@ -35,6 +35,8 @@ class Story:
     ended: RunEnded | None
     spent: Sequence[Spent] = ()
     baselines: Mapping[str, Story] = field(default_factory=dict)
+    before: Mapping[str, Story] = field(default_factory=dict)
+    """The stages before this one, by name."""
 
     @property
     def base(self) -> Evaluated | None:
@@ -74,8 +76,9 @@ def read_story(folder: RunFolder) -> Story | None:
         return kinds.get(kind, [])
 
     inner = {unquote(b.path.name): story for b in folder.baselines() if (story := read_story(b))}
+    before = {one.path.name: story for one in folder.stages() if (story := read_story(one))}
     return Story(
         of(RunStarted)[0],  # type: ignore[arg-type]
         of(RoundEnded), of(Evaluated), of(Replied), of(Missing), of(ClientLeftOut), of(RecordsLeftOut),  # type: ignore[arg-type]
-        next(iter(of(RunEnded)), None), of(Spent), inner,  # type: ignore[arg-type]
+        next(iter(of(RunEnded)), None), of(Spent), inner, before,  # type: ignore[arg-type]
     )  # fmt: skip
