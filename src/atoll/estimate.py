@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from atoll import parts
-from atoll.assemble import check_data
+from atoll.assemble import check_data, labels_of
 from atoll.build import Plan, payload_bytes, samples
 from atoll.cache import content_hash, home, write_file
 from atoll.data.sources import ClientSource, planted_in
@@ -61,8 +61,8 @@ def traffic(plan: Plan) -> Traffic | None:
         return None
     shapes = {stream.name: shapes_of(stream, plan.trains) for stream in plan.rounds.streams}
     down = sum(payload_bytes(stream.down, shapes[stream.name]) for stream in plan.rounds.streams)
-    if plan.refers and plan.recipe.start is not None:
-        down += payload_bytes(Chain(), plan.trains)
+    if plan.shapes and plan.recipe.start is not None and (plan.refers or plan.recipe.finetune.personal):
+        down += payload_bytes(Chain(), plan.space.plan(plan.shapes))
     up = sum(bytes_up(stream, shapes[stream.name]) for stream in plan.rounds.streams)
     return Traffic(down, up, plan.cohort, plan.recipe.finetune.rounds)
 
@@ -125,7 +125,7 @@ def memory(plan: Plan) -> Memory | None:
     base = sum(rest.values()) - encoders
     moments = inner_moments(plan)
     outer = numel(plan.rounds.streams[0].outer.init({"x": torch.empty(travels, device="meta")})) // travels
-    tokens = stage.batch_size * stage.context
+    tokens = stage.batch_size * stage.context * (2 if labels_of(plan) == "preference" else 1)  # both answers in full
     kept = 2 if plan.model.options["gradient_checkpointing"] else ACTIVATIONS
     return Memory(
         base=base * size + encoders * 4,

@@ -23,7 +23,7 @@ from atoll.params import Params, under
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story
-from atoll.stream import UPDATE
+from atoll.stream import REFERENCE, UPDATE
 
 if TYPE_CHECKING:
     from atoll.models.processor import MultimodalProcessor
@@ -57,7 +57,7 @@ def tuned_params(folder: RunFolder) -> tuple[Params, int]:
             remedy=f"`atoll resume {folder.name}`",
         )  # fmt: skip
     state = load_state(folder.checkpoint)
-    return state.params[UPDATE], state.round
+    return {**state.fixed.get(REFERENCE, {}), **state.params[UPDATE]}, state.round  # what is personal as it began
 
 
 def unfinished(folder: RunFolder, rounds: int) -> str:

@@ -34,7 +34,7 @@ from atoll.record.events import (
 from atoll.record.folder import RunFolder, create, find
 from atoll.record.story import read_story
 from atoll.stage import begun_from, done_before, run_stage
-from atoll.stream import UPDATE
+from atoll.stream import REFERENCE, UPDATE
 
 
 def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
@@ -211,7 +211,7 @@ def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say,
     for _ in baselines(ready, things, ready.recipe.finetune.rounds):
         pass  # what they cannot do is found before hours of training
     state = run_stage(ready, things, folder, folder.outermost, sinks)
-    save_adapter(ready, things, state.params[UPDATE], folder)
+    save_adapter(ready, things, {**state.fixed.get(REFERENCE, {}), **state.params[UPDATE]}, folder)
     if story := read_story(folder):
         remember_speed(ready, story, folder.name)
     for name, variant in baselines(ready, things, state.round):

@@ -145,7 +145,8 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
             refuse_short_ledger(state.round, folder)
         return state, progress
     start = start_of(ready, things, folder)
-    return initial(ready.rounds, start, fixed=sent_along(ready, start)), before_first(ready, things, start)
+    travels, _ = split(start, ready.recipe.finetune.personal)
+    return initial(ready.rounds, travels, fixed=sent_along(ready, start)), before_first(ready, things, start)
 
 
 def before_first(ready: Plan, things: Assembly, start: Params) -> Progress:
@@ -165,8 +166,9 @@ def done_before(ready: Plan, things: Assembly, folder: RunFolder) -> RunFolder |
 
 
 def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
-    """What an objective refers to, where clients do not have it: the result of the run that this one starts `from`."""
-    return {REFERENCE: start} if ready.refers and ready.recipe.start is not None else {}
+    """The result of the run that this one starts `from`, where clients need it beside what trains: all they begin with."""
+    needed = ready.refers or ready.recipe.finetune.personal
+    return {REFERENCE: start} if needed and ready.recipe.start is not None else {}
 
 
 def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folder: RunFolder) -> None:
@@ -205,8 +207,8 @@ def refuse_short_ledger(rounds: int, folder: RunFolder) -> None:
 
 
 def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
-    """The params before the first round."""
-    mine, _ = split(things.start, ready.recipe.finetune.personal)
+    """All that trains, before the first round."""
+    mine = things.start
     if ready.recipe.start is None:
         return mine
     other = begun_from(ready.recipe.start, folder)
@@ -239,7 +241,7 @@ def introduce(at: Stage) -> None:
             clients=ready.trainers,
             samples={name: len(data.train) for name, data in things.data.items()},
             held_out={name: len(data.test) for name, data in things.data.items()},
-            trains=numel(start_of(ready, things, at.folder)),
+            trains=numel(split(things.start, ready.recipe.finetune.personal)[0]),
             of=ready.shapes.count if ready.shapes else sum(p.numel() for p in things.model.parameters()),
             seed=ready.recipe.seed,
             baselines=baseline_names(ready),

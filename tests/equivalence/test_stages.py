@@ -14,6 +14,7 @@ from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded, RunStarted
 from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
+from atoll.result import own_params, tuned_params
 from atoll.run import plan, plan_again
 from atoll.stream import UPDATE
 
@@ -86,6 +87,22 @@ def test_a_run_that_is_stopped_in_a_stage_goes_on_to_the_same_result(
     whole = atoll.run(recipe, ["baselines=[]"])
     assert equal(result(resumed), result(whole))
     assert equal(result(resumed.stage("finetune")), result(whole.stage("finetune")))
+
+
+def test_what_is_personal_in_a_later_stage_begins_with_what_all_shared(recipe: Path) -> None:
+    folder = atoll.run(recipe, ["baselines=[]", "align.personal=[lora_A]"])
+    story, shared, begun = read_story(folder), result(folder), result(folder.stage("finetune"))
+    assert not any(".lora_A." in name for name in shared)
+    assert all(one["reward_accuracy"] == 0.5 for one in story.base.clients.values())
+    before = read_story(folder.stage("finetune")).final
+    assert [one["accuracy"] for one in story.base.clients.values()] == [o["accuracy"] for o in before.clients.values()]
+    own = [own_params(folder, name) for name in ("north", "south")]
+    assert all(".lora_A." in name for name in own[0])
+    assert not equal(*own)
+    drift = [max(float((one[name] - begun[name]).abs().max()) for name in one) for one in own]
+    assert 0 < max(drift) < 0.2, "three rounds from what fine-tuning came to, not from anywhere else"
+    kept = tuned_params(folder)[0]
+    assert equal({name: x for name, x in kept.items() if ".lora_A." in name}, {n: begun[n] for n in own[0]})
 
 
 def test_a_stage_that_has_not_changed_is_taken_over(recipe: Path) -> None:

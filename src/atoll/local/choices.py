@@ -74,7 +74,8 @@ def parts(order: Sequence[int], rows: Sequence[int]) -> Iterator[list[int]]:
             yield part
             part = []
         part.append(one)
-    yield part
+    if part:
+        yield part
 
 
 def together(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[Tensor]:

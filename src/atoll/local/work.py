@@ -131,13 +131,14 @@ class Local:
 
     def whole(self, params: Mapping[str, Params], state: Params) -> dict[str, Params]:
         """The broadcast's params, with the client's own beside those that travel."""
-        own = under(PERSONAL, state) or self.personal
+        begun = params.get(REFERENCE, {})  # where a run starts from another's result
+        own = under(PERSONAL, state) or {name: begun.get(name, x) for name, x in self.personal.items()}
         return {**params, UPDATE: {**params[UPDATE], **own}}
 
     def refer(self, params: Mapping[str, Params]) -> None:
         """Has the objective measure against the reference that was sent, if one was."""
         if self.objective.refer and REFERENCE in params:
-            write(self.space, self.model, {**params[REFERENCE], **self.personal})
+            write(self.space, self.model, params[REFERENCE])
             self.objective.refer(self.model)
 
     def steps(self, count: int) -> int:
