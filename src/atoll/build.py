@@ -27,6 +27,7 @@ from atoll.compatible import (
     refuse_changed_records,
     refuse_clients,
     refuse_context,
+    refuse_few,
     refuse_holders,
     refuse_parts,
     refuse_personal,
@@ -172,6 +173,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     refuse_context(recipe.finetune.context, shapes)
     everyone = population(recipe, tree, made, fleet, shapes, left_out, sources)
     refuse_clients(made, list(everyone.sources), everyone.size, everyone.least)
+    refuse_few(made, fewest(made.aggregate), everyone.size)
     trains = travelling(made.space.plan(shapes), recipe.finetune.personal, made) if shapes else None
     protection = protected(made, recipe.finetune, everyone.size, trains)
     unwilling = tuple(f"without {name}: {why}" for name, why in everyone.unwilling.items())
@@ -267,7 +269,8 @@ def round_plan(
     schedule = made.schedule
     if isinstance(protection, OfClients) and protection.release.sampling != "everyone":
         schedule = replace(schedule, sample=unforeseen(schedule.sample))
-    plan = RoundPlan(digest, recipe.seed, streams, schedule, population=everyone.sampled, least=everyone.least)
+    least = max(everyone.least, fewest(made.aggregate))
+    plan = RoundPlan(digest, recipe.seed, streams, schedule, population=everyone.sampled, least=least)
     if made.exchange is None:
         return plan
     asked, most = cohort_sizes(made.schedule, everyone.size)
@@ -282,6 +285,11 @@ def round_plan(
         attempt=made.exchange.attempt,
         least=max(everyone.least, made.exchange.least(asked)),
     )
+
+
+def fewest(aggregate: Aggregator) -> int:
+    """The fewest updates that an aggregator works on."""
+    return int(getattr(aggregate, "least", 1))
 
 
 def by_modality(aggregate: Aggregator) -> Aggregator:

@@ -45,6 +45,16 @@ def refuse_clients(made: Made, names: Sequence[str], population: int, least: int
     refuse_telling_size(made, least)
 
 
+def refuse_few(made: Made, least: int, population: int) -> None:
+    """A round must ask as many clients as the aggregator needs updates."""
+    asked, _ = cohort_sizes(made.schedule, population)
+    if asked < least:
+        raise AtollError(
+            "a round has too few updates for this aggregator", where="finetune.aggregate", found=f"{asked} clients a round",
+            allowed=f"at least {least}", remedy="more clients a round, fewer `bad` ones, or median",
+        )  # fmt: skip
+
+
 LORA_AVERAGING = (
     "averaging LoRA's factors is not averaging updates: mean(B) mean(A) loses 7 to 14% of a round's mean(B A), and cost"
     " 0.007 of 0.661 held-out loss on the quickstart (docs/log.md)"

@@ -71,7 +71,13 @@ SLOTS: dict[str, dict[str, str]] = {
         "topk": "atoll.transforms.sparsify:topk",
         "error-feedback": "atoll.transforms.residual:error_feedback",
     },
-    "aggregate": {"mean": "atoll.aggregate.mean:mean"},
+    "aggregate": {
+        "mean": "atoll.aggregate.mean:mean",
+        "median": "atoll.aggregate.robust:median",
+        "trimmed-mean": "atoll.aggregate.robust:trimmed_mean",
+        "krum": "atoll.aggregate.robust:krum",
+        "multi-krum": "atoll.aggregate.robust:multi_krum",
+    },
     "outer": {
         "sgd": "atoll.outer:sgd",
         "momentum": "atoll.outer:momentum",

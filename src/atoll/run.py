@@ -247,6 +247,7 @@ ALONE: dict[str, Any] = {
     "outer": "sgd",
     "up": [],
     "down": [],
+    "aggregate": "mean",
     "exchange": "plain",
     "privacy": "none",
     "personal": [],
