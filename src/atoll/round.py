@@ -113,7 +113,7 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
         taken += isinstance(verdict, Accepted)
     if totals and 0 < taken < plan.least:
         totals.clear()
-        observe(Abandoned(f"{taken} updates came; its clients ask for at least {plan.least}"))
+        observe(Abandoned(f"{taken} updates came; at least {plan.least} are needed"))
     after = replace(state, round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()))
     if totals:
         params, outer = step(plan, state, fleet, totals)

@@ -164,7 +164,7 @@ def test_a_round_of_fewer_than_its_clients_ask_for_changes_nothing():
     state = initial(plan, START)
     after = run_round(plan, state, fleet, heard.append)
     assert equal(after.params[UPDATE], state.params[UPDATE])
-    assert heard[-1].reason == "2 updates came; its clients ask for at least 3"
+    assert heard[-1].reason == "2 updates came; at least 3 are needed"
 
 
 def test_sites_at_work_are_told_when_nobody_waits_any_more(fleet):

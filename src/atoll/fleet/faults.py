@@ -8,6 +8,9 @@ Faults are drawn by key, so a run with faults repeats exactly. Rates are per tas
     duplicate  the answer arrives twice
     delay      the task takes `delay_seconds` longer (virtual time)
 
+`scale` names clients whose updates are multiplied by a number: those that would have their way, or, by a negative one,
+work against all others.
+
 `kill_at` ends the whole process with SIGKILL right after the client of the named task has worked, before anybody hears of
 it: what a power cut does.
 """
@@ -18,7 +21,7 @@ import math
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -49,6 +52,7 @@ class FaultFleet:
     delay_seconds: float = 10.0
     kill_at: str = ""
     seed: int = 0
+    scale: Mapping[str, float] = field(default_factory=dict)
     _dropped: dict[str, Dropped] = field(default_factory=dict)
     _copies: deque[Event] = field(default_factory=deque)
 
@@ -84,6 +88,8 @@ class FaultFleet:
             os.kill(os.getpid(), signal.SIGKILL)
         if not isinstance(event, Reply):
             return event
+        if event.client in self.scale:
+            event = _scaled(event, self.scale[event.client])
         if self._strikes("lose", event.task):
             return Dropped(event.client, event.task, "fault: the answer was lost")
         if self._strikes("duplicate", event.task):
@@ -113,15 +119,25 @@ def faults(
     delay_seconds: Seconds = 10.0,
     kill_at: str = "",
     seed: int = 0,
+    scale: dict[str, float] | None = None,
 ) -> MakeFleet:
-    """Any fleet, misbehaving: rates per task of each fault (see the module's text)."""
+    """Any fleet, misbehaving: rates per task of each fault, and clients whose updates are scaled (see the module's text)."""
     make = inner or inprocess()
 
     def build(names: Sequence[str], client: Callable[[str], Client], rebuild: Rebuild, clock: float) -> Fleet:
         fleet = make(names, client, rebuild, clock)
-        return FaultFleet(fleet, drop, lose, corrupt, duplicate, delay, delay_seconds, kill_at, seed)
+        return FaultFleet(fleet, drop, lose, corrupt, duplicate, delay, delay_seconds, kill_at, seed, scale or {})
 
     return build
+
+
+def _scaled(reply: Reply, factor: float) -> Reply:
+    """The update times a number; what is encoded in integers stays."""
+    payloads = dict(reply.payloads)
+    for stream, payload in reply.payloads.items():
+        main = {name: x * factor if x.is_floating_point() else x for name, x in payload.main.items()}
+        payloads[stream] = payload._replace(main=main)
+    return replace(reply, payloads=payloads)
 
 
 def _corrupted(reply: Reply, seed: int) -> Reply:
