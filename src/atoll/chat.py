@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from atoll.data.answers import ChatFormat
+from atoll.data.answers import ChatFormat, ends_of
 from atoll.data.media import MODALITIES, Medium, Unusable, placed_media
 from atoll.errors import AtollError
 from atoll.parts import spec
@@ -133,9 +133,8 @@ class Chat:
     def _ends(self) -> list[int] | None:
         """The tokens that end an answer."""
         tokenizer = self.result.tokenizer
-        turn_end = "" if self.raw else ChatFormat(tokenizer).turn_end
-        ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end) if turn_end else None}
-        return sorted(ends - {None, tokenizer.unk_token_id}) or None
+        ends = [tokenizer.eos_token_id] if self.raw else ends_of(tokenizer)
+        return [one for one in ends if one is not None] or None
 
     def command(self, line: str) -> str:
         """Does what a line that starts with / says, and tells what it has done."""

@@ -40,6 +40,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "sft": "atoll.local.language:sft",
         "causal-lm": "atoll.local.language:causal_lm",
         "dpo": "atoll.local.preferences:dpo",
+        "grpo": "atoll.local.grpo:grpo",
     },
     "space": {
         "lora": "atoll.models.spaces:lora",

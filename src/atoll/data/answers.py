@@ -182,6 +182,13 @@ class ChatFormat:
         return one[:stop]
 
 
+def ends_of(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: of its turn, and of any text."""
+    turn_end = ChatFormat(tokenizer).turn_end
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end) if turn_end else None}
+    return sorted(ends - {None, tokenizer.unk_token_id})
+
+
 def _mark(number: int) -> str:
     return f"\ue000{number}\ue001"
 

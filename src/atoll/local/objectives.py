@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,14 +47,18 @@ def cross_entropy(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return losses.sum(), losses.numel()
 
 
-def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """The loss at each labeled position, fp32 [L], and the sample it belongs to, long [L] (index into batch.lengths).
+
+    Logits are divided by the `temperature` first.
 
     Runs any transformers causal LM, plain or wrapped by PEFT; positions are in the order of the batch.
     """
     targets = batch.targets
     keep = targets != IGNORE
     rows, head = run_without_head(model, batch, keep)
+    if temperature != 1:
+        head = replace(head, after=partial(_cooled, after=head.after, temperature=temperature))
     return chunked_cross_entropy(rows, targets[keep], head), batch.owners[keep]
 
 
@@ -212,6 +216,10 @@ def _after_head(model: nn.Module, probe: Tensor, came_out: Tensor) -> Elementwis
 
 def _unchanged(logits: Tensor) -> Tensor:
     return logits
+
+
+def _cooled(logits: Tensor, after: Elementwise, temperature: float) -> Tensor:
+    return after(logits) / temperature
 
 
 def _scale_and_cap(logits: Tensor, scale: float, cap: float | None) -> Tensor:

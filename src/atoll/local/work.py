@@ -275,7 +275,7 @@ def answered(samples: Sequence[Any], found: Measured) -> list[Answered | None]:
     """What came of each sample that allows certain answers."""
     right, rewarded = (list(each) or [None] * len(samples) for each in (found.right, found.rewarded))
     return [
-        None if share is None or choices is None else Answered(share, 1 / len(choices.rest), reward)
+        None if share is None else Answered(share, 1 / len(choices.rest) if choices else 0.0, reward)
         for share, reward, choices in zip(right, rewarded, map(choices_in, samples), strict=True)
     ]
 

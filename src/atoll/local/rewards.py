@@ -1,0 +1,152 @@
+"""Rewards that can be verified: what a completion is worth, told by its text and the answer that the data have.
+
+    reward(completions, answers) -> one number each; 1 is right, and what is less is worth less
+
+A reward of the user's own (`module:factory`) runs in a process of its own, since what it does with a model's words nobody
+knows: it may raise, hang, or end the process. It has a deadline, and what goes wrong is a refusal that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from atoll.errors import AtollError, closest
+from atoll.exchange import WorkFailed
+
+Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+"""(completions, the data's answers) -> what each completion is worth."""
+
+
+def exact() -> Reward:
+    """1 where a completion is the answer, but for case, white space and a full stop at its end; else 0."""
+    return lambda completions, answers: [float(bare(c) == bare(a)) for c, a in zip(completions, answers, strict=True)]
+
+
+def number() -> Reward:
+    """1 where the last number of a completion is the last one of the answer; else 0."""
+    return lambda completions, answers: [float(same(c, a)) for c, a in zip(completions, answers, strict=True)]
+
+
+def same(completion: str, answer: str) -> bool:
+    """Whether both end with the same number.
+
+    >>> same("3 + 4 = 7 apples.", "7.0"), same("1,200", "1200 (km)"), same("seven", "7")
+    (True, True, False)
+    """
+    found, wanted = last_number(completion), last_number(answer)
+    return found is not None and found == wanted
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, if there is one."""
+    found = re.findall(r"-?\d[\d,]*\.?\d*", text)
+    return float(found[-1].replace(",", "").rstrip(".")) if found else None
+
+
+def bare(text: str) -> str:
+    """A text without what does not count.
+
+    >>> bare(" B. lazy\\n."), bare("True.")
+    ('b. lazy', 'true')
+    """
+    return " ".join(text.casefold().split()).rstrip(" .")
+
+
+SHIPPED: dict[str, Callable[[], Reward]] = {"exact": exact, "number": number}
+
+DEADLINE = 30.0
+"""Seconds that a reward of the user's own has for a batch."""
+
+
+@dataclass
+class OwnReward:
+    """A reward of the user's own, in a process that is started when it is first asked and again after it was ended."""
+
+    name: str
+    """`module:factory`, which takes no arguments and gives a `Reward`."""
+    seconds: float = DEADLINE
+    process: subprocess.Popen[str] | None = field(default=None, repr=False)
+
+    def __call__(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """Raises WorkFailed, with the reward's name, for whatever goes wrong in it."""
+        said = self._ask(json.dumps([list(completions), list(answers)]))
+        try:
+            found = json.loads(said)
+        except ValueError:
+            raise WorkFailed(f"the reward {self.name} ended without an answer") from None
+        if isinstance(found, str):
+            raise WorkFailed(f"the reward {self.name} failed: {found}")
+        return checked(found, len(completions), self.name)
+
+    def _ask(self, line: str) -> str:
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        late = threading.Timer(self.seconds, process.kill)
+        late.start()
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            said = process.stdout.readline()
+        except (BrokenPipeError, OSError):
+            said = ""
+        if not late.is_alive():
+            self.close()
+            raise WorkFailed(f"the reward {self.name} gave no answer in {self.seconds:g} s")
+        late.cancel()
+        if not said:
+            self.close()
+        return said
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self.process is None:
+            path = os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "atoll.local.reward_process", self.name],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+            )  # fmt: skip
+        return self.process
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+
+def checked(found: Any, count: int, name: str) -> list[float]:
+    """A finite number for each completion. Raises WorkFailed."""
+    if not isinstance(found, list) or len(found) != count:
+        said = f"{len(found)} values" if isinstance(found, list) else type(found).__name__
+        raise WorkFailed(f"the reward {name} gave {said} for {count} completions")
+    odd = [one for one in found if isinstance(one, bool | str) or not math.isfinite(one)]
+    if odd:
+        raise WorkFailed(f"the reward {name} gave {odd[0]}, which is no finite number")
+    return [float(one) for one in found]
+
+
+def reward_of(name: str, seconds: float) -> Reward:
+    """A shipped reward by its name, or the user's own. Raises AtollError for one that there is not."""
+    if ":" in name:
+        return OwnReward(name, seconds)
+    if name not in SHIPPED:
+        raise AtollError(
+            "there is no such reward", where="finetune.objective.reward", found=name,
+            allowed=f"{', '.join(SHIPPED)}, or module:factory", remedy=closest(name, SHIPPED),
+        )  # fmt: skip
+    return SHIPPED[name]()
