@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,6 +43,26 @@ def home() -> Path:
 
 SECONDS_OF_SILENCE = 5.0
 """While something takes long."""
+
+
+@dataclass
+class Counting:
+    """Says how far a long count is, whenever nothing was said for some seconds."""
+
+    say: Say
+    what: str
+    of: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.last = time.monotonic()
+
+    def more(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        if time.monotonic() - self.last > SECONDS_OF_SILENCE:
+            self.last = time.monotonic()
+            self.say(f"{self.what}: {self.done} of {self.of}")
 
 
 def watched(items: Iterable[T], say: Say, what: str) -> Iterator[T]:

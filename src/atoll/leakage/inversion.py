@@ -27,13 +27,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atoll.cache import Counting
 from atoll.data.sources import ClientData
 from atoll.exchange import Broadcast, Task
 from atoll.keys import key, rng
 from atoll.leakage.membership import ordinary
 from atoll.leakage.scores import Floats, first_of, mean_and_error
 from atoll.leakage.seen import IN_THE_CLEAR, is_protected, of_one_sample, overheard
-from atoll.leakage.subject import Counting, NotApplicable, Subject
+from atoll.leakage.subject import NotApplicable, Subject
 from atoll.local.work import plain, train
 from atoll.params import Params, global_norm, nested, under
 from atoll.record.folder import RunFolder

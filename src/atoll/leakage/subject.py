@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from atoll import parts, recipe
 from atoll.assemble import Assembly, assemble
 from atoll.build import Plan, build, choose_model
-from atoll.cache import Say
+from atoll.cache import Counting, Say
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.fleet.inprocess import Elsewhere
@@ -105,29 +104,6 @@ def owned(numbers: Iterable[int], sizes: Mapping[str, int]) -> Iterator[tuple[st
     for number in numbers:
         at = bisect_right(ends, number)
         yield names[at], number - ends[at] + sizes[names[at]]
-
-
-SILENCE_SECONDS = 2.0
-
-
-@dataclass
-class Counting:
-    """Says how far a long count is, whenever nothing was said for 2 seconds."""
-
-    say: Say
-    what: str
-    of: int
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self.last = time.monotonic()
-
-    def more(self, count: int = 1) -> None:
-        """So many more are done."""
-        self.done += count
-        if time.monotonic() - self.last > SILENCE_SECONDS:
-            self.last = time.monotonic()
-            self.say(f"{self.what}: {self.done} of {self.of}")
 
 
 def open_run(folder: RunFolder, say: Say) -> Subject:

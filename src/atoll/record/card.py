@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
 from atoll.record.measured import Cell, Table, measured
 from atoll.record.story import Story, read_story
+from atoll.record.tasks import COLUMNS as TASK_COLUMNS
+from atoll.record.tasks import Score, read_scores
+from atoll.record.tasks import rows as task_rows
 
 
 def write_card(folder: RunFolder) -> None:
@@ -26,10 +29,11 @@ def write_card(folder: RunFolder) -> None:
         return
     plot_losses(story, folder.path / "loss.svg")
     plot_bytes(story, folder.path / "bytes.svg")
-    folder.card.write_text(markdown(folder.name, story, read_findings(folder)), encoding="utf-8")
+    text = markdown(folder.name, story, read_findings(folder), read_scores(folder))
+    folder.card.write_text(text, encoding="utf-8")
 
 
-def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED) -> str:
+def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED, scores: Sequence[Score] = ()) -> str:
     """The card's text."""
     s = story.started
     lines = [
@@ -40,6 +44,7 @@ def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED) -> str:
         "",
         *_recipe_section(s.recipe),
         *_loss_section(story),
+        *_tasks_section(scores),
         "## What moved",
         "",
         f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {counted(len(story.rounds), 'round')}, "
@@ -170,6 +175,18 @@ def markdown_table(table: Table) -> list[str]:
     rule = "|---" * (len(table.columns) + 2) + "|"
     rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
     return [*([head, rule, *rows] if rows else []), *(f"\n{note}" for note in table.notes)]
+
+
+def _tasks_section(scores: Sequence[Score]) -> list[str]:
+    """What public tasks said; nothing where none was asked."""
+    if not scores:
+        return []
+    head = [f"| {' | '.join(TASK_COLUMNS)} |", "|---" * len(TASK_COLUMNS) + "|"]
+    lines = [f"| {' | '.join(row)} |" for row in task_rows(scores)]
+    return ["## Public tasks", "", *head, *lines, "", TASKS_NOTE, ""]
+
+
+TASKS_NOTE = "Accuracy: the share of questions of which the right choice is the likeliest, ± its standard error."
 
 
 def _faults_section(story: Story) -> list[str]:

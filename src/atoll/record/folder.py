@@ -10,6 +10,7 @@ runs/quickstart-1/
   baselines/local-clinic/   a baseline's own run, same layout
   stages/finetune/          a stage before the last, same layout
   leakage.json              what attacks on the result found, see `atoll leakage`
+  tasks.json                what public tasks said of the result, see `atoll evaluate`
   card.md, plots            what the run says of itself
 """
 
@@ -92,6 +93,11 @@ class RunFolder:
     def leakage(self) -> Path:
         """What attacks on the result found."""
         return self.path / "leakage.json"
+
+    @property
+    def tasks(self) -> Path:
+        """What public tasks said of the result."""
+        return self.path / "tasks.json"
 
     @property
     def card(self) -> Path:

@@ -1,0 +1,41 @@
+"""The command that measures a run on public tasks: evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from atoll.commands.output import AsJson, RunName, say, show, show_json
+
+
+def evaluate(
+    run: RunName = "latest",
+    tasks: Annotated[str, typer.Option(help="Their names, with commas between; `--tasks help` lists them.")] = "help",
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each task, at most.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run's model and its base on public tasks. The run's card keeps the numbers."""
+    from atoll.data.prepared_tasks import TASKS
+
+    if tasks == "help":
+        for name, one in TASKS.items():
+            show(f"{name:14} {one.source} ({one.license})")
+        return
+    from atoll.record.folder import find
+
+    folder = find(run)
+    from atoll.tasks import evaluate_tasks
+
+    scores = evaluate_tasks(folder, [name.strip() for name in tasks.split(",") if name.strip()], samples, say)
+    if as_json:
+        show_json({"run": folder.name, "scores": [asdict(one) for one in scores]})
+        return
+    from atoll.record.tables import plain_table
+    from atoll.record.tasks import COLUMNS, rows
+
+    table = plain_table(*COLUMNS)
+    for row in rows(scores):
+        table.add_row(*row)
+    show(table)
