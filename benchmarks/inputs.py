@@ -31,6 +31,18 @@ def training(name: str, count: int) -> None:
         save(target, [SAMPLES[name](tokens, rng) for _ in range(count)])
 
 
+def pairs(count: int) -> None:
+    """The model, and `count` preferences of the four sites of the recipe `align`, a site after the other."""
+    from atoll.data.prepared_preferences import preference_sites
+
+    model()
+    target = inputs() / f"pairs-{count}.jsonl"
+    if not target.exists():
+        sites = [path.read_text().splitlines() for path in sorted(preference_sites(print).glob("*/train.jsonl"))]
+        rows = [line for some in zip(*sites, strict=False) for line in some][:count]
+        target.write_text("".join(line + "\n" for line in rows))
+
+
 def byte_samples(count: int) -> None:
     """`count` chat samples of bytes, for the tiny models, whose tokens are bytes."""
     target = inputs() / f"bytes-{count}.npz"

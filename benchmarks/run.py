@@ -11,7 +11,19 @@ from types import ModuleType
 
 from benchmarks.harness import Failed, commit, measure
 
-CLAIMS = ("cli", "mean", "overhead", "simulation", "training", "gpu", "tuning", "network", "masks", "multimodal")
+CLAIMS = (
+    "cli",
+    "mean",
+    "overhead",
+    "simulation",
+    "training",
+    "gpu",
+    "tuning",
+    "network",
+    "masks",
+    "multimodal",
+    "preferences",
+)
 
 
 def claim(name: str) -> ModuleType:
