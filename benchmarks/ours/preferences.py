@@ -97,7 +97,7 @@ def chosen(config: Mapping[str, Any]) -> Measure:
         if config["how"] == "shared":
             found = log_likelihoods(model, samples, lambda some: {})
         else:
-            found = [in_full(model, sample, lambda some: {}) for sample in samples]
+            found = [in_full(model, [sample], lambda some: {})[0] for sample in samples]
         seconds = time.perf_counter() - started
         right = sum(int(each.argmax()) == sample.choices.right for each, sample in zip(found, samples, strict=True))
         return {"questions_per_s": len(samples) / seconds, "accuracy": right / len(samples), "seconds": seconds}

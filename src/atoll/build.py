@@ -32,6 +32,7 @@ from atoll.compatible import (
     refuse_parts,
     refuse_personal,
     refuse_unlike,
+    refuse_unlike_holders,
     warnings,
 )
 from atoll.errors import AtollError, closest, placed
@@ -123,6 +124,8 @@ class Plan:
     warnings: tuple[str, ...]
     before: Mapping[str, Plan] = field(default_factory=dict)
     """The stages before this one, by name; it begins with what the last of them comes to."""
+    whole: Tree = field(default_factory=dict)
+    """The tree of all stages."""
 
     @property
     def clients(self) -> list[str]:
@@ -140,9 +143,14 @@ class Plan:
         return self.rounds.schedule.law.answers(len(self.trainers))
 
     @property
-    def refers(self) -> bool:
-        """Whether the objective measures against the params before the first round."""
-        return bool(getattr(self.objective, "refers", False))
+    def sends_start(self) -> bool:
+        """Whether all that trains goes down as it was before the first round, beside what trains and travels.
+
+        Clients have it by themselves where a run begins anew. They need it where an objective measures against it, or where
+        a part of it stays with them.
+        """
+        needed = getattr(self.objective, "refers", False) or self.recipe.finetune.personal
+        return bool(needed) and self.recipe.start is not None
 
     def side(self, client: str, memory: Memory) -> Side | None:
         """The client's side of the plan's conversation; `memory` is what it knows from phase to phase."""
@@ -170,7 +178,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     model = choose_model(recipe.model)
     with placed("model"):
         shapes = None if model.own_factory else shapes_of_model(model.name)
-    refuse_context(recipe.finetune.context, shapes)
+    refuse_context(recipe.finetune.context + getattr(made.objective, "most_tokens", 0), shapes)
     everyone = population(recipe, tree, made, fleet, shapes, left_out, sources)
     refuse_clients(made, list(everyone.sources), everyone.size, everyone.least)
     refuse_few(made, fewest(made.aggregate), everyone.size)
@@ -203,6 +211,7 @@ def travelling(planned: PlannedShapes, personal: Sequence[str], made: Made) -> P
     """Of what trains, what is sent."""
     refuse_unlike(list(planned), made.correction)
     refuse_holders(list(planned), made.privacy)
+    refuse_unlike_holders(list(planned), made.aggregate)
     refuse_personal(list(planned), personal, made.correction)
     return split(planned, personal)[0]
 

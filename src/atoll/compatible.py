@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from atoll import parts
-from atoll.aggregate.base import ALL, modality_of
+from atoll.aggregate.base import ALL, Aggregator, modality_of
+from atoll.aggregate.robust import Robust
 from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.local.corrections import Correction
@@ -46,12 +47,28 @@ def refuse_clients(made: Made, names: Sequence[str], population: int, least: int
 
 
 def refuse_few(made: Made, least: int, population: int) -> None:
-    """A round must ask as many clients as the aggregator needs updates."""
+    """A round must wait for as many clients as the aggregator needs updates."""
     asked, _ = cohort_sizes(made.schedule, population)
+    asked = math.ceil(made.schedule.quorum * asked)
     if asked < least:
         raise AtollError(
             "a round has too few updates for this aggregator", where="finetune.aggregate", found=f"{asked} clients a round",
-            allowed=f"at least {least}", remedy="more clients a round, fewer `bad` ones, or median",
+            allowed=f"at least {least}", remedy="more clients a round, or another rule: `atoll parts aggregate`",
+        )  # fmt: skip
+    if least > 1 and made.correction.streams:
+        raise AtollError(
+            "this correction's own stream is a sum, which one bad client moves as it likes", where="finetune.aggregate",
+            allowed="mean", remedy="`correction: none`, or proximal, which sends nothing of its own",
+        )  # fmt: skip
+
+
+def refuse_unlike_holders(planned: Collection[str], aggregate: Aggregator) -> None:
+    """Rules over single updates take a client that does not hold a modality for one that moves nothing."""
+    held = {modality_of(name) for name in planned} - {ALL}
+    if held and isinstance(aggregate, Robust):
+        raise AtollError(
+            "this aggregator does not know who holds what", where="finetune.aggregate", found=", ".join(sorted(held)),
+            allowed="mean", remedy="`space: {modules: []}` trains no connector",
         )  # fmt: skip
 
 
@@ -351,7 +368,10 @@ def refuse_down(down: Chain) -> None:
 
 
 def refuse_context(context: int, shapes: Shapes | None) -> None:
-    """A longer sample than the model has positions for: an error with learned ones, noise with others."""
+    """A longer sample than the model has positions for: an error with learned ones, noise with others.
+
+    The `context` is that of samples, and what is drawn after them.
+    """
     if shapes and shapes.context and context > shapes.context:
         raise AtollError(
             "the context is longer than the model's", where="finetune.context", found=context,

@@ -61,7 +61,7 @@ def traffic(plan: Plan) -> Traffic | None:
         return None
     shapes = {stream.name: shapes_of(stream, plan.trains) for stream in plan.rounds.streams}
     down = sum(payload_bytes(stream.down, shapes[stream.name]) for stream in plan.rounds.streams)
-    if plan.shapes and plan.recipe.start is not None and (plan.refers or plan.recipe.finetune.personal):
+    if plan.shapes and plan.sends_start:
         down += payload_bytes(Chain(), plan.space.plan(plan.shapes))
     up = sum(bytes_up(stream, shapes[stream.name]) for stream in plan.rounds.streams)
     return Traffic(down, up, plan.cohort, plan.recipe.finetune.rounds)

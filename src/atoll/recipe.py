@@ -410,7 +410,17 @@ def validate(tree: Tree, where: str = "") -> Recipe:
         except ValidationError as error:
             raise _mistake(error) from error
         refuse_two_lengths(tree)
+        refuse_idle_section(tree, found)
         return found
+
+
+def refuse_idle_section(tree: Tree, found: Recipe) -> None:
+    """A section for a stage that is not run would count for nothing."""
+    if "align" in tree and "align" not in found.stages:
+        raise AtollError(
+            "settings for a stage that is not run", where="align", found=f"stages: {found.stages}",
+            remedy="stages: [finetune, align], or leave `align` out",
+        )  # fmt: skip
 
 
 def refuse_two_lengths(tree: Tree) -> None:

@@ -51,7 +51,7 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
                 found = build(*starting_from(recipe.validate(one), one))
                 refuse_start(found, ready)
                 check_data(found)
-                ready[stage] = replace(found, before=dict(ready))
+                ready[stage] = replace(found, before=dict(ready), whole=tree)
     return [*ready.values()][-1]
 
 
@@ -93,6 +93,11 @@ def refuse_start(ready: Plan, before: Mapping[str, Plan]) -> None:
     start = ready.recipe.start
     if start is None:
         return
+    if start.startswith(recipe.STAGE) and start.removeprefix(recipe.STAGE) not in before:
+        raise AtollError(
+            "this is one of several stages of a run, and begins with what another came to", where="from", found=start,
+            allowed="a recipe of all stages", remedy="run the folder's whole.yaml, or `from: RUN/STAGE`",
+        )  # fmt: skip
     if start.startswith(recipe.STAGE):
         theirs, name = before[start.removeprefix(recipe.STAGE)].recipe, f"the stage {start.removeprefix(recipe.STAGE)}"
     else:
@@ -165,11 +170,13 @@ def begun(ready: Plan) -> Iterator[RunFolder]:
     for stage, one in ready.before.items():
         folder.stage(stage).path.mkdir(parents=True)
         write_recipe(folder.stage(stage), one)
+    if ready.before:
+        write_tree(folder.whole, ready.whole)
     write_recipe(folder, ready)
     try:
         yield folder
     except BaseException:
-        if not any(folder.path.rglob(folder.record.name)):
+        if not folder.has_begun:
             shutil.rmtree(folder.path)
         raise
 
@@ -181,11 +188,16 @@ def resume(reference: str, sinks: Sequence[Sink] = (), say: Say = quiet, report:
 
 
 def write_recipe(folder: RunFolder, ready: Plan) -> None:
-    """The merged tree: it needs no other file to run again."""
+    """The merged tree. It needs no other file to run again, but for a stage after another: `whole.yaml` has them all."""
+    write_tree(folder.recipe, ready.tree)
+
+
+def write_tree(path: Path, tree: recipe.Tree) -> None:
+    """As YAML."""
     from ruamel.yaml import YAML
 
-    with folder.recipe.open("w", encoding="utf-8") as file:
-        YAML().dump(ready.tree, file)
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(tree, file)
 
 
 def execute(
@@ -194,7 +206,7 @@ def execute(
     """The stages one after the other, the last with its baselines. What is there already is skipped."""
     with folder.outermost.locked(), folder.disk_errors(), quiet_libraries():
         for stage, one in ready.before.items():
-            if not folder.stage(stage).card.exists():
+            if not folder.stage(stage).card.exists():  # which is written last
                 say(f"stage {stage}")
                 whole_stage(one, folder.stage(stage), sinks, say, report)
         whole_stage(ready, folder, sinks, say, report)
@@ -204,10 +216,11 @@ def execute(
 def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say, report: Report) -> None:
     """Rounds, baselines, the adapter and the card."""
     things = assemble(ready, say, report)
-    ready = build(ready.recipe, ready.tree, left_out=things.left_out)
+    ready = replace(build(ready.recipe, ready.tree, left_out=things.left_out), before=ready.before)
     if folder.is_stage and not folder.checkpoint.exists() and (same := done_before(ready, things, folder)):
         say(f"as in {same.name}, of the same plan and data from the same params: it is taken over")
-        return folder.take_over(same)
+        folder.take_over(same)
+        return write_card(folder)
     for _ in baselines(ready, things, ready.recipe.finetune.rounds):
         pass  # what they cannot do is found before hours of training
     state = run_stage(ready, things, folder, folder.outermost, sinks)

@@ -7,18 +7,21 @@ evaluation that it hits: both are done again from the last checkpoint, with the 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from atoll import parts
 from atoll.assemble import Assembly, Rebuild, clients
 from atoll.build import Plan, baseline_names, samples
+from atoll.cache import content_hash
 from atoll.data.read import Report
-from atoll.data.sources import one_a_line
+from atoll.data.sources import ClientData, one_a_line
 from atoll.errors import AtollError, Interrupted
 from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdict
@@ -64,7 +67,7 @@ class Progress:
     seconds: float = 0.0
     ended: str = ""
     start: str = ""
-    """The params before the first round, by content."""
+    """The model and the params before the first round, by content."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,28 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
 
 def before_first(ready: Plan, things: Assembly, start: Params) -> Progress:
     """What decides the result of a stage, and nothing done."""
-    return Progress(ready.hash, things.digests, start=content(start))
+    base = ready.shapes.identity if ready.shapes else ""
+    return Progress(ready.hash, things.digests, start=content_hash(base, content(start)))
+
+
+def names_own_code(tree: Any) -> bool:
+    """Whether a recipe names `module:factory` anywhere; `tiny:` is a preset of ours, `stage:` a stage."""
+    if isinstance(tree, Mapping):
+        return any(map(names_own_code, tree.values()))
+    if isinstance(tree, list):
+        return any(map(names_own_code, tree))
+    return isinstance(tree, str) and re.fullmatch(r"(?!tiny:|stage:)[\w.]+:\w+", tree) is not None
 
 
 def done_before(ready: Plan, things: Assembly, folder: RunFolder) -> RunFolder | None:
-    """A finished stage, of whatever run here, of the same plan on the same data that began with the same params."""
+    """A finished stage, of whatever run here, of the same plan on the same data that began with the same params.
+
+    None is looked for where not all that decides the result is known by content: data at sites or of the user's own source,
+    a model or a part of the user's own, a fleet that misbehaves.
+    """
+    own = any(isinstance(source, ClientData) for source in ready.sources.values()) or names_own_code(ready.tree)
+    if own or isinstance(ready.fleet, Elsewhere) or parts.spec(ready.recipe.fleet, "fleet").use == "faults":
+        return None
     wanted = before_first(ready, things, start_of(ready, things, folder))
     for checkpoint in sorted((*root().glob(f"*/{CHECKPOINT}"), *root().glob(f"*/stages/*/{CHECKPOINT}"))):
         found = read_extra(checkpoint)
@@ -167,8 +187,7 @@ def done_before(ready: Plan, things: Assembly, folder: RunFolder) -> RunFolder |
 
 def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
     """The result of the run that this one starts `from`, where clients need it beside what trains: all they begin with."""
-    needed = ready.refers or ready.recipe.finetune.personal
-    return {REFERENCE: start} if needed and ready.recipe.start is not None else {}
+    return {REFERENCE: start} if ready.sends_start else {}
 
 
 def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folder: RunFolder) -> None:
@@ -339,8 +358,14 @@ def samples_of(at: Stage) -> Samples:
 
 
 def spent_after(at: Stage, protection: Protection, coming: Entry) -> float:
-    """Epsilon after one more release."""
-    return epsilon_of(protection, [*Ledger(at.folder.ledger), coming])
+    """Epsilon after one more release, with what the stages before have spent of the same data."""
+    return epsilon_of(protection, [*spent_before(at.ready, at.folder), *Ledger(at.folder.ledger), coming])
+
+
+def spent_before(ready: Plan, folder: RunFolder) -> list[Entry]:
+    """The entries of all stages before this one."""
+    stages = [folder.outermost.stage(name) for name in ready.before]
+    return [entry for stage in stages for entry in Ledger(stage.ledger)]
 
 
 def stop_if_asked(folder: RunFolder) -> None:

@@ -193,8 +193,15 @@ def sweep(
 
 
 def plan_of(name_or_path: str, trial: Trial) -> Plan:
-    """The trial's plan."""
+    """The trial's plan. Raises AtollError for a recipe of several stages: a trial is a stage."""
     tree = tree_of(name_or_path, trial)
+    stages = recipe.staged(tree)
+    if len(stages) > 1:
+        raise AtollError(
+            "a sweep tunes one stage", where="stages", found=", ".join(stages), allowed="one",
+            remedy="a copy of the recipe with `stages: [align]`, and `from` a run that was fine-tuned",
+        )  # fmt: skip
+    (tree,) = stages.values()
     return build(recipe.validate(tree, f"{name_or_path} with {trial.method}"), tree)
 
 

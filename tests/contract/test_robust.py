@@ -32,7 +32,7 @@ def stacked(given_, name):
     return np.stack([one[name].numpy() for one in given_])
 
 
-@given(st.integers(1, 9), st.integers(0, 99), st.floats(0, 0.49))
+@given(st.integers(3, 9), st.integers(0, 99), st.sampled_from([0.0, 0.34, 0.4, 0.49]))
 @settings(max_examples=40, deadline=None)
 def test_coordinate_rules_are_numpys_and_scipys(count, seed, share):
     given_ = updates(count, seed)
@@ -76,6 +76,12 @@ def test_weights_say_no_more_than_whether_an_update_counts(name):
     odd = together(RULES[name], given_, [1e9, 1.0, 2.0, 1e-3, 7.0, 0.0])
     assert all(torch.equal(equal[n], odd[n]) for n in equal)
     assert together(RULES[name], given_, [0.0] * 6) == {}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_too_few_updates_move_nothing(name):
+    assert RULES[name].least >= 3
+    assert together(RULES[name], updates(RULES[name].least - 1, seed=6)) == {}
 
 
 @pytest.mark.parametrize("name", RULES)

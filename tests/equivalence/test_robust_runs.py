@@ -61,11 +61,22 @@ def test_a_round_with_too_few_updates_for_krum_is_abandoned(recipe: Path) -> Non
         (["finetune.aggregate={use: krum, bad: 2}"], "too few updates"),
         (["finetune.aggregate=median", "finetune.exchange=secure-aggregation"], "needs single updates"),
         (["finetune.aggregate={use: trimmed-mean, share: 0.5}"], "wrong value"),
+        (["finetune.aggregate={use: trimmed-mean, share: 0.1}"], "too few updates"),
+        (["finetune.aggregate=krum", "finetune.schedule={use: synchronous, quorum: 0.5}"], "too few updates"),
+        (
+            ["finetune.aggregate=median", "finetune.correction=scaffold", "finetune.optimizer=sgd"],
+            "correction's own stream",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_round(recipe: Path, settings: list[str], what: str) -> None:
     with pytest.raises(AtollError, match=what):
         plan(recipe, settings)
+
+
+def test_a_client_that_there_is_not_cannot_be_scaled(recipe: Path) -> None:
+    with pytest.raises(AtollError, match="no such client"):
+        atoll.run(recipe, ["fleet={use: faults, scale: {site-9: 2}}"])
 
 
 def test_baselines_of_one_client_take_the_mean(recipe: Path) -> None:

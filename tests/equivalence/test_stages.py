@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import atoll
 from atoll.errors import AtollError, Interrupted
+from atoll.models.tiny import tiny
 from atoll.params import equal
 from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded, RunStarted
 from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
+from atoll.record.views import details, summarize
 from atoll.result import own_params, tuned_params
 from atoll.run import plan, plan_again
 from atoll.stream import UPDATE
@@ -121,6 +124,84 @@ def test_a_stage_that_has_not_changed_is_taken_over(recipe: Path) -> None:
     assert not equal(result(atoll.run(recipe, ["baselines=[]"]).stage("finetune")), result(inner[0]))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [["fleet={use: faults, scale: {north: 0.5}}"], ["finetune.objective=test_stages:own"], ["model=./model"]],
+    ids=["a fleet that misbehaves", "code of one's own", "another model in the same folder"],
+)
+def test_a_stage_is_not_taken_over_where_not_all_of_it_is_known(
+    recipe: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for seed in (0, 1):
+        model, tokenizer = tiny("llama", seed)
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        said: list[str] = []
+        folder = atoll.run(recipe, ["baselines=[]", *settings], say=said.append)
+        results.append(result(folder.stage("finetune")))
+        assert not any("taken over" in line for line in said)
+    assert equal(*results) == ("model" not in settings[0])
+
+
+def own():
+    from atoll.local.language import sft
+
+    return sft()
+
+
+def test_a_stage_whose_taking_over_was_cut_off_is_taken_over_again(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    atoll.run(recipe, ["baselines=[]"])
+    whole = shutil.copyfile
+
+    def cut(source: Path, target: Path) -> None:
+        if "checkpoint" in str(target):
+            target.write_bytes(source.read_bytes()[:100])
+            raise KeyboardInterrupt
+        whole(source, target)
+
+    monkeypatch.setattr("atoll.record.folder.shutil.copyfile", cut)
+    with pytest.raises(KeyboardInterrupt):
+        atoll.run(recipe, ["baselines=[]"])
+    monkeypatch.setattr("atoll.record.folder.shutil.copyfile", whole)
+    resumed = atoll.resume("both-2")
+    assert equal(result(resumed), result(find("both-1")))
+    assert "both-2/finetune" in resumed.stage("finetune").card.read_text()
+
+
+def test_the_folder_has_a_recipe_of_all_stages_that_runs_again(recipe: Path) -> None:
+    first = atoll.run(recipe, ["baselines=[]"])
+    again = atoll.run(first.whole)
+    assert equal(result(first), result(again))
+    with pytest.raises(AtollError, match="one of several stages") as caught:
+        plan(first.recipe)
+    assert "whole.yaml" in caught.value.details["remedy"]
+
+
+def test_stages_spend_one_budget(recipe: Path) -> None:
+    private = "finetune.privacy={use: central, clip: 0.1, noise_multiplier: 1.0, delta: 0.1}"
+    settings = ["baselines=[]", private, "finetune.weighting=uniform", "finetune.optimizer={use: sgd, lr: 0.1}"]
+    folder = atoll.run(recipe, settings)
+    first, last = read_story(folder.stage("finetune")), read_story(folder)
+    assert last.spent[0].epsilon > first.spent[-1].epsilon, "the second stage goes on from what the first has spent"
+
+
+def test_a_run_in_its_first_stage_is_told_of(recipe: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundEnded):
+            find("both-1").ask_to_stop()
+
+    with pytest.raises(Interrupted):
+        atoll.run(recipe, ["baselines=[]"], sinks=[stop])
+    told = summarize(find("both-1"))
+    assert (told.name, told.state, told.round, told.rounds) == ("both-1", "stopped", 1, 2)
+    assert details(find("both-1"))["ended"] is None
+
+
 def test_a_run_whose_second_stage_cannot_begin_keeps_the_first(recipe: Path) -> None:
     def fail(event: Event) -> None:
         if isinstance(event, RunStarted) and event.name == "both":
@@ -151,6 +232,7 @@ def test_the_plan_has_every_stage_and_is_made_again_from_the_folder(recipe: Path
         (["stages=[align, align]"], "stages", "wrong value"),
         (["stages=[]"], "stages", "wrong value"),
         (["stages=[train]"], "stages", "wrong value"),
+        (["stages=[finetune]"], "align", "a stage that is not run"),
         (["align.data={use: folders, path: nowhere}"], "path", "no such folder"),
     ],
 )

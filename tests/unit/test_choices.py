@@ -54,7 +54,7 @@ def test_choices_that_share_a_question_are_as_likely_as_each_in_full(family: str
     with torch.no_grad():
         found = log_likelihoods(model, samples, no_media)
         alone = [log_likelihoods(model, [sample], no_media)[0] for sample in samples]
-        expected = [in_full(model, sample, no_media) for sample in samples]
+        expected = in_full(model, samples, no_media)
         hands = [by_hand(model, sample) for sample in samples]
     for each in (alone, expected, hands):
         torch.testing.assert_close(found, each, rtol=1e-4, atol=1e-4)

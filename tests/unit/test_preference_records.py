@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from atoll.data.preview import preview
-from atoll.data.read import EQUAL_ANSWERS, NO_PROMPT, UNLIKE_BEFORE, Report, open_source, records
+from atoll.data.read import EQUAL_ANSWERS, MORE_THAN_WORDS, NO_PROMPT, UNLIKE_BEFORE, Report, open_source, records
 from atoll.data.tokenize import NO_OTHER_ANSWER, TOO_LONG, prepare
 from atoll.errors import AtollError
 from atoll.models.tiny import byte_tokenizer
@@ -72,6 +72,27 @@ def test_what_cannot_be_compared_is_left_out_and_counted(tmp_path: Path, row: di
     found, report = read(written(tmp_path, usable, row))
     assert len(found) == 1
     assert report.left_out == {why: (1, "pairs.jsonl:2")}
+
+
+def test_an_answer_that_is_json_is_a_text(tmp_path: Path) -> None:
+    row = {"prompt": Q, "chosen": '[{"name": 1}]', "rejected": "[{}]"}
+    (one,), _ = read(written(tmp_path, row))
+    assert one.choices == ('[{"name": 1}]', "[{}]")
+
+
+def test_answers_that_are_more_than_words_are_left_out(tmp_path: Path) -> None:
+    call = answer("") | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    _, report = read(written(tmp_path, {"prompt": Q, "chosen": [call], "rejected": NO}))
+    assert report.left_out == {MORE_THAN_WORDS: (1, "pairs.jsonl:1")}
+
+
+def test_without_a_template_an_answer_is_closed_once(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    source = open_source(written(tmp_path, {"prompt": Q, "chosen": YES, "rejected": NO}), 0)
+    (sample,) = prepare(source, tokenizer, 64, "sft", tmp_path / "cache").train
+    assert list(sample.labels).count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(sample.labels[sample.labels >= 0]) == YES + tokenizer.eos_token
 
 
 def test_a_side_of_the_wrong_type_stops_with_its_place(tmp_path: Path) -> None:

@@ -85,12 +85,17 @@ def of_trl(tokens: dict[str, Any]) -> Sample:
     return Sample(np.concatenate([prompt, rest[0]]), prompt, (), Choices(len(prompt), tuple(rest), labeled, 0))
 
 
-@pytest.mark.parametrize("swapped", [False, True], ids=["plain", "fast"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_those_of_the_formula(family: str, swapped: bool) -> None:
+PLAIN = [("llama", False, False), ("gpt2", False, False), ("llama", False, True), ("gpt2", False, True)]
+
+
+@pytest.mark.parametrize(("family", "swapped", "checkpointing"), [*((name, True, False) for name in FAMILIES), *PLAIN])
+def test_losses_and_gradients_are_those_of_the_formula(family: str, swapped: bool, checkpointing: bool) -> None:
     model = with_lora(build(family))
     if swapped:
         accelerate(model)
+    if checkpointing:  # which keeps no keys and values while it trains
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
     samples = [drawn(seed, 5 + 3 * seed, lengths) for seed, lengths in enumerate([(1, 1), (4, 7), (3, 3, 3, 9)])]
     objective = bound(model)
     with torch.no_grad():

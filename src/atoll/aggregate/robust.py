@@ -5,12 +5,14 @@
     Krum            the update that is closest to its neighbors (Blanchard et al. 2017, arXiv 1703.02757, section 3)
     multi-Krum      the mean of the updates that are closest to theirs (the same, section 5)
 
-As published they take no account of weights: who lies about an update would lie about its weight, too. Updates of which a
-client holds nothing (its weight is 0) are left out.
+As published they take no account of weights: who lies about an update would lie about its weight, too. A weight of 0 leaves
+an update out. What only some clients hold (the connectors of an assembled model) they would take for still, so that plans
+with it are refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -59,9 +61,9 @@ class Robust:
         return total
 
     def finish(self, total: Params, decode: Callable[[Params], Params]) -> Params:
-        """The rule's result; nothing where nobody contributed."""
+        """The rule's result; nothing where too few contributed."""
         numbers = sorted({name.partition("/")[0] for name in total}, key=int)
-        return self.rule([decode(under(number, total)) for number in numbers]) if numbers else {}
+        return self.rule([decode(under(number, total)) for number in numbers]) if len(numbers) >= self.least else {}
 
 
 def by_coordinate(rule: Callable[[Tensor], Tensor]) -> Rule:
@@ -71,21 +73,26 @@ def by_coordinate(rule: Callable[[Tensor], Tensor]) -> Rule:
 
 def median() -> Robust:
     """The median of each coordinate: of an even number of updates the mean of the two in the middle."""
-    return Robust(by_coordinate(lambda x: x.quantile(0.5, dim=0) if x[0].numel() else x[0]))
+
+    def middle(x: Tensor) -> Tensor:
+        ranked, half = x.sort(dim=0).values, len(x) // 2
+        return ranked[half] if len(x) % 2 else (ranked[half - 1] + ranked[half]) / 2
+
+    return Robust(by_coordinate(middle), least=3)
 
 
-def trimmed_mean(share: Annotated[float, Ge(0), Lt(0.5)] = 0.1) -> Robust:
+def trimmed_mean(share: Annotated[float, Ge(0), Lt(0.5)] = 0.25) -> Robust:
     """The mean of each coordinate without the largest and the smallest values.
 
     Args:
-        share: of the updates, left out at each end; rounded down.
+        share: of the updates, left out at each end; rounded down. A round needs as many as make one.
     """
 
     def trimmed(x: Tensor) -> Tensor:
         out = int(share * len(x))
         return x.sort(dim=0).values[out : len(x) - out].mean(dim=0)
 
-    return Robust(by_coordinate(trimmed))
+    return Robust(by_coordinate(trimmed), least=math.ceil(1 / share) if share else 1)
 
 
 def krum(bad: Annotated[int, Ge(0)] = 1) -> Robust:

@@ -33,7 +33,8 @@ def data(
     ] = None,
     samples: Annotated[int, typer.Option("--show", min=0, help="Samples to show, the labeled part marked.")] = 3,
     objective: Annotated[
-        Literal["sft", "causal-lm"] | None, typer.Option(help="Where the loss is; by the data's format if not given.")
+        Literal["sft", "causal-lm", "preference"] | None,
+        typer.Option(help="Where the loss is; by the data's format if not given."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,14 +58,14 @@ def data(
     from atoll.data.preview import preview, render
     from atoll.errors import placed
     from atoll.models.load import load_senses, load_tokenizer
-    from atoll.parts import spec
+    from atoll.parts import make
 
     wanted: Any = objective and objective.replace("-", "_")
     with placed("--model"):
         whose, of_recipe = model_of(named)
         context = context or (of_recipe.context if of_recipe else CONTEXT)
         if wanted is None and of_recipe:
-            wanted = spec(of_recipe.objective, "finetune.objective").use.replace("-", "_")
+            wanted = getattr(make("objective", of_recipe.objective, "finetune.objective"), "labels", None)
         tokenizer, senses = load_tokenizer(whose, say), load_senses(whose, say)
     seen = preview(path, tokenizer, context, samples, wanted, senses, say)
     if as_json:
@@ -81,12 +82,14 @@ CONTEXT = 512
 
 
 def model_of(name: str) -> tuple[Any, Finetune | None]:
-    """A model by name; or that of a recipe, a file or a shipped one, with what it says of training."""
+    """A model by name; or that of a recipe, a file or a shipped one, with what its last stage says of training."""
     from atoll import recipe
     from atoll.build import choose_model
 
     if name.endswith((".yaml", ".yml")) or f"runs/{name}" in recipe.shipped():
-        written, _ = recipe.read(name)
+        _, tree = recipe.read(name)
+        (*_, last) = recipe.staged(tree).values()
+        written = recipe.validate(last)
         return choose_model(written.model).name, written.finetune
     return name, None
 

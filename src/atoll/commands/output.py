@@ -91,7 +91,7 @@ def interruptible(folder: RunFolder, new: bool) -> Iterator[None]:
     except Exception as error:
         if interrupted():
             raise _left(folder, new) from None
-        begun = folder.record.exists()
+        begun = folder.has_begun
         note = write_traceback(error, folder.path if begun else None)
         if told := mendable(error, note, f"`atoll resume {folder.name}`" if begun else "run it again"):
             raise told from error
@@ -99,7 +99,7 @@ def interruptible(folder: RunFolder, new: bool) -> Iterator[None]:
 
 
 def _left(folder: RunFolder, new: bool) -> Interrupted:
-    if new and not folder.record.exists():
+    if new and not folder.has_begun:
         return Interrupted("interrupted before it began; nothing was kept", remedy="run it again")
     return Interrupted("interrupted; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`")
 

@@ -185,8 +185,10 @@ class ChatFormat:
 def ends_of(tokenizer: Any) -> list[int]:
     """The tokens that end an answer: of its turn, and of any text."""
     turn_end = ChatFormat(tokenizer).turn_end
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end) if turn_end else None}
-    return sorted(ends - {None, tokenizer.unk_token_id})
+    of_turn = tokenizer.convert_tokens_to_ids(turn_end) if turn_end else None
+    if of_turn == tokenizer.unk_token_id and turn_end != tokenizer.unk_token:
+        of_turn = None  # it is no token
+    return sorted({tokenizer.eos_token_id, of_turn} - {None})
 
 
 def _mark(number: int) -> str:

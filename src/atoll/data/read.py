@@ -57,6 +57,7 @@ NO_ANSWER = "no answer"
 NO_PROMPT = "no prompt"
 NOT_A_CHOICE = "an answer that is not among its choices"
 EQUAL_ANSWERS = "equal answers, of which neither can be preferred"
+MORE_THAN_WORDS = "answers that are more than words: calls of tools, or thoughts"
 UNLIKE_BEFORE = "answers that are not one turn of the assistant each, after the same messages"
 CHOICES = "choices"
 """The column that names the answers which a question allows: it is then scored by which of them is the likeliest."""
@@ -405,6 +406,8 @@ def _preference(row: Row, place: str) -> Content:
         raise Unusable(UNLIKE_BEFORE)
     if not any(_answered(message) for message in chosen[:-1]):
         raise Unusable(NO_PROMPT)
+    if {*chosen[-1], *rejected[-1]} != {"role", "content"}:
+        raise Unusable(MORE_THAN_WORDS)
     answers = chosen[-1]["content"], rejected[-1]["content"]
     if answers[0] == answers[1]:
         raise Unusable(EQUAL_ANSWERS)
@@ -421,9 +424,13 @@ def _side(row: Row, name: str, prompt: list[Message], place: str) -> list[Messag
 
 def _turns(value: object, column: str, role: str, place: str) -> list[Message]:
     """A text as a turn of this role, or a list of messages."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):  # a CSV cell
+    if isinstance(value, str) and value.lstrip().startswith("[{"):  # a CSV cell; or an answer that is JSON itself
         with suppress(ValueError):
-            value = parse_json(value)
+            parsed = parse_json(value)
+            said = isinstance(parsed, list) and all(
+                isinstance(x, dict) and {"role", "content"} <= x.keys() for x in parsed
+            )
+            value = parsed if said else value
     if isinstance(value, str | None):
         return [{"role": role, "content": value}] if value else []
     return _messages(value, column, place)

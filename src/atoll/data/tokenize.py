@@ -34,7 +34,7 @@ from atoll.errors import AtollError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 9
+VERSION = 10
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
@@ -255,7 +255,7 @@ def _encode(
 ) -> Iterator[Encoded]:
     form = written[0][0].form
     templated = bool(tokenizer.chat_template) and form != "text"  # a template writes special tokens itself
-    closed = not templated and form != "chat"
+    closed = not templated and form in ("prompt_completion", "text")
     tokens: Any = tokenizer(
         [text for _, text, _ in written],
         add_special_tokens=not templated,

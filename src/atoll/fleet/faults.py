@@ -29,6 +29,7 @@ import torch
 from annotated_types import Ge, Le
 
 from atoll.client import Client
+from atoll.errors import AtollError, closest
 from atoll.exchange import Dropped, Event, Reply, Task
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import MakeFleet, Rebuild, Seconds, inprocess
@@ -125,6 +126,8 @@ def faults(
     make = inner or inprocess()
 
     def build(names: Sequence[str], client: Callable[[str], Client], rebuild: Rebuild, clock: float) -> Fleet:
+        for name in (scale or {}).keys() - set(names):
+            raise AtollError("no such client", where="fleet.scale", found=name, remedy=closest(name, names))
         fleet = make(names, client, rebuild, clock)
         return FaultFleet(fleet, drop, lose, corrupt, duplicate, delay, delay_seconds, kill_at, seed, scale or {})
 

@@ -29,6 +29,7 @@ from atoll.privacy.hidden import Hidden
 from atoll.record.folder import RunFolder
 from atoll.round import initial, run_round
 from atoll.schedule import cohort_sizes, synchronous
+from atoll.stage import sent_along
 from atoll.stream import UPDATE, Stream
 
 IN_THE_CLEAR = "one update, in the clear"
@@ -117,7 +118,7 @@ def one_round(subject: Subject, samples: Mapping[str, Any], folder: RunFolder) -
     data = {name: ClientData([sample], ()) for name, sample in samples.items()}
     things = replace(subject.things, local=of_one_sample(subject), data=data)
     fleet = Listening(list(data), clients(plan, things, folder))
-    state = initial(rounds, subject.base)
+    state = initial(rounds, subject.base, fixed=sent_along(plan, subject.base))
     run_round(rounds, state, fleet, observe)
     if wrong or not opened:
         raise NotApplicable(

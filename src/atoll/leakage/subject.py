@@ -30,6 +30,7 @@ from atoll.record.folder import RunFolder
 from atoll.result import tuned_params, unfinished
 from atoll.run import plan_again, quiet_libraries
 from atoll.stage import Progress, refuse_changed_data, start_of
+from atoll.stream import REFERENCE
 
 
 class NotApplicable(AtollError):
@@ -125,6 +126,7 @@ def open_run(folder: RunFolder, say: Say) -> Subject:
     refuse_changed_data(Progress(**kept).data, things.digests, folder)
     read = samples_read(ready, things, replies_that_count(list(read_events(folder.record)), things.data.keys()))
     base = {name: x.clone() for name, x in {**things.start, **start_of(ready, things, folder)}.items()}
+    things.local.refer({REFERENCE: base})
     return Subject(ready, things, base, {**base, **tuned_params(folder)[0]}, read, say)
 
 

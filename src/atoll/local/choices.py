@@ -4,7 +4,8 @@
 
 The question's keys and values are computed once and repeated for its choices, which then go through the model together:
 eight choices of five tokens after a question of a hundred are 140 tokens, in the place of 840. Families that keep a
-recurrent state in the place of keys and values are given every text in full.
+recurrent state in the place of keys and values are given every text in full, and so are models that train with gradient
+checkpointing, which keeps none.
 
 Source of the measure: likelihood scoring as in Brown et al. 2020 (arXiv 2005.14165), 2.4, without a length's division.
 """
@@ -16,6 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atoll.data.collate import IGNORE, Batch, Choices, Sample, choices_in, language_model, pad, pad_first
@@ -36,12 +38,11 @@ def log_likelihoods(model: nn.Module, samples: Sequence[Sample], media: Media) -
         samples: all of them with choices.
         media: what the model sees and hears of samples.
     """
-    if getattr(language_model(model), "_is_stateful", False):
-        return [in_full(model, sample, media) for sample in samples]
+    score = together if shares(model) else in_full
     order = sorted(range(len(samples)), key=lambda i: shape(samples[i]))  # those of a size together: little padding
     found: dict[int, Tensor] = {}
     for part in parts(order, [len(choices_of(sample).rest) for sample in samples]):
-        found |= zip(part, together(model, [samples[i] for i in part], media), strict=True)
+        found |= zip(part, score(model, [samples[i] for i in part], media), strict=True)
     return [found[i] for i in range(len(samples))]
 
 
@@ -120,14 +121,33 @@ def choices_of(sample: Sample) -> Choices:
     return choices
 
 
-def in_full(model: nn.Module, sample: Sample, media: Media) -> Tensor:
-    """The same of one sample, from every text in full, one at a time."""
-    choices, device = choices_of(sample), next(model.parameters()).device
-    beginning = sample.ids[: choices.shared]
-    found = []
-    for ids, labeled in zip(choices.rest, choices.labeled, strict=True):
-        text = np.concatenate([beginning, ids])
-        labels = np.concatenate([np.full(len(beginning), IGNORE), np.where(labeled, ids, IGNORE)])
-        batch = replace(pad([Sample(text, labels)], pad_id=0), media=media([sample])).to(device)
-        found.append(-token_losses(model, batch)[0].double().sum())
-    return torch.stack(found)
+def in_full(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[Tensor]:
+    """The same from every text in full, a row each."""
+    each = [choices_of(sample) for sample in samples]
+    texts = [
+        Sample(np.concatenate([sample.ids[: one.shared], ids]), labels_of(one, ids, labeled), sample.media)
+        for sample, one in zip(samples, each, strict=True)
+        for ids, labeled in zip(one.rest, one.labeled, strict=True)
+    ]
+    batch = replace(pad(texts, pad_id=0), media=media(texts)).to(next(model.parameters()).device)
+    losses, owners = token_losses(model, batch)
+    sums = -losses.double().new_zeros(len(texts)).index_add(0, owners, losses.double())
+    return list(torch.split(sums, [len(one.rest) for one in each]))
+
+
+def labels_of(choices: Choices, ids: NDArray[np.int32], labeled: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Of a question with one of its choices."""
+    return np.concatenate([np.full(choices.shared, IGNORE, np.int32), np.where(labeled, ids, np.int32(IGNORE))])
+
+
+def shares(model: nn.Module) -> bool:
+    """Whether what choices have in common can be computed once: by keys and values that are kept, and can be repeated.
+
+    A family with a recurrent state has none; a model that forgets activations while it trains forgets these, too.
+    """
+    from transformers import DynamicCache
+
+    inner = language_model(model)
+    if getattr(inner, "_is_stateful", False) or (model.training and getattr(inner, "is_gradient_checkpointing", False)):
+        return False
+    return all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=inner.config).layers)

@@ -27,6 +27,7 @@ from atoll.data.answers import ends_of
 from atoll.data.collate import IGNORE, Batch, Sample, evaluating, language_model, pack, packable, pad
 from atoll.data.read import Labels
 from atoll.errors import AtollError
+from atoll.local.choices import shares
 from atoll.local.language import MeanOver, reader, refuse_without_text
 from atoll.local.objectives import token_losses
 from atoll.local.preferences import Reference
@@ -78,7 +79,8 @@ class GRPO:
         media, reference = reader(features), Reference(model, reader(features))
         device, together = next(model.parameters()).device, packable(model)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        sampling = Sampling(self.completions, self.most_tokens, self.temperature, ends_of(tokenizer))
+        places = [sense.token_id for sense in features.senses.values()] if features else []
+        sampling = Sampling(self.completions, self.most_tokens, self.temperature, ends_of(tokenizer), places)
         greedy = replace(sampling, each=1, temperature=0.0)
 
         def rewarded(asked: Sequence[Sample], found: Sequence[Sequence[NDArray[np.int32]]]) -> Tensor:
@@ -169,7 +171,9 @@ def written(prompt: Sample, completion: NDArray[np.int32]) -> Sample:
 
 def refuse_recurrent(model: nn.Module) -> None:
     """Raises AtollError for families whose state cannot be repeated for several completions."""
-    if getattr(language_model(model), "_is_stateful", False):
+    with evaluating(model):
+        able = shares(model)
+    if not able:
         raise AtollError(
             "rollouts need a cache of keys and values", where="finetune.objective",
             found=language_model(model).config.model_type,

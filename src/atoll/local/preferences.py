@@ -33,7 +33,7 @@ from atoll.models.features import features_of
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Asked:
     """A batch: samples, and what the reference says of their answers, float64 [choices] each."""
 
     samples: Sequence[Sample]
@@ -54,18 +54,21 @@ class DPO:
         features = features_of(model)
         reference = Reference(model, reader(features))
 
-        def collate(samples: Sequence[Sample]) -> Pairs:
-            return Pairs(samples, reference(model, samples))
+        def collate(samples: Sequence[Sample]) -> Asked:
+            return Asked(samples, reference(model, samples))
 
-        def rewards(found: Sequence[Tensor], batch: Pairs) -> list[Tensor]:
+        def rewards(found: Sequence[Tensor], batch: Asked) -> list[Tensor]:
             return [self.beta * (ours - theirs) for ours, theirs in zip(found, batch.reference, strict=True)]
 
-        def loss(model: nn.Module, batch: Pairs) -> tuple[Tensor, int]:
+        def loss(model: nn.Module, batch: Asked) -> tuple[Tensor, int]:
             found = rewards(log_likelihoods(model, batch.samples, reference.media), batch)
             return torch.stack(losses(found, batch.samples)).sum(), len(batch.samples)
 
         def measure(model: nn.Module, samples: Sequence[Sample]) -> Measured:
-            batch, found = collate(samples), log_likelihoods(model, samples, reference.media)
+            batch = collate(samples)
+            found = log_likelihoods(model, samples, reference.media)
+            if reference.same(model):  # nothing has gained on itself, whatever rounding says
+                found = list(batch.reference)
             rewarded = rewards(found, batch)
             best = ([share_of_best(*one) for one in zip(each, samples, strict=True)] for each in (found, rewarded))
             return Measured(torch.stack(losses(rewarded, samples)), *best)
@@ -87,19 +90,24 @@ class Reference:
         self.said: dict[bytes, Tensor] = {}
         self.take(model)
 
+    def same(self, model: nn.Module) -> bool:
+        """Whether the model is now what it was."""
+        return all(name in self.params and torch.equal(x, self.params[name]) for name, x in trained(model))
+
     def take(self, model: nn.Module) -> None:
         """The model as it is now. What another one said is forgotten."""
-        if not all(name in self.params and torch.equal(x, self.params[name]) for name, x in trained(model)):
+        if not self.same(model):
             self.params = {name: x.detach().clone() for name, x in trained(model)}
             self.said = {}
 
-    def __call__(self, model: nn.Module, samples: Sequence[Sample]) -> list[Tensor]:
+    def __call__(self, model: nn.Module, samples: Sequence[Sample]) -> Sequence[Tensor]:
         """The log-likelihoods of each sample's answers, float64 [choices]."""
         names = [identity(sample) for sample in samples]
         new = {name: sample for name, sample in zip(names, samples, strict=True) if name not in self.said}
         if new:
             with self.in_place(model), evaluating(model), torch.no_grad():
-                self.said.update(zip(new, log_likelihoods(model, list(new.values()), self.media), strict=True))
+                for name, sample in new.items():  # alone: what is said of it must not depend on who is asked beside
+                    (self.said[name],) = log_likelihoods(model, [sample], self.media)
         return [self.said[name] for name in names]
 
     @contextmanager

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from atoll.errors import AtollError
+from atoll.exchange import WorkFailed
 from atoll.local.work import Gradients, Local
 from atoll.params import Params, clipped, global_norm, zeros_like
 from atoll.privacy.examples import rate
@@ -72,9 +74,10 @@ def gradient_of(local: Local, sample: Any, trainable: Mapping[str, nn.Parameter]
     torch.manual_seed(secrets.randbits(63))
     for parameter in trainable.values():
         parameter.grad = None
-    loss, terms = local.objective.loss(local.model, local.objective.collate([sample]))
-    if terms:
-        (loss / terms).backward()  # type: ignore[no-untyped-call]
+    with suppress(WorkFailed):  # of a reward, for one: to fail would tell of the sample
+        loss, terms = local.objective.loss(local.model, local.objective.collate([sample]))
+        if terms:
+            (loss / terms).backward()  # type: ignore[no-untyped-call]
     gradient = {name: p.grad for name, p in trainable.items() if p.grad is not None}
     for parameter in trainable.values():
         parameter.grad = None

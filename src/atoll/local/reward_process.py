@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+import traceback
 from typing import Any
 
 
 def serve(name: str) -> None:
-    """A line of completions and answers in; a line of numbers, or what went wrong, out."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what the reward prints is no answer
+    """A line of [number, completions, answers] in; a line of [number, rewards], or of the kind of error, out.
+
+    Whatever the reward and those whom it starts read and print has nothing to do with it: the two ends are moved away.
+    """
+    asked, said = (os.fdopen(os.dup(end), mode, encoding="utf-8") for end, mode in ((0, "r"), (1, "w")))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
     reward: Any = None
-    for line in sys.stdin:
+    for line in asked:
+        number, completions, answers = json.loads(line)
         try:
             if reward is None:
                 module, _, factory = name.partition(":")
                 reward = getattr(importlib.import_module(module), factory)()
-            found: Any = [one if isinstance(one, int | float) else repr(one) for one in reward(*json.loads(line))]
+            found: Any = [plain(one) for one in reward(completions, answers)]
         except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        out.write(json.dumps(found) + "\n")
-        out.flush()
+            traceback.print_exc()
+            found = type(error).__name__
+        said.write(json.dumps([number, found]) + "\n")
+        said.flush()
+
+
+def plain(value: Any) -> float | None:
+    """A number, of whatever library; None for what is none."""
+    if isinstance(value, bool | str):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 if __name__ == "__main__":

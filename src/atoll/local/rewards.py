@@ -9,12 +9,13 @@ knows: it may raise, hang, or end the process. It has a deadline, and what goes 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,8 +41,8 @@ def number() -> Reward:
 def same(completion: str, answer: str) -> bool:
     """Whether both end with the same number.
 
-    >>> same("3 + 4 = 7 apples.", "7.0"), same("1,200", "1200 (km)"), same("seven", "7")
-    (True, True, False)
+    >>> same("3 + 4 = 7 apples.", "7.0"), same("1,200", "1200 (km)"), same("10-20", "20"), same("seven", "7")
+    (True, True, True, False)
     """
     found, wanted = last_number(completion), last_number(answer)
     return found is not None and found == wanted
@@ -49,8 +50,9 @@ def same(completion: str, answer: str) -> bool:
 
 def last_number(text: str) -> float | None:
     """The last number in a text, if there is one."""
-    found = re.findall(r"-?\d[\d,]*\.?\d*", text)
-    return float(found[-1].replace(",", "").rstrip(".")) if found else None
+    found = re.findall(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))|\d+", text)
+    numbers = [one for one in found if any(map(str.isdigit, one))]
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def bare(text: str) -> str:
@@ -64,6 +66,9 @@ def bare(text: str) -> str:
 
 SHIPPED: dict[str, Callable[[], Reward]] = {"exact": exact, "number": number}
 
+LARGEST = 1e30
+"""Of a reward, either way."""
+
 DEADLINE = 30.0
 """Seconds that a reward of the user's own has for a batch."""
 
@@ -75,44 +80,54 @@ class OwnReward:
     name: str
     """`module:factory`, which takes no arguments and gives a `Reward`."""
     seconds: float = DEADLINE
+    asked: int = 0
     process: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     def __call__(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Raises WorkFailed, with the reward's name, for whatever goes wrong in it."""
-        said = self._ask(json.dumps([list(completions), list(answers)]))
+        """Raises WorkFailed, with the reward's name, for whatever goes wrong in it.
+
+        What an error says may quote data, so no more than its kind is told; the rest is in the log of who runs this.
+        """
+        self.asked += 1
         try:
-            found = json.loads(said)
-        except ValueError:
+            said = json.loads(self._ask(json.dumps([self.asked, list(completions), list(answers)])))
+            assert said[0] == self.asked
+        except (ValueError, TypeError, LookupError, AssertionError):
+            self.close()  # whatever it writes from now on answers nothing
             raise WorkFailed(f"the reward {self.name} ended without an answer") from None
-        if isinstance(found, str):
-            raise WorkFailed(f"the reward {self.name} failed: {found}")
-        return checked(found, len(completions), self.name)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(said[1], str):
+            raise WorkFailed(f"the reward {self.name} failed: {said[1]}")
+        return checked(said[1], len(completions), self.name)
 
     def _ask(self, line: str) -> str:
+        """A line for a line. Raises WorkFailed where none comes in time."""
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
-        late = threading.Timer(self.seconds, process.kill)
+        late = threading.Timer(self.seconds, end, [process])
+        late.daemon = True
+        started = time.monotonic()
         late.start()
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
             said = process.stdout.readline()
-        except (BrokenPipeError, OSError):
+        except OSError:
             said = ""
-        if not late.is_alive():
-            self.close()
+        finally:
+            late.cancel()
+        if not said and time.monotonic() - started >= self.seconds:
             raise WorkFailed(f"the reward {self.name} gave no answer in {self.seconds:g} s")
-        late.cancel()
-        if not said:
-            self.close()
         return said
 
     def _started(self) -> subprocess.Popen[str]:
-        if self.process is None:
-            path = os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
+        if self.process is None or self.process.poll() is not None:
+            path = os.pathsep.join(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "atoll.local.reward_process", self.name],
+                [sys.executable, "-m", "atoll.local.reward_process", self.name], start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
         return self.process
@@ -120,7 +135,7 @@ class OwnReward:
     def close(self) -> None:
         """Ends the process."""
         if self.process is not None:
-            self.process.kill()
+            end(self.process)
             self.process.wait()
             self.process = None
 
@@ -129,14 +144,20 @@ class OwnReward:
             self.close()
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """Ends a process with all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def checked(found: Any, count: int, name: str) -> list[float]:
     """A finite number for each completion. Raises WorkFailed."""
     if not isinstance(found, list) or len(found) != count:
         said = f"{len(found)} values" if isinstance(found, list) else type(found).__name__
         raise WorkFailed(f"the reward {name} gave {said} for {count} completions")
-    odd = [one for one in found if isinstance(one, bool | str) or not math.isfinite(one)]
+    odd = [one for one in found if not isinstance(one, int | float) or not abs(one) <= LARGEST]
     if odd:
-        raise WorkFailed(f"the reward {name} gave {odd[0]}, which is no finite number")
+        raise WorkFailed(f"the reward {name} gave {len(odd)} values that are no finite numbers, of {count}")
     return [float(one) for one in found]
 
 

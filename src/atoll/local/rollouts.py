@@ -33,6 +33,8 @@ class Sampling:
     """0 takes the likeliest token."""
     ends: Sequence[int]
     """Tokens that end a completion; they belong to it."""
+    banned: Sequence[int] = ()
+    """Tokens that are never drawn: the places of pictures and sounds."""
 
 
 @torch.no_grad()
@@ -60,10 +62,10 @@ def rollouts(model: nn.Module, prompts: Sequence[Sample], media: Media, how: Sam
         assert questions.mask is not None
         mask, position = questions.mask[growing], torch.tensor(questions.lengths, device=device)[growing]
         said: list[list[int]] = [[] for _ in growing]
-        rows = list(range(len(said)))
-        """Of the batch: whose completion each is."""
+        rows = list(range(len(said)))  # of the batch: whose completion each is
         logits = head(hidden)[growing]
         while True:
+            logits[:, list(how.banned)] = -torch.inf
             tokens = drawn(logits, how.temperature)
             going = [add(said[row], int(token), how) for row, token in zip(rows, tokens, strict=True)]
             if not any(going):

@@ -1,7 +1,7 @@
 """The folder of a run, and finding it again.
 
 runs/quickstart-1/
-  recipe.yaml               as resolved: runs again anywhere
+  recipe.yaml               as resolved: runs again anywhere; of several stages the last, and whole.yaml all of them
   record.jsonl              the events
   checkpoint.safetensors    the state after the last whole round
   ledger.jsonl              what was spent of privacy, if the plan protects it
@@ -80,6 +80,16 @@ class RunFolder:
         return self.path / CHECKPOINT
 
     @property
+    def whole(self) -> Path:
+        """The recipe of all stages, where there are several."""
+        return self.path / "whole.yaml"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it, or a stage of it, has an event."""
+        return self.record.exists() or any(stage.record.exists() for stage in self.stages())
+
+    @property
     def ledger(self) -> Path:
         """What was spent of privacy. It outlives a resume: nothing is ever taken out."""
         return self.path / "ledger.jsonl"
@@ -105,12 +115,16 @@ class RunFolder:
         return self.path / "card.md"
 
     def take_over(self, other: RunFolder) -> None:
-        """What came of another run of the same; the checkpoint last, so that a copy that was cut off counts for nothing."""
+        """What came of another run of the same, but for its card; the checkpoint last, and whole or not at all.
+
+        A copy that was cut off counts for nothing.
+        """
         shutil.copytree(other.adapter, self.adapter, dirs_exist_ok=True)
-        kept = {one.name for one in (self.record, self.ledger, self.card)}
-        for one in sorted(other.path.iterdir(), key=lambda path: path.name == CHECKPOINT):
-            if one.name in kept or one.suffix == ".svg" or one.name == CHECKPOINT:
-                shutil.copyfile(one, self.path / one.name)
+        for file in (other.record, other.ledger, other.checkpoint):
+            if file.exists():
+                partial = self.path / f"{file.name}.partial"
+                shutil.copyfile(file, partial)
+                partial.replace(self.path / file.name)
 
     def client(self, name: str) -> Path:
         """A client's state. Names come from data: quoted, none leaves the folder and no two share a file."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from atoll.errors import AtollError
@@ -50,7 +50,10 @@ def summarize(folder: RunFolder) -> Summary:
     except AtollError:  # `show` says what is wrong; it must not hide the other runs
         return _without_story(folder, "damaged")
     if story is None:
-        return _without_story(folder, "running" if running else "empty")
+        at_work = [replace(summarize(stage), name=folder.name, path=str(folder.path)) for stage in folder.stages()]
+        begun = [one for one in at_work if one.rounds]  # of several stages the one that is at work
+        state = "running" if running else "stopped" if begun else "empty"
+        return replace(begun[-1], state=state) if begun else _without_story(folder, state)
     inside = _baselines(story, running)
     last = story.spent[-1] if story.spent else None
     done = story.ended is not None and all(state == "finished" for state in inside.values())
@@ -104,7 +107,7 @@ def _seconds(story: Story) -> float:
 
 def need_story(folder: RunFolder) -> Story:
     """The run's story, which must have begun."""
-    story = read_story(folder)
+    story = read_story(folder) or next((one for stage in folder.stages() if (one := read_story(stage))), None)
     if story is None:
         raise AtollError(
             "the run has not begun: it has no events yet",
