@@ -1,0 +1,82 @@
+"""What experiments over several seeds have in common: runs that go on where they were cut off, and means with their errors.
+
+A standard error here is that of the held-out samples and that over seeds, added as independent ones are.
+
+Owner: the maintainers of src/atoll/record. Expires with the first release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from atoll.record.folder import RunFolder, root
+from atoll.record.measured import Cell
+from atoll.record.story import Story, read_story
+
+Cells = Mapping[str, Mapping[str, Cell]]
+"""By model, by column."""
+
+
+def name_of(recipe: str, seed: int, settings: Sequence[str]) -> str:
+    """Of a run, and of its file."""
+    asked = hashlib.sha256(json.dumps(sorted(settings)).encode()).hexdigest()[:6]
+    return f"{recipe}-{asked}-s{seed}"
+
+
+def done(name: str) -> Story | None:
+    """The run of this name, if it and its baselines are finished."""
+    story = read_story(RunFolder(root() / f"{name}-1"))
+    finished = story and story.ended and all(one.ended for one in story.baselines.values())
+    return story if story and finished and len(story.baselines) == len(story.started.baselines) else None
+
+
+def carry_on(recipe: str, name: str, settings: Sequence[str], minutes: float) -> None:
+    """Runs it, or goes on with it, for so long: in a process of its own, which is then asked to stop."""
+    begun = RunFolder(root() / f"{name}-1").path.exists()
+    words = [word for one in (f"name={name}", *settings) for word in ("--set", one)]
+    command = ["resume", f"{name}-1"] if begun else ["run", recipe, *words]
+    process = subprocess.Popen([sys.executable, "-m", "atoll", *command], stdout=subprocess.DEVNULL)
+    try:
+        failed = process.wait(60 * minutes) != 0
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        return
+    if failed:
+        raise SystemExit(f"{name} failed, with the reason above")
+
+
+def code() -> str:
+    """The last commit that changed the program."""
+    git = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%h", "--", "../src"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def over_seeds(tables: Sequence[Cells]) -> Cells:
+    """Means over the runs, with standard errors."""
+    return {
+        model: {name: together([one[model][name] for one in tables]) for name in row}
+        for model, row in tables[0].items()
+    }
+
+
+def together(each: Sequence[Cell]) -> Cell:
+    """The mean of cells, with the error of their samples and of their spread."""
+    values = [value for value, _ in each]
+    samples = sum(error**2 for _, error in each) / len(each)  # the same samples at every seed
+    seeds = statistics.variance(values) / len(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), (samples + seeds) ** 0.5
+
+
+def markdown(title: str, cells: Cells) -> list[str]:
+    """A table."""
+    names = list(next(iter(cells.values())))
+    head = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    shown = {model: " | ".join(f"{row[n][0]:.3f} ± {row[n][1]:.3f}" for n in names) for model, row in cells.items()}
+    return ["", *head, *(f"| {model} | {row} |" for model, row in shown.items())]
