@@ -74,10 +74,11 @@ def claims(found: Cells) -> list[str]:
     begun = next(model for model in found if model.startswith("after "))
     gain = {model: row["mean"][0] - found[begun]["mean"][0] for model, row in found.items()}
     best = max((model for model in found if model.endswith(ALONE)), key=lambda model: gain[model])
+    points = {model: f"{100 * gain[model]:+.1f}" for model in (POOLED, FEDERATED, PERSONAL, best)}
     return [
         "",
-        f"pooled gains {100 * gain[POOLED]:+.1f} points over {begun}, federated {100 * gain[FEDERATED]:+.1f}: "
-        f"{gain[FEDERATED] / gain[POOLED]:.0%}; with personal parts {100 * gain[PERSONAL]:+.1f}, {best} {100 * gain[best]:+.1f}",
+        f"pooled gains {points[POOLED]} points over {begun}, federated {points[FEDERATED]} "
+        f"({gain[FEDERATED] / gain[POOLED]:.0%}), with personal parts {points[PERSONAL]}, {best} {points[best]}",
     ]
 
 
