@@ -64,7 +64,12 @@ def test_a_round_with_too_few_updates_for_krum_is_abandoned(recipe: Path) -> Non
         (["finetune.aggregate={use: trimmed-mean, share: 0.1}"], "too few updates"),
         (["finetune.aggregate=krum", "finetune.schedule={use: synchronous, quorum: 0.5}"], "too few updates"),
         (
-            ["finetune.aggregate=median", "finetune.correction=scaffold", "finetune.optimizer={use: sgd, lr: 0.1}"],
+            [
+                "finetune.aggregate=median",
+                "finetune.correction=scaffold",
+                "finetune.optimizer={use: sgd, lr: 0.1}",
+                "finetune.clip_norm=null",
+            ],
             "correction's own stream",
         ),
     ],
