@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -32,7 +33,22 @@ Say = Callable[[str], None]
 
 
 def quiet(line: str) -> None:
-    """The `Say` that says nothing."""
+    """The `Say` of who was given none: heard by nobody, unless somebody is `listening`."""
+    if (say := _LISTENER.get()) is not None:
+        say(line)
+
+
+_LISTENER: ContextVar[Say | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(say: Say) -> Iterator[None]:
+    """Hears what would be said to nobody: where a part of a recipe is made, which has no other way to tell of a download."""
+    token = _LISTENER.set(say)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 def home() -> Path:

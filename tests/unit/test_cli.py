@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import atoll as package
+from atoll.cache import quiet
 from atoll.cli import COMMANDS
+from atoll.data.sources import ClientSource, folders
 from atoll.record.folder import RunFolder
 from support import Atoll
 
@@ -95,6 +97,23 @@ def test_plan_knows_the_time_after_a_first_run(
     one = json.loads(atoll("plan", tiny, "--json", "--set", "finetune.rounds=1", "--set", "evaluate.every=0").out)
     steps = 9 * 3 * 2 * 4  # rounds more, clients, local steps, samples each
     assert ten["seconds"] - one["seconds"] == pytest.approx(steps * data["speed"]["training"])
+
+
+def test_what_a_plan_fetches_is_told_beside_the_plan(
+    atoll: Atoll, tiny: str, sites: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from atoll.run import plan
+
+    def fetched() -> dict[str, ClientSource]:
+        quiet("fetching the sites")  # as a shipped data part does, which is given nobody to tell
+        return folders(str(sites))
+
+    monkeypatch.setattr("atoll.data.sources.four_sites", fetched)
+    said = atoll("plan", tiny, "--set", "data=four-sites", "--json")
+    assert said.err.splitlines() == ["fetching the sites"]
+    assert json.loads(said.out)["name"] == "tiny"
+    plan(tiny, ["data=four-sites"])
+    assert capsys.readouterr().err == "", "from Python nobody listens"
 
 
 def test_plan_for_people(atoll: Atoll, tiny: str) -> None:

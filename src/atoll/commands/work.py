@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atoll.cache import listening
 from atoll.commands.output import (
     AsJson,
     Certs,
@@ -38,9 +40,9 @@ def run(
 ) -> None:
     """Run a recipe: rounds, evaluation, baselines, adapter and card."""
     say(f"planning {recipe}")
-    from atoll.run import begun, plan
+    from atoll.run import begun
 
-    ready = plan(recipe, [*at_sites(fleet, certs, insecure), *(settings or ())])
+    ready = planned(recipe, [*at_sites(fleet, certs, insecure), *(settings or ())])
     with begun(ready) as folder:
         work_on(ready, folder, new=True)
     from atoll.commands.ending import conclude
@@ -76,6 +78,14 @@ def work_on(ready: Plan, folder: RunFolder, new: bool) -> None:
         execute(ready, folder, [shown.event], shown.say, shown.report)
 
 
+def planned(recipe: str, settings: Sequence[str]) -> Plan:
+    """The recipe's plan. What it fetches the first time, models and data, is told."""
+    from atoll.run import plan
+
+    with listening(say):
+        return plan(recipe, settings)
+
+
 def at_sites(server: str | None, certs: str, insecure: bool) -> list[str]:
     """The settings that `--fleet` stands for. Baselines need everybody's data in one place."""
     if server is None:
@@ -99,9 +109,8 @@ def plan(
     """Say what a recipe would do: what trains, what travels, bytes, memory, time. Runs nothing."""
     from atoll.commands.planned import beyond_memory, table
     from atoll.estimate import as_data
-    from atoll.run import plan
 
-    ready = plan(recipe, [*at_sites(fleet, certs, insecure), *(settings or ())])
+    ready = planned(recipe, [*at_sites(fleet, certs, insecure), *(settings or ())])
     each = [as_data(one) for one in (*ready.before.values(), ready)]
     for data, one in zip(each, (*ready.before.values(), ready), strict=True):
         data["warnings"] += beyond_memory(one)
