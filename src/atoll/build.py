@@ -31,6 +31,7 @@ from atoll.compatible import (
     refuse_holders,
     refuse_parts,
     refuse_personal,
+    refuse_tasks,
     refuse_unlike,
     refuse_unlike_holders,
     warnings,
@@ -147,9 +148,10 @@ class Plan:
         """Whether all that trains goes down as it was before the first round, beside what trains and travels.
 
         Clients have it by themselves where a run begins anew. They need it where an objective measures against it, or where
-        a part of it stays with them.
+        a part of it stays with them. Without a round nothing gains on it: then rewards are told against the base.
         """
-        needed = getattr(self.objective, "refers", False) or self.recipe.finetune.personal
+        refers = getattr(self.objective, "refers", False) and self.recipe.finetune.rounds
+        needed = refers or self.recipe.finetune.personal
         return bool(needed) and self.recipe.start is not None
 
     def side(self, client: str, memory: Memory) -> Side | None:
@@ -174,10 +176,13 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     fleet: MakeFleet = inprocess() if at_a_site else parts.make("fleet", recipe.fleet, "fleet")
     for i, one in enumerate([] if at_a_site else recipe.sinks):
         parts.make("sink", one, f"sinks[{i}]")  # what cannot be made is found before hours of training
+    if isinstance(recipe.start, list):
+        parts.make("fuse", recipe.fuse.by, "fuse.by")
     refuse_parts(recipe, made)
     model = choose_model(recipe.model)
     with placed("model"):
         shapes = None if model.own_factory else shapes_of_model(model.name)
+    refuse_tasks(recipe.evaluate.tasks, shapes)
     refuse_context(recipe.finetune.context + getattr(made.objective, "most_tokens", 0), shapes)
     everyone = population(recipe, tree, made, fleet, shapes, left_out, sources)
     refuse_clients(made, list(everyone.sources), everyone.size, everyone.least)

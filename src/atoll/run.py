@@ -33,8 +33,10 @@ from atoll.record.events import (
 )
 from atoll.record.folder import RunFolder, create, find
 from atoll.record.story import read_story
-from atoll.stage import begun_from, done_before, run_stage
+from atoll.record.tasks import read_scores
+from atoll.stage import done_before, run_stage
 from atoll.stream import REFERENCE, UPDATE
+from atoll.tasks import evaluate_tasks
 
 
 def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
@@ -72,27 +74,27 @@ def plan_again(folder: RunFolder) -> Plan:
     with quiet_libraries():
         written, tree = recipe.read(folder.recipe)
         ready = build(written, tree)
-    if written.start is None or not written.start.startswith(recipe.STAGE):
-        return ready
-    stage = written.start.removeprefix(recipe.STAGE)
-    last = plan_again(begun_from(written.start, folder))
-    return replace(ready, before={**last.before, stage: last})
+    return replace(ready, before={one.path.name: plan_again(one) for one in folder.earlier()})
 
 
 def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> tuple[recipe.Recipe, recipe.Tree]:
     """The recipe with the run that it starts `from` by its path: `latest` is another one as soon as this run is there."""
-    if written.start is None or written.start.startswith(recipe.STAGE):
-        return written, tree
     with placed("from"):
-        path = str(find(written.start).path.absolute())
-    return written.model_copy(update={"start": path}), {**tree, "from": path}
+        paths = [one if one.startswith(recipe.STAGE) else str(find(one).path.absolute()) for one in written.starts]
+    if not paths:
+        return written, tree
+    start = paths if isinstance(written.start, list) else paths[0]
+    return written.model_copy(update={"start": start}), {**tree, "from": start}
 
 
 def refuse_start(ready: Plan, before: Mapping[str, Plan]) -> None:
     """The run that this one starts `from` must be there, with the same model and space; so must the stage `before` it."""
-    start = ready.recipe.start
-    if start is None:
-        return
+    for start in ready.recipe.starts:
+        refuse_one_start(ready, start, before)
+
+
+def refuse_one_start(ready: Plan, start: str, before: Mapping[str, Plan]) -> None:
+    """See `refuse_start`."""
     if start.startswith(recipe.STAGE) and start.removeprefix(recipe.STAGE) not in before:
         raise AtollError(
             "this is one of several stages of a run, and begins with what another came to", where="from", found=start,
@@ -210,7 +212,16 @@ def execute(
                 say(f"stage {stage}")
                 whole_stage(one, folder.stage(stage), sinks, say, report)
         whole_stage(ready, folder, sinks, say, report)
+        ask_tasks(ready, folder, say)
     return folder
+
+
+def ask_tasks(ready: Plan, folder: RunFolder, say: Say) -> None:
+    """The stage `evaluate`: public tasks, but for those that were asked before."""
+    wanted, asked = ready.recipe.evaluate, {one.task for one in read_scores(folder)}
+    if names := [name for name in wanted.tasks if name not in asked]:
+        say("stage evaluate")
+        evaluate_tasks(folder, names, wanted.questions, say, where="evaluate.tasks")
 
 
 def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say, report: Report) -> None:

@@ -227,10 +227,18 @@ def refuse_short_ledger(rounds: int, folder: RunFolder) -> None:
 
 def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
     """All that trains, before the first round."""
-    mine = things.start
-    if ready.recipe.start is None:
-        return mine
-    other = begun_from(ready.recipe.start, folder)
+    results = [result_of(one, things, folder) for one in ready.recipe.starts]
+    if not results:
+        return things.start
+    if not isinstance(ready.recipe.start, list):
+        return results[0]
+    fused: Params = parts.make("fuse", ready.recipe.fuse.by, "fuse.by")(things.start, results)
+    return fused
+
+
+def result_of(start: str, things: Assembly, folder: RunFolder) -> Params:
+    """What another run, or another stage of this one, came to: all that trains."""
+    mine, other = things.start, begun_from(start, folder)
     if not other.checkpoint.exists():
         raise AtollError(
             "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
@@ -267,7 +275,7 @@ def introduce(at: Stage) -> None:
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
             warnings=ready.warnings,
             privacy=statement(ready, samples_of(at)),
-            recipe=ready.recipe.model_dump(include={"model", "reference", "data", "finetune", "evaluate"}),
+            recipe=ready.recipe.model_dump(include={"model", "reference", "data", "start", "finetune", "evaluate"}),
         )
     )
     if at.folder.is_baseline:  # it trains on what its run has told of
@@ -289,7 +297,7 @@ def due(ready: Plan, round: int) -> bool:
     """Whether to evaluate before round `round` begins: as the recipe says. The end comes by itself."""
     wanted = ready.recipe.evaluate
     if round == 0:
-        return wanted.start
+        return wanted.start and ready.recipe.finetune.rounds > 0
     return wanted.every > 0 and round % wanted.every == 0 and round < ready.recipe.finetune.rounds
 
 

@@ -1,79 +1,175 @@
-"""A finished run on public tasks: what it has learned beside its own data, and what it has forgotten.
+"""A run's models on public tasks: what it has learned beside its own data, and what it has forgotten.
 
-Every question has choices; the model's answer is the likeliest of them (local/choices.py).
+Where a question has choices, the model's answer is the likeliest of them (local/choices.py). Where it has none, the model
+writes one, the likeliest token each time. It is compared with those that are right: exactly, but for case, punctuation and
+articles (as SQuAD does, Rajpurkar et al. 2016, arXiv 1606.05250), and by ROUGE-L (Lin 2004), the best of the right ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from atoll.cache import Counting, Say, quiet
+from atoll.data.answers import ChatFormat, ends_of
 from atoll.data.collate import Sample
-from atoll.data.prepared_tasks import TASKS, task
+from atoll.data.prepared_tasks import TASKS, Open, open_questions, refuse_unknown, task
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
 from atoll.local.language import sft
-from atoll.local.work import EVALUATION_BATCH, Objective, answered, told
+from atoll.local.rollouts import Sampling, completed
+from atoll.local.work import EVALUATION_BATCH, answered, summed, told
+from atoll.models.spaces import write
+from atoll.params import Params
 from atoll.record.card import write_card
 from atoll.record.folder import RunFolder
 from atoll.record.tasks import Score, write_scores
-from atoll.result import Result, load_result
+from atoll.result import Result, load_result, tuned_params
 
 CONTEXT = 1024
 """Tokens of a question with its longest choice; longer ones are left out and counted."""
 
+MOST_TOKENS = 32
+"""Of an answer that is written."""
 
-def evaluate_tasks(folder: RunFolder, names: Sequence[str], most: int, say: Say = quiet) -> list[Score]:
-    """Measures a run's model and its base on tasks, and keeps the scores beside its record; the card has them, too.
+Metrics = Mapping[str, float]
+
+
+def evaluate_tasks(
+    folder: RunFolder, names: Sequence[str], most: int, say: Say = quiet, where: str = "--tasks"
+) -> list[Score]:
+    """Measures a run's model, its base and what came of the stages between on tasks; the run's folder and card keep it.
 
     Args:
         folder: the run's.
         names: of tasks.
         most: questions of each task, at most: the first in the order of their hashes.
         say: told before each slow step.
+        where: the tasks are named, for messages.
 
     Raises:
         AtollError: there is no such task, or the run has no result.
     """
-    for name in names:
-        if name not in TASKS:
-            task(name)  # which says so
     if not names:
-        raise AtollError(
-            "no task is named", where="--tasks", allowed=", ".join(TASKS), remedy="--tasks boolq,openbookqa"
-        )
+        raise AtollError("no task is named", where=where, allowed=", ".join(TASKS), remedy="boolq,openbookqa")
+    refuse_unknown(names, where)
+    if any(TASKS[name].written for name in names):
+        rouge()  # which may not be installed
     result = load_result(folder, say)
-    objective = sft().bind(result.model, result.tokenizer)
-    found = [score for name in names for score in scores(result, objective, name, most, say)]
-    write_scores(folder, found)
+    found = []
+    for name in names:
+        measured = scores(result, models(folder, result), name, most, say)
+        write_scores(folder, measured)
+        found += measured
     write_card(folder)
     return found
 
 
-def scores(result: Result, objective: Objective, name: str, most: int, say: Say) -> list[Score]:
-    """Of the base and of the tuned model."""
-    samples = prepare(task(name, say), result.tokenizer, CONTEXT, "sft", say=say).test[:most]
+def models(folder: RunFolder, result: Result) -> dict[str, Params]:
+    """What trains, by the name of the model that it makes: the base, after each stage, and the result."""
+    between = {f"after {stage.path.name}": {**result.base, **tuned_params(stage)[0]} for stage in folder.earlier()}
+    return {"base": result.base, **between, "tuned": {**result.base, **result.tuned}}
+
+
+def scores(result: Result, each: Mapping[str, Params], name: str, most: int, say: Say) -> list[Score]:
+    """Of every model on a task."""
+    ask = written if TASKS[name].written else chosen
+    of = ask(result, name, most, say)
     found = []
-    for model in ("base", "tuned"):
-        result.use(base=model == "base")
-        say(f"{name}: {len(samples)} questions to the {model} model")
-        of = measured(result, objective, samples, Counting(say, f"{name}, {model}", len(samples)))
-        accuracy, error, chance = (of[key] for key in ("accuracy", "accuracy_error", "chance"))
-        found.append(Score(name, model, accuracy, error, chance, int(of["questions"]), of["loss"]))
+    for model, params in each.items():
+        write(result.space, result.model, params)
+        say(f"{name}, {model}")
+        found += [
+            Score(name, measure, model, *numbers) for measure, numbers in of(Counting(say, f"{name}, {model}", most))
+        ]
+    result.use(base=False)
     return found
 
 
-@torch.no_grad()
-def measured(result: Result, objective: Objective, samples: Sequence[Sample], count: Counting) -> dict[str, float]:
-    """Loss and accuracy of the model as it is, with their standard errors."""
-    result.model.eval()
-    losses, answers = [], []
-    for at in range(0, len(samples), EVALUATION_BATCH):
-        batch = samples[at : at + EVALUATION_BATCH]
-        found = objective.measure(result.model, batch)
-        losses.append(found.losses.cpu())
-        answers += answered(batch, found)
-        count.more(len(batch))
-    return told(torch.cat(losses).double(), answers)
+Numbers = tuple[float, float, int, float | None]
+"""Mean, standard error, questions, chance."""
+
+Ask = Callable[[Counting], Iterator[tuple[str, Numbers]]]
+"""Asks the model as it is; gives its measures."""
+
+
+def chosen(result: Result, name: str, most: int, say: Say) -> Ask:
+    """Questions with choices."""
+    objective = sft().bind(result.model, result.tokenizer)
+    samples = prepare(task(name, say), result.tokenizer, CONTEXT, "sft", say=say).test[:most]
+
+    @torch.no_grad()
+    def ask(count: Counting) -> Iterator[tuple[str, Numbers]]:
+        result.model.eval()
+        losses, answers = [], []
+        for batch in batches(samples):
+            found = objective.measure(result.model, batch)
+            losses.append(found.losses.cpu())
+            answers += answered(batch, found)
+            count.more(len(batch))
+        of = told(torch.cat(losses).double(), answers)
+        yield "accuracy", (of["accuracy"], of["accuracy_error"], int(of["questions"]), of["chance"])
+        yield "loss", (of["loss"], of["standard_error"], int(of["samples"]), None)
+
+    return ask
+
+
+def written(result: Result, name: str, most: int, say: Say) -> Ask:
+    """Questions whose answers are written."""
+    questions = open_questions(name, say)[:most]
+    prompts = [prompt(one, result.tokenizer) for one in questions]
+    how = Sampling(1, MOST_TOKENS, 0.0, ends_of(result.tokenizer))
+
+    def ask(count: Counting) -> Iterator[tuple[str, Numbers]]:
+        answers: list[str] = []
+        for batch in batches(prompts):
+            ids = completed(result.model, batch, how)
+            answers += [result.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+            count.more(len(batch))
+        for measure, score in {"exact match": exact_match, "ROUGE-L": rouge()}.items():
+            each = [score(answer, one.references) for answer, one in zip(answers, questions, strict=True)]
+            of = summed(torch.tensor(each, dtype=torch.float64), "mean", "error", "count")
+            yield measure, (of["mean"], of["error"], int(of["count"]), None)
+
+    return ask
+
+
+def prompt(question: Open, tokenizer: object) -> Sample:
+    """The tokens up to where the answer begins."""
+    text = ChatFormat(tokenizer).render([{"role": "user", "content": question.prompt}], prompt=True)  # type: ignore[arg-type]
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)  # type: ignore[operator]
+    return Sample(ids, ids)
+
+
+def batches(each: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+    """As many at a time as evaluation takes."""
+    return (each[at : at + EVALUATION_BATCH] for at in range(0, len(each), EVALUATION_BATCH))
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer is one of the right ones, but for case, punctuation, articles and white space; else 0.
+
+    >>> exact_match("The Eiffel Tower.", ["eiffel tower"]), exact_match("In Paris", ["Paris"])
+    (1.0, 0.0)
+    """
+    return float(bare(answer) in map(bare, references))
+
+
+def bare(text: str) -> str:
+    """Words without what does not count."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def rouge() -> Callable[[str, Sequence[str]], float]:
+    """ROUGE-L (F) of an answer with the right one that it is nearest to. Raises AtollError where its package is missing."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise AtollError("answers that are written need ROUGE", remedy="pip install 'atoll[tasks]'") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return lambda answer, references: max(scorer.score(one, answer)["rougeL"].fmeasure for one in references)

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 import atoll
+from atoll.aggregate.fuse import average, ties
 from atoll.errors import AtollError, Interrupted
 from atoll.models.tiny import tiny
 from atoll.params import equal
 from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded, RunStarted
 from atoll.record.folder import RunFolder, find
+from atoll.record.measured import accuracy_table
 from atoll.record.story import read_story
+from atoll.record.tasks import read_scores
 from atoll.record.views import details, summarize
-from atoll.result import own_params, tuned_params
+from atoll.result import load_result, own_params, tuned_params
 from atoll.run import plan, plan_again
 from atoll.stream import UPDATE
 
@@ -249,3 +252,88 @@ def test_settings_of_a_stage_are_laid_over_those_of_fine_tuning(recipe: Path) ->
     assert ready.optimizer == {"use": "sgd", "lr": 1e-4}
     alone = plan(recipe, ["stages=[align]"])
     assert (alone.before, alone.recipe.start, alone.recipe.finetune.rounds) == ({}, None, 3)
+
+
+FUSED = ["stages=[finetune, align, fuse]", "align.from=base", "baselines=[]"]
+
+
+def test_stages_beside_each_other_are_fused(recipe: Path) -> None:
+    folder = atoll.run(recipe, [*FUSED, "fuse.by={use: ties, density: 0.5}", "fuse.objective={use: dpo, beta: 0.5}"])
+    story, each = read_story(folder), {name: folder.stage(name) for name in ("finetune", "align")}
+    assert list(story.before) == ["finetune", "align"], "in their order, not in that of their names"
+    assert read_story(each["align"]).base.clients == {
+        site: {**told, **{key: value for key, value in told.items() if "reward" not in key}}
+        for site, told in read_story(each["align"]).base.clients.items()
+    }
+    base = load_result(folder).base
+    fuse = ties(density=0.5)
+    assert equal(result(folder), fuse(base, [result(one) for one in each.values()]))
+    assert story.base is None, "there is no round before which it was anything else"
+    assert not story.rounds
+    assert all(one["reward_accuracy"] != 0.5 for one in story.final.clients.values()), "measured against the base"
+    names = [name for name, _ in accuracy_table(story).rows]
+    assert names == ["chance", "base", "after finetune", "after align", "federated"]
+    assert find(folder.name).adapter.exists()
+    again = atoll.run(recipe, [*FUSED, "fuse.by=average"])
+    assert equal(result(again), average()(base, [result(one) for one in each.values()]))
+    assert plan_again(again).before.keys() == {"finetune", "align"}
+
+
+def test_a_stage_beside_another_begins_with_the_base(recipe: Path) -> None:
+    beside = atoll.run(recipe, [*FUSED]).stage("align")
+    alone = atoll.run(recipe, ["stages=[align]", "baselines=[]"])
+    assert equal(result(beside), result(alone))
+
+
+def test_results_of_several_runs_are_fused(recipe: Path) -> None:
+    for name in ("one", "two"):
+        atoll.run(
+            recipe, ["stages=[align]", "baselines=[]", f"name={name}", f"seed={len(name + name[0])}", "align.rounds=1"]
+        )
+    text = recipe.read_text().replace("stages: [finetune, align]", "stages: [fuse]\nfrom: [one-1, two-1]")
+    recipe.write_text(text.replace("align: {rounds: 3", "fuse: {by: average"))
+    fused = atoll.run(recipe, ["baselines=[]"])
+    results = [result(find(f"{name}-1")) for name in ("one", "two")]
+    assert equal(result(fused), average()(load_result(fused).base, results))
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "what"),
+    [
+        (["stages=[align, fuse]", "fuse.from=[align, finetun]"], "fuse.from", "no such stage before"),
+        (["stages=[finetune, align]", "align.from=[finetune]"], "align.from", "become one in the stage"),
+        (["stages=[evaluate, finetune]"], "stages", "wrong value"),
+        (["fuse.by=average"], "fuse", "a stage that is not run"),
+        ([*FUSED, "fuse.by=tis"], "fuse.by", "unknown fuse"),
+        ([*FUSED, "baselines=[pooled]"], "baselines", "nothing to compare"),
+        (["stages=[finetune, align, evaluate]", "evaluate.tasks=[boolk]"], "evaluate.tasks", "no such task"),
+    ],
+)
+def test_stages_that_cannot_be(recipe: Path, settings: list[str], where: str, what: str) -> None:
+    with pytest.raises(AtollError, match=what) as caught:
+        plan(recipe, settings)
+    assert where in caught.value.details["where"]
+
+
+@pytest.mark.real
+def test_the_stage_evaluate_asks_the_base_and_what_every_stage_came_to(recipe: Path) -> None:
+    asked = [
+        "stages=[finetune, align, evaluate]",
+        "baselines=[]",
+        "evaluate.tasks=[openbookqa]",
+        "evaluate.questions=12",
+    ]
+    said: list[str] = []
+    folder = atoll.run(recipe, asked, say=said.append)
+    models = ["base", "after finetune", "tuned"]
+    assert [one.model for one in read_scores(folder)] == [one for model in models for one in (model, model)]
+    losses = {one.model: one.value for one in read_scores(folder) if one.measure == "loss"}
+    assert len(set(losses.values())) == 3
+    assert not folder.stage("finetune").tasks.exists()
+    assert "| openbookqa | accuracy | 0.250 |" in folder.card.read_text()
+    folder.tasks.unlink()
+    atoll.resume(folder.name, say=said.append)
+    assert {one.model: one.value for one in read_scores(folder) if one.measure == "loss"} == losses
+    before = len(said)
+    atoll.resume(folder.name, say=said.append)
+    assert "stage evaluate" not in said[before:], "it is not asked twice"

@@ -16,12 +16,12 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Questions of each task, at most.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run's model and its base on public tasks. The run's card keeps the numbers."""
+    """Measure a run's model, its base and its stages on public tasks. The run's card keeps the numbers."""
     from atoll.data.prepared_tasks import TASKS
 
     if tasks == "help":
         for name, one in TASKS.items():
-            show(f"{name:14} {one.source} ({one.license})")
+            show(f"{name:14} answers are {'written' if one.written else 'chosen'}; {one.source} ({one.license})")
         return
     from atoll.record.folder import find
 
@@ -33,9 +33,9 @@ def evaluate(
         show_json({"run": folder.name, "scores": [asdict(one) for one in scores]})
         return
     from atoll.record.tables import plain_table
-    from atoll.record.tasks import COLUMNS, rows
+    from atoll.record.tasks import columns, rows
 
-    table = plain_table(*COLUMNS)
+    table = plain_table(*columns(scores))
     for row in rows(scores):
         table.add_row(*row)
     show(table)

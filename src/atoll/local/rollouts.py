@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atoll.data.collate import IGNORE, Batch, Sample, evaluating, language_model, pad_first
-from atoll.local.choices import Media
+from atoll.local.choices import Media, shares
 from atoll.local.objectives import run_without_head
 
 LEAVE = 0.75
@@ -77,6 +77,24 @@ def rollouts(model: nn.Module, prompts: Sequence[Sample], media: Media, how: Sam
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             hidden, head = run_without_head(model, step(tokens, position, mask), tokens[:, None] >= 0, cache)
             logits, position = head(hidden), position + 1
+
+
+def completed(model: nn.Module, prompts: Sequence[Sample], how: Sampling) -> list[NDArray[np.int32]]:
+    """The likeliest completion of each prompt, in any family: one that keeps no keys and values writes one at a time."""
+    if shares(model):
+        return [one for (one,) in rollouts(model, prompts, lambda samples: {}, how)]
+    return [alone(model, prompt, how) for prompt in prompts]
+
+
+@torch.no_grad()
+def alone(model: nn.Module, prompt: Sample, how: Sampling) -> NDArray[np.int32]:
+    """One completion, by transformers."""
+    ids = torch.tensor(prompt.ids, device=next(model.parameters()).device).long()[None]
+    most = {"max_new_tokens": how.most_tokens, "eos_token_id": list(how.ends) or None, "pad_token_id": 0}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    with evaluating(model):
+        out: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **most, **greedy)  # type: ignore[operator]
+    return out[0, ids.shape[1] :].cpu().numpy().astype(np.int32)
 
 
 def drawn(logits: Tensor, temperature: float) -> Tensor:

@@ -17,8 +17,8 @@ from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
 from atoll.record.measured import Cell, Table, measured
 from atoll.record.story import Story, read_story
-from atoll.record.tasks import COLUMNS as TASK_COLUMNS
 from atoll.record.tasks import Score, read_scores
+from atoll.record.tasks import columns as task_columns
 from atoll.record.tasks import rows as task_rows
 
 
@@ -181,12 +181,16 @@ def _tasks_section(scores: Sequence[Score]) -> list[str]:
     """What public tasks said; nothing where none was asked."""
     if not scores:
         return []
-    head = [f"| {' | '.join(TASK_COLUMNS)} |", "|---" * len(TASK_COLUMNS) + "|"]
+    names = task_columns(scores)
+    head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     lines = [f"| {' | '.join(row)} |" for row in task_rows(scores)]
     return ["## Public tasks", "", *head, *lines, "", TASKS_NOTE, ""]
 
 
-TASKS_NOTE = "Accuracy: the share of questions of which the right choice is the likeliest, ± its standard error."
+TASKS_NOTE = (
+    "± standard error. Accuracy: the share of questions of which the right choice is the likeliest; loss: the right "
+    "choice's mean token loss. Exact match and ROUGE-L: of the answer that the model writes, with the nearest right one."
+)
 
 
 def _faults_section(story: Story) -> list[str]:

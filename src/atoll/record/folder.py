@@ -149,8 +149,19 @@ class RunFolder:
         return [RunFolder(p.parent) for p in sorted(self.path.glob("baselines/*/record.jsonl"))]
 
     def stages(self) -> list[RunFolder]:
-        """The stages before the last."""
-        return [RunFolder(path.parent) for path in sorted(self.path.glob("stages/*/recipe.yaml"))]
+        """The stages before the last, in their order."""
+        found = [RunFolder(path.parent) for path in sorted(self.path.glob("stages/*/recipe.yaml"))]
+        if len(found) < 2:
+            return found
+        from ruamel.yaml import YAML
+
+        order: list[str] = YAML(typ="safe", pure=True).load(self.whole)["stages"]
+        return sorted(found, key=lambda one: order.index(one.path.name))
+
+    def earlier(self) -> list[RunFolder]:
+        """The stages before this one."""
+        each = self.outermost.stages()
+        return each[: each.index(self)] if self in each else each
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from atoll.recipe import STAGE
 from atoll.record.events import Evaluated, RunStarted
 from atoll.record.story import Story
 
@@ -101,7 +102,7 @@ def loss_table(story: Story) -> Table | None:
 
 def accuracy_table(story: Story, measure: Measure = ACCURACY) -> Table | None:
     """The same of the answers to questions that allow certain ones; None where there are none."""
-    each = [*(at_first(story) if measure is ACCURACY else []), *models(story)]
+    each = [*(dict([*earlier(story), *models(story)]).items() if measure is ACCURACY else models(story))]
     told: dict[str, Mapping[str, float]] = {}
     for _, evaluated in each:
         for site, metrics in evaluated.clients.items():
@@ -148,13 +149,21 @@ def models(story: Story) -> list[tuple[str, Evaluated]]:
 
 def begins_as(story: Story) -> str:
     """What the model before the first round is called: the base, or the stage that it comes from."""
-    return f"after {[*story.before][-1]}" if story.before else "base"
+    start = story.started.recipe.get("start")
+    return f"after {start.removeprefix(STAGE)}" if isinstance(start, str) and start.startswith(STAGE) else "base"
 
 
-def at_first(story: Story) -> list[tuple[str, Evaluated]]:
-    """The model before the first of several stages: its loss may be another objective's, accuracy is the same measure."""
+def earlier(story: Story) -> list[tuple[str, Evaluated]]:
+    """The models of the stages before, where they were asked the same questions. Their losses may be other objectives'."""
     first = next(iter(story.before.values()), None)
-    return [("base", first.base)] if first and first.base else []
+    each = [("base", first and first.base), *((f"after {name}", one.final) for name, one in story.before.items())]
+    mine = first_of(story)
+    return [(name, one) for name, one in each if one and mine and guesses(one) == guesses(mine)]
+
+
+def guesses(evaluated: Evaluated) -> dict[str, float | None]:
+    """What a guess comes to at each site."""
+    return {site: metrics.get(CHANCE) for site, metrics in evaluated.clients.items()}
 
 
 def over_clients(evaluated: Evaluated, modality: str, measure: Measure) -> Cell | None:

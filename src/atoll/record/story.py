@@ -40,13 +40,14 @@ class Story:
 
     @property
     def base(self) -> Evaluated | None:
-        """Before the first round."""
-        return next((e for e in self.evaluations if e.round == 0), None)
+        """Before the first round; of a run without a round there is but its result."""
+        return next((e for e in self.evaluations if e.round == 0 and self.started.rounds), None)
 
     @property
     def final(self) -> Evaluated | None:
         """After the last, once the run is over."""
-        return next((e for e in reversed(self.evaluations) if e.final and e.round > 0), None)
+        ends = (e for e in reversed(self.evaluations) if e.final and (e.round > 0 or not self.started.rounds))
+        return next(ends, None)
 
     @property
     def bytes_up(self) -> int:

@@ -1,4 +1,4 @@
-"""What public tasks said of a run's model and of its base, as the run's folder keeps it."""
+"""What public tasks said of a run's models, as the run's folder keeps it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from atoll.record.folder import RunFolder
 
 @dataclass(frozen=True)
 class Score:
-    """A model's accuracy on a task, with its standard error."""
+    """A mean over a task's questions, with its standard error."""
 
     task: str
+    measure: str
+    """accuracy, loss, exact match, or ROUGE-L."""
     model: str
-    """base, or tuned."""
-    accuracy: float
+    """base, after an earlier stage, or tuned."""
+    value: float
     error: float
-    chance: float
     questions: int
-    loss: float
-    """Mean over the questions of the right answer's mean token loss."""
+    chance: float | None = None
+    """What a guess comes to."""
 
 
 def read_scores(folder: RunFolder) -> list[Score]:
@@ -34,25 +35,32 @@ def read_scores(folder: RunFolder) -> list[Score]:
 
 def write_scores(folder: RunFolder, scores: Sequence[Score]) -> list[Score]:
     """Keeps scores beside those of other tasks; gives them all."""
-    now = {(one.task, one.model) for one in scores}
-    kept = [one for one in read_scores(folder) if (one.task, one.model) not in now] + list(scores)
+    now = {one.task for one in scores}
+    kept = [one for one in read_scores(folder) if one.task not in now] + list(scores)
     write_file(folder.tasks, (json.dumps([asdict(one) for one in kept], indent=2) + "\n").encode())
     return kept
 
 
-COLUMNS = ("task", "chance", "base", "tuned", "questions")
+def columns(scores: Sequence[Score]) -> list[str]:
+    """Of a table of them: the models in the order of their making."""
+    models = dict.fromkeys(one.model for one in scores)
+    return ["task", "measure", "chance", *models, "questions"]
 
 
-def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
-    """A line a task, in the columns of `COLUMNS`.
+def rows(scores: Sequence[Score]) -> list[list[str]]:
+    """A line for each measure of each task.
 
-    >>> rows([Score("boolq", "base", 0.5, 0.05, 0.5, 100, 1.0), Score("boolq", "tuned", 0.61, 0.049, 0.5, 100, 0.4)])
-    [('boolq', '0.500', '0.500 ± 0.050', '0.610 ± 0.049', '100')]
+    >>> each = [Score("boolq", "accuracy", *one, 100, 0.5) for one in (("base", 0.5, 0.05), ("tuned", 0.61, 0.049))]
+    >>> columns(each), rows(each)
+    (['task', 'measure', 'chance', 'base', 'tuned', 'questions'],
+     [['boolq', 'accuracy', '0.500', '0.500 ± 0.050', '0.610 ± 0.049', '100']])
     """
+    models = columns(scores)[3:-1]
     found = []
-    for task in dict.fromkeys(one.task for one in scores):
-        each = {one.model: one for one in scores if one.task == task}
-        said = [f"{each[m].accuracy:.3f} ± {each[m].error:.3f}" if m in each else "-" for m in ("base", "tuned")]
+    for task, measure in dict.fromkeys((one.task, one.measure) for one in scores):
+        each = {one.model: one for one in scores if (one.task, one.measure) == (task, measure)}
+        said = [f"{each[m].value:.3f} ± {each[m].error:.3f}" if m in each else "-" for m in models]
         first = next(iter(each.values()))
-        found.append((task, f"{first.chance:.3f}", *said, str(first.questions)))
+        chance = "-" if first.chance is None else f"{first.chance:.3f}"
+        found.append([task, measure, chance, *said, str(first.questions)])
     return found
