@@ -28,11 +28,11 @@ from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdic
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
 from atoll.models.spaces import split
-from atoll.params import Params, numel
+from atoll.params import Params, content, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
 from atoll.recipe import POOLED, STAGE
-from atoll.record.checkpoint import content, load_with_extra, read_extra, save_state
+from atoll.record.checkpoint import load_with_extra, read_extra, save_state
 from atoll.record.events import (
     EVERYBODY,
     ClientLeftOut,

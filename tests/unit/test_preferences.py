@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import atoll
 from atoll.data.collate import Choices, Sample
-from atoll.local.preferences import Reference, dpo, trained
+from atoll.local import reference as reference_module
+from atoll.local.preferences import dpo
+from atoll.local.reference import REMEMBERED, Reference, put, trained
 from atoll.local.work import Objective
 from atoll.models.fast import accelerate
 from atoll.models.tiny import byte_tokenizer, tiny
@@ -102,8 +104,9 @@ def test_losses_and_gradients_are_those_of_the_formula(family: str, swapped: boo
         before = [by_hand(model, sample) for sample in samples]
     found = loss_of(moved(model), objective, samples)
     after = [by_hand(model, sample) for sample in samples]
-    expected = torch.stack([-torch.log_softmax(BETA * (a - b), 0)[0] for a, b in zip(after, before, strict=True)]).sum()
-    assert abs(float(expected) - 2 * np.log(2) - np.log(4)) > 1e-3
+    each = torch.stack([-torch.log_softmax(BETA * (a - b), 0)[0] for a, b in zip(after, before, strict=True)])
+    expected, still = each.sum(), torch.tensor([2.0, 2.0, 4.0]).log()
+    assert float((each.detach() - still).abs().max()) > 1e-3, "the model has moved away from its reference"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert_same_gradients(gradients(model, found), gradients(model, expected), tolerance=1e-3)
 
@@ -125,6 +128,29 @@ def test_the_reference_is_the_model_as_it_was_and_is_asked_once_a_sample() -> No
     assert objective.refer is not None
     objective.refer(model)
     assert not torch.allclose(objective.collate(samples).reference[0], at_first[0], rtol=1e-3)
+
+
+def test_what_a_reference_said_is_shared_by_all_that_refer_to_the_same_params(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = with_lora(build("llama")), []
+    samples = [drawn(seed, 6, (3, 4)) for seed in range(3)]
+    real = reference_module.log_likelihoods
+    monkeypatch.setattr(reference_module, "log_likelihoods", lambda *a: asked.append(1) or real(*a))
+    first = bound(model).collate(samples).reference
+    begun = {name: x.detach().clone() for name, x in trained(model)}
+    other = bound(moved(model))
+    assert not torch.allclose(other.collate(samples).reference[0], first[0])
+    assert len(asked) == 6, "of another model it is asked anew"
+    put(model, begun)
+    again = bound(model)
+    assert [bool(torch.equal(*pair)) for pair in zip(again.collate(samples).reference, first, strict=True)] == [
+        True
+    ] * 3
+    assert len(asked) == 6
+    for step in range(REMEMBERED):
+        bound(moved(model, step + 1)).collate(samples)
+    put(model, begun)
+    bound(model).collate(samples)
+    assert len(asked) == 12 + 3, "the oldest is forgotten"
 
 
 def test_a_sample_is_known_by_its_question_and_all_of_its_answers() -> None:

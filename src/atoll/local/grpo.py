@@ -30,7 +30,7 @@ from atoll.errors import AtollError
 from atoll.local.choices import shares
 from atoll.local.language import MeanOver, reader, refuse_without_text
 from atoll.local.objectives import token_losses
-from atoll.local.preferences import Reference
+from atoll.local.reference import Reference
 from atoll.local.rewards import DEADLINE, Reward, reward_of
 from atoll.local.rollouts import Sampling, rollouts
 from atoll.local.work import Measured, Objective

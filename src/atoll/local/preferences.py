@@ -14,20 +14,19 @@ result. It is run once for each sample, whose log-likelihoods are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from atoll.data.collate import Sample, evaluating
+from atoll.data.collate import Sample
 from atoll.data.read import Labels
-from atoll.local.choices import Media, choices_of, log_likelihoods, share_of_best
+from atoll.local.choices import choices_of, log_likelihoods, share_of_best
 from atoll.local.language import reader, refuse_without_text
+from atoll.local.reference import Reference
 from atoll.local.work import Measured, Objective
 from atoll.models.features import features_of
 
@@ -66,9 +65,8 @@ class DPO:
 
         def measure(model: nn.Module, samples: Sequence[Sample]) -> Measured:
             batch = collate(samples)
-            found = log_likelihoods(model, samples, reference.media)
-            if reference.same(model):  # nothing has gained on itself, whatever rounding says
-                found = list(batch.reference)
+            still = reference.same(model)  # then nothing has gained on itself, whatever rounding says
+            found = list(batch.reference) if still else log_likelihoods(model, samples, reference.media)
             rewarded = rewards(found, batch)
             best = ([share_of_best(*one) for one in zip(each, samples, strict=True)] for each in (found, rewarded))
             return Measured(torch.stack(losses(rewarded, samples)), *best)
@@ -79,66 +77,6 @@ class DPO:
 def losses(rewards: Sequence[Tensor], samples: Sequence[Sample]) -> list[Tensor]:
     """-log softmax(rewards)[chosen] of each sample."""
     return [-torch.log_softmax(r, 0)[choices_of(sample).right] for r, sample in zip(rewards, samples, strict=True)]
-
-
-class Reference:
-    """A model as it was: what trains in it, and what it said of each sample that it was asked about."""
-
-    def __init__(self, model: nn.Module, media: Media) -> None:
-        self.media = media
-        self.params: dict[str, Tensor] = {}
-        self.said: dict[bytes, Tensor] = {}
-        self.take(model)
-
-    def same(self, model: nn.Module) -> bool:
-        """Whether the model is now what it was."""
-        return all(name in self.params and torch.equal(x, self.params[name]) for name, x in trained(model))
-
-    def take(self, model: nn.Module) -> None:
-        """The model as it is now. What another one said is forgotten."""
-        if not self.same(model):
-            self.params = {name: x.detach().clone() for name, x in trained(model)}
-            self.said = {}
-
-    def __call__(self, model: nn.Module, samples: Sequence[Sample]) -> Sequence[Tensor]:
-        """The log-likelihoods of each sample's answers, float64 [choices]."""
-        names = [identity(sample) for sample in samples]
-        new = {name: sample for name, sample in zip(names, samples, strict=True) if name not in self.said}
-        if new:
-            with self.in_place(model), evaluating(model), torch.no_grad():
-                for name, sample in new.items():  # alone: what is said of it must not depend on who is asked beside
-                    (self.said[name],) = log_likelihoods(model, [sample], self.media)
-        return [self.said[name] for name in names]
-
-    @contextmanager
-    def in_place(self, model: nn.Module) -> Iterator[None]:
-        """The model is the reference inside the block."""
-        now = {name: x.detach().clone() for name, x in trained(model)}
-        put(model, self.params)
-        try:
-            yield
-        finally:
-            put(model, now)
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that train, by name."""
-    return ((name, x) for name, x in model.named_parameters() if x.requires_grad)
-
-
-@torch.no_grad()
-def put(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Writes what trains."""
-    for name, x in trained(model):
-        x.copy_(params[name])
-
-
-def identity(sample: Sample) -> bytes:
-    """Names what a sample asks and allows."""
-    choices = choices_of(sample)
-    arrays = (sample.ids[: choices.shared], *choices.rest, *choices.labeled)
-    said = [one.tobytes() for one in arrays] + [medium.key.encode() for medium in sample.media]
-    return blake2b(b"".join(len(one).to_bytes(8) + one for one in said), digest_size=16).digest()
 
 
 def dpo(beta: Annotated[float, Gt(0)] = 0.1) -> DPO:

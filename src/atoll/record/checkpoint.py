@@ -8,15 +8,13 @@ whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from atoll import wire
-from atoll.cache import content_hash, replace_tensors
+from atoll.cache import replace_tensors
 from atoll.errors import AtollError
 from atoll.exchange import Broadcast, Task
 from atoll.params import Params, nested, under
@@ -73,20 +71,6 @@ def load_with_extra(path: Path) -> tuple[State, dict[str, Any]]:
             remedy="resume with the version of atoll that wrote it",
         )  # fmt: skip
     return _state(about, flat), about["extra"]
-
-
-def content(params: Mapping[str, torch.Tensor]) -> str:
-    """Names params by their bytes, whatever their order.
-
-    >>> import torch
-    >>> content({"w": torch.ones(1), "b": torch.zeros(2)}) == content({"b": torch.zeros(2), "w": torch.ones(1)})
-    True
-    """
-    parts: list[bytes | str] = []
-    for name, x in sorted(params.items()):
-        raw = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        parts += [f"{name} {x.dtype} {tuple(x.shape)}", raw.numpy().tobytes()]
-    return content_hash(*parts)
 
 
 def read_extra(path: Path) -> dict[str, Any]:
