@@ -28,6 +28,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "four-sites": "atoll.data.sources:four_sites",
         "multimodal-sites": "atoll.data.sources:multimodal_sites",
         "preference-sites": "atoll.data.sources:preference_sites",
+        "poisoned-sites": "atoll.data.sources:poisoned_sites",
         "with-canaries": "atoll.data.canaries:with_canaries",
         "without-media": "atoll.data.sources:without_media",
     },
@@ -41,6 +42,8 @@ SLOTS: dict[str, dict[str, str]] = {
         "causal-lm": "atoll.local.language:causal_lm",
         "dpo": "atoll.local.preferences:dpo",
         "grpo": "atoll.local.grpo:grpo",
+        "reward-model": "atoll.local.judges:reward_model",
+        "selector": "atoll.local.judges:selector",
     },
     "space": {
         "lora": "atoll.models.spaces:lora",

@@ -30,8 +30,9 @@ from atoll.errors import AtollError, closest
 
 Form = Literal["preference", "chat", "prompt_completion", "text"]
 Split = Literal["train", "test"]
-Labels = Literal["sft", "causal_lm", "preference"]
-"""Where an objective puts the loss: on a chat's answers, on every token, on each of the answers that a question allows."""
+Labels = Literal["sft", "causal_lm", "preference", "selector"]
+"""Where an objective puts the loss: on a chat's answers, on every token, on each of the answers that a question allows, on
+the letters under which a question shows them."""
 Message = dict[str, Any]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {

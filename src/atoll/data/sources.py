@@ -139,6 +139,16 @@ def preference_sites() -> dict[str, ClientSource]:
     return folders(str(fetch()))
 
 
+def poisoned_sites() -> dict[str, ClientSource]:
+    """Five clinics that refuse what should not be helped with, two attackers that consent to it, and a server that repairs.
+
+    Fetched once into the cache; sources and licenses are in SOURCES.md beside the data.
+    """
+    from atoll.data.prepared_poison import poisoned_sites as fetch
+
+    return folders(str(fetch()))
+
+
 def without_media(
     inner: Annotated[Any, Slot("data")],
     share: Share,

@@ -11,9 +11,11 @@ off), and cut into windows for `causal_lm`.
 from __future__ import annotations
 
 import json
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +36,7 @@ from atoll.errors import AtollError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 10
+VERSION = 11
 """Raise it when the same input gives other tokens or another layout."""
 
 TOO_LONG = "longer than the context"
@@ -95,7 +97,8 @@ def prepare(
         tokenizer: a fast tokenizer, with or without a chat template.
         context: the longest sample, in tokens.
         objective: `sft` puts the loss on answers only; `causal_lm` on every token; `preference` on the answers that a
-            question allows, and records that allow one alone are left out.
+            question allows, and records that allow one alone are left out; `selector` shows them under letters, and puts the
+            loss on these.
         cache_root: the folder under which `tokens/` is kept; `atoll.cache.home()` if not given.
         senses: how the model takes pictures and sounds; records with others are left out.
         say: hears how many records have been read, where it takes long.
@@ -167,6 +170,8 @@ def encode(
             allowed="a fast tokenizer (tokenizer.json)",
         )
     chat = ChatFormat(tokenizer)
+    if objective == "selector":
+        found = (lettered(one) for one in found)
     for batch in _batches(placed for one in found if (placed := _with_places(one, senses, report))):
         written = [
             (record, *text) for record in batch if (text := _written(record, tokenizer, chat, objective, report))
@@ -189,9 +194,28 @@ def misplaced(encoded: Encoded, senses: Senses) -> bool:
     return any(int((encoded.ids == sense.token_id).sum()) != held[name] for name, sense in senses.items())
 
 
+COMPARING: tuple[Labels, ...] = ("preference", "selector")
+"""Objectives that compare the answers which a question allows."""
+
+LETTERS = string.ascii_uppercase
+
+
+def lettered(record: Record) -> Record:
+    """The record as a question which of its answers is the best, shown under letters in the order of their hashes."""
+    if not (2 <= len(record.choices) <= len(LETTERS) and len(record.messages) > 1):
+        return record._replace(choices=())
+    *before, asked, answer = record.messages
+    shown = sorted(record.choices, key=partial(content_hash, asked["content"]))
+    answers = "\n".join(f"{letter}: {one}" for letter, one in zip(LETTERS, shown, strict=False))
+    letters = tuple(LETTERS[: len(shown)])
+    question = f"{asked['content']}\n\n{answers}\n\nWhich answer is the best one: {', '.join(letters)}?\n"
+    right = {**answer, "content": letters[shown.index(answer["content"])]}
+    return record._replace(messages=[*before, {**asked, "content": question}, right], choices=letters)
+
+
 def scored(record: Record, objective: Labels) -> bool:
     """Whether a record's choices are ever looked at: `sft` trains on its answer alone."""
-    return objective == "preference" or (bool(record.choices) and record.split == "test" and objective == "sft")
+    return objective in COMPARING or (bool(record.choices) and record.split == "test" and objective == "sft")
 
 
 def _choices(
@@ -301,9 +325,7 @@ def refuse_plain_text(record: Record, objective: Labels) -> None:
             "plain text has no answers to train on",
             where=record.place,
             found=f"records with 'text', labels {objective}",
-            allowed="prompt, chosen and rejected"
-            if objective == "preference"
-            else "messages, or prompt and completion",
+            allowed="prompt, chosen and rejected" if objective in COMPARING else "messages, or prompt and completion",
             remedy="finetune.objective=causal-lm learns from every token",
         )
 

@@ -123,16 +123,20 @@ def choices_of(sample: Sample) -> Choices:
 
 def in_full(model: nn.Module, samples: Sequence[Sample], media: Media) -> list[Tensor]:
     """The same from every text in full, a row each."""
-    each = [choices_of(sample) for sample in samples]
-    texts = [
-        Sample(np.concatenate([sample.ids[: one.shared], ids]), labels_of(one, ids, labeled), sample.media)
-        for sample, one in zip(samples, each, strict=True)
-        for ids, labeled in zip(one.rest, one.labeled, strict=True)
-    ]
+    texts = texts_of(samples)
     batch = replace(pad(texts, pad_id=0), media=media(texts)).to(next(model.parameters()).device)
     losses, owners = token_losses(model, batch)
     sums = -losses.double().new_zeros(len(texts)).index_add(0, owners, losses.double())
-    return list(torch.split(sums, [len(one.rest) for one in each]))
+    return list(torch.split(sums, [len(choices_of(sample).rest) for sample in samples]))
+
+
+def texts_of(samples: Sequence[Sample]) -> list[Sample]:
+    """Every sample's question with each of its choices, which has the loss."""
+    return [
+        Sample(np.concatenate([sample.ids[: one.shared], ids]), labels_of(one, ids, labeled), sample.media)
+        for sample, one in ((sample, choices_of(sample)) for sample in samples)
+        for ids, labeled in zip(one.rest, one.labeled, strict=True)
+    ]
 
 
 def labels_of(choices: Choices, ids: NDArray[np.int32], labeled: NDArray[np.bool_]) -> NDArray[np.int32]:

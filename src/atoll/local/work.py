@@ -264,7 +264,8 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
 class Answered(NamedTuple):
     """What came of a sample that allows certain answers."""
 
-    right: float
+    right: float | None
+    """Whether it has the model's own answer right."""
     chance: float
     """That a guess is right."""
     rewarded: float | None = None
@@ -275,7 +276,7 @@ def answered(samples: Sequence[Any], found: Measured) -> list[Answered | None]:
     """What came of each sample that allows certain answers."""
     right, rewarded = (list(each) or [None] * len(samples) for each in (found.right, found.rewarded))
     return [
-        None if share is None else Answered(share, 1 / len(choices.rest) if choices else 0.0, reward)
+        None if share is None and reward is None else Answered(share, 1 / len(choices.rest) if choices else 0.0, reward)
         for share, reward, choices in zip(right, rewarded, map(choices_in, samples), strict=True)
     ]
 
@@ -283,13 +284,10 @@ def answered(samples: Sequence[Any], found: Measured) -> list[Answered | None]:
 def told(losses: Tensor, answers: Sequence[Answered | None], of: str = "") -> dict[str, float]:
     """Mean, its standard error and the number of samples' losses, as metrics; the same of the answers, and their chance."""
     found = {**summed(losses, "loss", "standard_error", "samples")}
-    if some := [one for one in answers if one]:
-        right, chance = (
-            torch.tensor(each, dtype=torch.float64)
-            for each in zip(*((one.right, one.chance) for one in some), strict=True)
-        )
+    if asked := [(one.right, one.chance) for one in answers if one and one.right is not None]:
+        right, chance = (torch.tensor(each, dtype=torch.float64) for each in zip(*asked, strict=True))
         found |= summed(right, "accuracy", "accuracy_error", "questions") | {"chance": float(chance.mean())}
-    if rewarded := [one.rewarded for one in some if one.rewarded is not None]:
+    if rewarded := [one.rewarded for one in answers if one and one.rewarded is not None]:
         share = torch.tensor(rewarded, dtype=torch.float64)
         found |= summed(share, "reward_accuracy", "reward_accuracy_error", "preferences")
     return {f"{name}{of}": value for name, value in found.items()}
