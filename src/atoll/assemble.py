@@ -196,6 +196,7 @@ def make_local(plan: Plan, model: nn.Module, tokenizer: Any, start: Params, repo
         weighting=stage.weighting,
         gradients=plan.gradients,
         report=report,
+        base=start,
         personal=split(start, stage.personal)[1],
     )
 

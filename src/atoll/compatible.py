@@ -60,7 +60,7 @@ def refuse_few(made: Made, least: int, population: int) -> None:
     if least > 1 and made.correction.streams:
         raise AtollError(
             "this correction's own stream is a sum, which one bad client moves as it likes", where="finetune.aggregate",
-            allowed="mean", remedy="`correction: none`, or proximal, which sends nothing of its own",
+            allowed="mean", remedy="`correction: none`, or proximal or l1, which send nothing of their own",
         )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def refuse_personal(planned: Collection[str], personal: Sequence[str], correctio
     if personal and correction.streams:
         raise AtollError(
             "this correction is about all that trains", where="finetune.personal", found=list(personal),
-            allowed="correction: none, or proximal", remedy="leave out `personal`, or the correction",
+            allowed="correction: none, proximal, or l1", remedy="leave out `personal`, or the correction",
         )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def refuse_unlike(planned: Collection[str], correction: Correction) -> None:
     if correction.streams and unlike:
         raise AtollError(
             "this correction is a mean over all clients, and not all hold what this model takes",
-            where="finetune.correction", found=f"connectors of {', '.join(unlike)}", allowed="none, or proximal",
+            where="finetune.correction", found=f"connectors of {', '.join(unlike)}", allowed="none, proximal, or l1",
             remedy="leave the correction out, or `modules: [connectors]`",
         )  # fmt: skip
 
@@ -343,7 +343,7 @@ def wrong_for_clients(stage: Finetune, made: Made) -> Wrong:
         "correction": (
             not made.correction.streams,
             stage.correction,
-            "none, proximal: a stream of its own would leave without noise",
+            "none, proximal, l1: a stream of its own would leave without noise",
         ),
         "weighting": (
             stage.weighting == "uniform",

@@ -24,6 +24,7 @@ from atoll.data.sources import ClientSource, planted_in
 from atoll.models.spaces import PlannedShapes, frozen
 from atoll.params import numel
 from atoll.privacy.hidden import Hidden
+from atoll.recipe import STAGE, Recipe
 from atoll.record.story import Story
 from atoll.statement import statement
 from atoll.stream import Stream
@@ -327,6 +328,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "name": plan.recipe.name,
         "plan": plan.hash,
         "model": {"name": str(plan.model.name), "params": plan.shapes.count if plan.shapes else None},
+        "begins_with": begins_with(plan.recipe),
         "trains": {"space": str(parts.spec(stage.space, "space")), "params": trains},
         "local_work": _local_work(plan),
         "streams": [_stream(plan, stream.name) for stream in plan.rounds.streams],
@@ -338,8 +340,20 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "population": plan.trainers,
         "privacy": statement(plan, known_samples(plan, records), about=True),
         "baselines": list(plan.recipe.baselines),
+        "tasks": dict.fromkeys(plan.recipe.evaluate.tasks, plan.recipe.evaluate.questions),
         "warnings": [*plan.warnings, *unfit],
     }
+
+
+def begins_with(written: Recipe) -> str:
+    """What the model is before the first round, where it is not the base.
+
+    >>> begins_with(Recipe(recipe=1, name="x", data="d", **{"from": ["a-1", "b-1"]}))
+    'a-1 and b-1, fused by ties'
+    """
+    names = " and ".join(one.replace(STAGE, "the stage ") for one in written.starts)
+    fused = isinstance(written.start, list)
+    return f"{names}, fused by {parts.spec(written.fuse.by, 'fuse.by')}" if fused else names
 
 
 def known_samples(plan: Plan, records: Mapping[str, Count | None]) -> Mapping[str, int]:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from atoll.cache import content_hash
-
 Params = dict[str, Tensor]
 
 
@@ -83,16 +81,3 @@ def under(prefix: str, params: Mapping[str, Tensor]) -> Params:
 def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Bit for bit the same names, shapes, dtypes and values."""
     return a.keys() == b.keys() and all(x.dtype == b[name].dtype and torch.equal(x, b[name]) for name, x in a.items())
-
-
-def content(params: Mapping[str, Tensor]) -> str:
-    """Names params by their bytes, whatever their order.
-
-    >>> content({"w": torch.ones(1), "b": torch.zeros(2)}) == content({"b": torch.zeros(2), "w": torch.ones(1)})
-    True
-    """
-    parts: list[bytes | str] = []
-    for name, x in sorted(params.items()):
-        raw = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        parts += [f"{name} {x.dtype} {tuple(x.shape)}", raw.numpy().tobytes()]
-    return content_hash(*parts)

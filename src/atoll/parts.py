@@ -65,6 +65,7 @@ SLOTS: dict[str, dict[str, str]] = {
     "correction": {
         "none": "atoll.local.corrections:none",
         "proximal": "atoll.local.corrections:proximal",
+        "l1": "atoll.local.corrections:l1",
         "scaffold": "atoll.local.corrections:scaffold",
     },
     "transform": {

@@ -28,7 +28,7 @@ from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdic
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
 from atoll.models.spaces import split
-from atoll.params import Params, content, numel
+from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
 from atoll.recipe import POOLED, STAGE
@@ -52,6 +52,7 @@ from atoll.record.folder import CHECKPOINT, RunFolder, find, root
 from atoll.round import State, initial, run_round
 from atoll.statement import statement
 from atoll.stream import REFERENCE, UPDATE
+from atoll.wire import content
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.cache import content_hash
 from atoll.params import Params, nested, under
 from atoll.transforms.chain import Payload
 
@@ -144,3 +145,16 @@ def _tensors(header: Mapping[str, Any], body: memoryview) -> Iterator[tuple[str,
             yield name, torch.empty(shape, dtype=dtype)
     if end != len(body):
         raise ValueError(f"the tensors end at {end} of {len(body)} bytes")
+
+
+def content(params: Mapping[str, Tensor]) -> str:
+    """Names params by their bytes, whatever their order.
+
+    >>> content({"w": torch.ones(1), "b": torch.zeros(2)}) == content({"b": torch.zeros(2), "w": torch.ones(1)})
+    True
+    """
+    parts: list[bytes | str] = []
+    for name, x in sorted(params.items()):
+        raw = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        parts += [f"{name} {x.dtype} {tuple(x.shape)}", raw.numpy().tobytes()]
+    return content_hash(*parts)

@@ -49,7 +49,7 @@ MISTAKES = {
     "a server's noise under masks": ([CENTRAL, MASKS], "finetune.privacy", "central", "distributed, local"),
     "scaffold": (
         [CENTRAL, "finetune.correction=scaffold", "finetune.optimizer=sgd", "finetune.clip_norm=null"],
-        "finetune.correction", "scaffold", "none, proximal",
+        "finetune.correction", "scaffold", "none, proximal, l1",
     ),
     "late replies": (
         [CENTRAL, schedule("synchronous, late: take")], "finetune.schedule", "late=take", "synchronous, poisson",

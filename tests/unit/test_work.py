@@ -12,7 +12,7 @@ from torch import nn
 
 from atoll.data.sources import ClientData
 from atoll.exchange import Broadcast, Task, WorkFailed
-from atoll.local.corrections import CONTROL, none, proximal, scaffold
+from atoll.local.corrections import CONTROL, l1, none, proximal, scaffold
 from atoll.local.optimizers import adamw, constant, cosine, linear, sgd
 from atoll.local.work import Local, Measured, Objective, draw, evaluate, train
 from atoll.models.spaces import full, read
@@ -161,6 +161,19 @@ def test_fedprox_is_the_gradient_of_its_term():
             p.grad += g
 
     done = train(local(correction=proximal(mu)), {UPDATE: start()}, ClientData(samples(), ()), {}, task())
+    close(done.updates[UPDATE], by_hand(sgd(0.1), adjust=adjust))
+
+
+def test_l1_is_the_gradient_of_its_term_about_the_base():
+    strength, base = 0.3, {name: x + 0.01 for name, x in start().items()}
+
+    def adjust(net):
+        term = strength * sum((p - base[name]).abs().sum() for name, p in net.named_parameters())
+        for p, g in zip(net.parameters(), torch.autograd.grad(term, list(net.parameters())), strict=True):
+            p.grad += g
+
+    work = replace(local(correction=l1(strength)), base=base)
+    done = train(work, {UPDATE: start()}, ClientData(samples(), ()), {}, task())
     close(done.updates[UPDATE], by_hand(sgd(0.1), adjust=adjust))
 
 

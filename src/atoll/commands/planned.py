@@ -50,6 +50,7 @@ def facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("plan", f"{data['name']} ({data['plan']})"),
         ("model", _model(data["model"])),
+        *([("begins with", data["begins_with"])] if data["begins_with"] else []),
         ("trains", _trains(data)),
         ("local work", data["local_work"]),
         *(("travels", _stream(stream)) for stream in data["streams"]),
@@ -63,6 +64,8 @@ def facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("asks only", ", ".join(data["population"])))
     if data["baselines"]:
         lines.append(("baselines", ", ".join(data["baselines"])))
+    if asked := [f"{name} ({most} questions at most)" for name, most in data["tasks"].items()]:
+        lines.append(("evaluate", f"base and results on {', '.join(asked)}"))
     return lines + [("warning", warning) for warning in data["warnings"]]
 
 

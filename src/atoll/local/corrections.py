@@ -3,7 +3,7 @@
     adjust(parameters, start)              changes .grad in place, before each local step
     conclude(after, start, moved) -> ...   at the end: updates of the method's own streams, and the client's new state
 
-FedProx needs the first alone; SCAFFOLD both, a stream and client state. (A class per paper elsewhere; here two functions.)
+FedProx and L1 need the first alone; SCAFFOLD both, a stream and client state. (A class per paper elsewhere; here functions.)
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from atoll.stream import UPDATE, Stream
 
 
 class Start(NamedTuple):
-    """Where the local work started: the broadcast's params per stream, and the client's state."""
+    """Where the local work started: the broadcast's params per stream, the client's state, and what trains in the base."""
 
     params: Mapping[str, Params]
     state: Params
+    base: Params
 
 
 class Correction(NamedTuple):
@@ -51,6 +52,21 @@ def proximal(mu: Annotated[float, Gt(0)] = 0.01) -> Correction:
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - start.params[UPDATE][name], alpha=mu)
+
+    return Correction(adjust)
+
+
+def l1(strength: Annotated[float, Gt(0)] = 1e-4) -> Correction:
+    """Keeps most of what is learned at zero: adds strength sign(w - w_base), the gradient of strength |w - w_base|_1.
+
+    What is sparse can be fused with something else: PAFT's fine-tuning (Pentyala et al. 2024, arXiv 2406.17923, eq. 3). The
+    reported loss is without the term.
+    """
+
+    def adjust(parameters: Mapping[str, nn.Parameter], start: Start) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(torch.sign(parameter.detach() - start.base[name]), alpha=strength)
 
     return Correction(adjust)
 

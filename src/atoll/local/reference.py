@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from atoll.data.collate import Sample, evaluating
 from atoll.local.choices import Media, choices_of, log_likelihoods
-from atoll.params import content
+from atoll.wire import content
 
 Said = dict[bytes, Tensor]
 """By sample, the log-likelihoods of its answers, float64 [choices]."""

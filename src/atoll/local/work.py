@@ -126,6 +126,8 @@ class Local:
     weighting: Literal["examples", "uniform"] = "examples"
     report: Report = unwatched
     gradients: Gradients = plain
+    base: Params = field(default_factory=dict)
+    """What trains, as it is in the base."""
     personal: Params = field(default_factory=dict)
     """What stays at its client, as it is before a client's first task."""
 
@@ -164,7 +166,7 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
     optimizer = local.optimizer(trainable.values())
     optimizer.zero_grad(set_to_none=True)  # a task that failed before this one may have left gradients behind
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    start = Start(params, state)
+    start = Start(params, state, local.base)
     steps = local.steps(len(data.train))
     gradients = local.gradients(local, data.train, task.key)
     report = local.reporter(task, steps)

@@ -51,9 +51,10 @@ def rows(scores: Sequence[Score]) -> list[list[str]]:
     """A line for each measure of each task.
 
     >>> each = [Score("boolq", "accuracy", *one, 100, 0.5) for one in (("base", 0.5, 0.05), ("tuned", 0.61, 0.049))]
-    >>> columns(each), rows(each)
-    (['task', 'measure', 'chance', 'base', 'tuned', 'questions'],
-     [['boolq', 'accuracy', '0.500', '0.500 ± 0.050', '0.610 ± 0.049', '100']])
+    >>> columns(each)
+    ['task', 'measure', 'chance', 'base', 'tuned', 'questions']
+    >>> rows(each)
+    [['boolq', 'accuracy', '0.500', '0.500 ± 0.050', '0.610 ± 0.049', '100']]
     """
     models = columns(scores)[3:-1]
     found = []
