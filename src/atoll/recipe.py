@@ -105,6 +105,8 @@ class Staged(Finetune):
     """A stage before it, with whose result it begins, or `base`; without it, the last one before."""
     data: PartAsWritten | None = None
     """Where its data come from, where not the run's."""
+    judge: str | None = None
+    """A stage before it that trained a judge, whose choices among a question's answers it learns in place of the data's."""
 
 
 class Align(Staged):
@@ -194,6 +196,9 @@ class Recipe(Section):
     """Who hears the events beside the record."""
     start: str | list[str] | None = Field(default=None, alias="from")
     """Another run, whose result is where this one starts; several become one by `fuse.by`."""
+
+    judge: str | None = None
+    """Another run that trained a judge, whose choices among a question's answers this one learns in place of the data's."""
 
     @property
     def starts(self) -> list[str]:
@@ -306,7 +311,7 @@ def staged(tree: Tree) -> dict[str, Tree]:
     found: dict[str, Tree] = {}
     for at, name in enumerate(names):
         section = section_of(tree, name)
-        beside = {key: section.pop(key, None) for key in ("from", "data", "by")}
+        beside = {key: section.pop(key, None) for key in ("from", "data", "by", "judge")}
         one = {**common, **({"finetune": section} if section or "finetune" in tree else {})}
         if begins := begins_with(beside["from"], names[:at], all_of_them=name == "fuse"):
             one["from"] = begins
@@ -314,6 +319,8 @@ def staged(tree: Tree) -> dict[str, Tree]:
             one["fuse"] = {"by": by}
         if beside["data"] is not None:
             one["data"] = beside["data"]
+        if beside["judge"] is not None:
+            one["judge"] = STAGE + beside["judge"]
         if name != names[-1]:
             one |= {"name": f"{tree.get('name')}.{name}", "baselines": []}
         found[name] = asking_tasks(one, last=name == names[-1], stage=EVALUATE in stages)
@@ -503,12 +510,14 @@ def refuse_unknown_starts(found: Recipe) -> None:
         section = getattr(found, stage)
         said = section.start if isinstance(section, Staged) else None
         known = [name for name in found.stages[:at] if name != EVALUATE]
-        odd = [one for one in ([said] if isinstance(said, str) else said or []) if one not in (*known, BASE)]
-        if odd:
-            raise AtollError(
-                "no such stage before this one", where=f"{stage}.from", found=odd[0], allowed=in_words([BASE, *known]),
-                remedy=closest(odd[0], [BASE, *known]),
-            )  # fmt: skip
+        judge = section.judge if isinstance(section, Staged) else None
+        begins = [said] if isinstance(said, str) else said or []
+        for key, named, allowed in (("from", begins, [BASE, *known]), ("judge", [judge] if judge else [], known)):
+            for odd in (one for one in named if one not in allowed):
+                raise AtollError(
+                    "no such stage before this one", where=f"{stage}.{key}", found=odd, allowed=in_words(allowed),
+                    remedy=closest(odd, allowed),
+                )  # fmt: skip
         if isinstance(said, list) and (stage != "fuse" or BASE in said):
             raise AtollError(
                 "several results become one in the stage `fuse`", where=f"{stage}.from", found=in_words(said),

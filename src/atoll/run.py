@@ -22,6 +22,9 @@ from atoll.build import LOCAL, Plan, baseline_names, build, choose_model
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError, placed
 from atoll.estimate import remember_speed
+from atoll.fleet.inprocess import Elsewhere
+from atoll.judged import judged
+from atoll.local.judges import Judge
 from atoll.local.work import Report, unwatched
 from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
@@ -52,6 +55,7 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
             with told_of(stage):
                 found = build(*starting_from(recipe.validate(one), one))
                 refuse_start(found, ready)
+                refuse_judge(found, ready)
                 check_data(found)
                 ready[stage] = replace(found, before=dict(ready), whole=tree)
     return [*ready.values()][-1]
@@ -78,19 +82,50 @@ def plan_again(folder: RunFolder) -> Plan:
 
 
 def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> tuple[recipe.Recipe, recipe.Tree]:
-    """The recipe with the run that it starts `from` by its path: `latest` is another one as soon as this run is there."""
+    """The recipe with the runs that it starts `from`, or has as judge, by their paths.
+
+    `latest` is another one as soon as this run is there.
+    """
     with placed("from"):
-        paths = [one if one.startswith(recipe.STAGE) else str(find(one).path.absolute()) for one in written.starts]
-    if not paths:
-        return written, tree
-    start = paths if isinstance(written.start, list) else paths[0]
-    return written.model_copy(update={"start": start}), {**tree, "from": start}
+        paths = [located(one) for one in written.starts]
+    with placed("judge"):
+        judge = written.judge and located(written.judge)
+    start = paths if isinstance(written.start, list) else next(iter(paths), None)
+    found = {key: value for key, value in (("from", start), ("judge", judge)) if value}
+    return written.model_copy(update={"start": start, "judge": judge}), {**tree, **found}
+
+
+def located(reference: str) -> str:
+    """A run by its path, a stage by its name."""
+    return reference if reference.startswith(recipe.STAGE) else str(find(reference).path.absolute())
 
 
 def refuse_start(ready: Plan, before: Mapping[str, Plan]) -> None:
     """The run that this one starts `from` must be there, with the same model and space; so must the stage `before` it."""
     for start in ready.recipe.starts:
         refuse_one_start(ready, start, before)
+
+
+def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
+    """The judge must be one, and ask about records that are here."""
+    judge = ready.recipe.judge
+    if judge is None:
+        return
+    if judge.startswith(recipe.STAGE):
+        said = before[judge.removeprefix(recipe.STAGE)].recipe.finetune.objective
+    else:
+        with placed("judge"):
+            said = recipe.read(find(judge).recipe)[0].finetune.objective
+    if not isinstance(parts.make("objective", said, "finetune.objective"), Judge):
+        raise AtollError(
+            "this does not judge answers", where="judge", found=f"{judge}: {parts.spec(said, 'objective')}",
+            allowed="a run whose objective was reward-model or selector",
+        )  # fmt: skip
+    if isinstance(ready.fleet, Elsewhere):
+        raise AtollError(
+            "a judge is asked where its run is, about data that are here", where="judge", found="sites over a network",
+            allowed="a simulation", remedy="--set fleet=inprocess",
+        )  # fmt: skip
 
 
 def refuse_one_start(ready: Plan, start: str, before: Mapping[str, Plan]) -> None:
@@ -226,6 +261,7 @@ def ask_tasks(ready: Plan, folder: RunFolder, say: Say) -> None:
 
 def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say, report: Report) -> None:
     """Rounds, baselines, the adapter and the card."""
+    ready = judged(ready, folder, say)
     things = assemble(ready, say, report)
     ready = replace(build(ready.recipe, ready.tree, left_out=things.left_out), before=ready.before)
     if folder.is_stage and not folder.checkpoint.exists() and (same := done_before(ready, things, folder)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atoll.data.prepared_preferences import HELD_OUT, LONGEST, preference_sites
+from atoll.data.prepared_preferences import HELD_OUT, LONGEST, SERVER, SHARED, preference_sites
 
 SITES = ("clinic", "desk", "museum", "school")
 Pair = dict[str, str]
@@ -36,6 +36,18 @@ def test_every_site_holds_out_whole_prompts(folder: Path) -> None:
         assert max(len(text) for one in train + test for text in one.values()) <= LONGEST
     asked = [{one["prompt"] for one in pairs(folder, site, "train")} for site in ("desk", "school")]
     assert not asked[0] & asked[1], "they contradict each other on other questions of the same kind"
+
+
+@pytest.mark.real
+def test_a_server_has_questions_that_no_site_has(folder: Path) -> None:
+    shared = preference_sites(server=True)
+    asked = {one["prompt"] for one in pairs(shared, SERVER, "train")}
+    assert len(asked) == SHARED * len(SITES)
+    for site in SITES:
+        mine = [one["prompt"] for one in pairs(shared, site, "train")]
+        assert not asked & {*mine, *(one["prompt"] for one in pairs(shared, site, "test"))}
+        assert len(mine) == len(pairs(folder, site, "train")) - SHARED
+        assert pairs(shared, site, "test") == pairs(folder, site, "test")
 
 
 @pytest.mark.real

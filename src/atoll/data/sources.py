@@ -129,14 +129,16 @@ def multimodal_sites() -> dict[str, ClientSource]:
     return folders(str(fetch()))
 
 
-def preference_sites() -> dict[str, ClientSource]:
+def preference_sites(server: bool = False) -> dict[str, ClientSource]:
     """A desk, a school, a museum and a clinic that prefer other answers: short or long ones, a language, refusals.
+
+    With a `server`, which has some of everybody's questions; the answers to them are for a judge to choose.
 
     Fetched once into the cache; sources and licenses are in SOURCES.md beside the data.
     """
     from atoll.data.prepared_preferences import preference_sites as fetch
 
-    return folders(str(fetch()))
+    return folders(str(fetch(server=server)))
 
 
 def poisoned_sites() -> dict[str, ClientSource]:

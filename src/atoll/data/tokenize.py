@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from atoll.cache import Say, content_hash, file_hash, home, once, quiet, watched
 from atoll.data.answers import PLAIN, ChatFormat, Spans
-from atoll.data.collate import Choices
+from atoll.data.collate import IGNORE, Choices, Sample
 from atoll.data.files import content
 from atoll.data.media import Senses, Unusable, placed_media
 from atoll.data.read import NO_ANSWER, Labels, Record, Report, Source, media_of, open_source, records
@@ -70,6 +70,11 @@ class Encoded:
     labeled: NDArray[np.bool_]
     record: Record
     choices: Choices | None = None
+
+    @property
+    def sample(self) -> Sample:
+        """What an objective learns from."""
+        return Sample(self.ids, np.where(self.labeled, self.ids, IGNORE), self.record.media, self.choices)
 
     def expanded(self, senses: Senses) -> Encoded:
         """With as many placeholders for each medium as it has tokens; none of them has a loss."""
@@ -205,12 +210,17 @@ def lettered(record: Record) -> Record:
     if not (2 <= len(record.choices) <= len(LETTERS) and len(record.messages) > 1):
         return record._replace(choices=())
     *before, asked, answer = record.messages
-    shown = sorted(record.choices, key=partial(content_hash, asked["content"]))
+    shown = shown_answers(record)
     answers = "\n".join(f"{letter}: {one}" for letter, one in zip(LETTERS, shown, strict=False))
     letters = tuple(LETTERS[: len(shown)])
     question = f"{asked['content']}\n\n{answers}\n\nWhich answer is the best one: {', '.join(letters)}?\n"
     right = {**answer, "content": letters[shown.index(answer["content"])]}
     return record._replace(messages=[*before, {**asked, "content": question}, right], choices=letters)
+
+
+def shown_answers(record: Record) -> list[str]:
+    """A record's choices in the order in which a selector is shown them: that of their hashes."""
+    return sorted(record.choices, key=partial(content_hash, record.messages[-2]["content"]))
 
 
 def scored(record: Record, objective: Labels) -> bool:

@@ -9,6 +9,7 @@ runs/quickstart-1/
   adapter/                  what trained, as `peft` loads it
   baselines/local-clinic/   a baseline's own run, same layout
   stages/finetune/          a stage before the last, same layout
+  judged/                   its data with a judge's choices, where it learns from one
   leakage.json              what attacks on the result found, see `atoll leakage`
   tasks.json                what public tasks said of the result, see `atoll evaluate`
   card.md, plots            what the run says of itself
@@ -103,6 +104,11 @@ class RunFolder:
     def leakage(self) -> Path:
         """What attacks on the result found."""
         return self.path / "leakage.json"
+
+    @property
+    def judged(self) -> Path:
+        """Its data with a judge's choices in the place of their own."""
+        return self.path / "judged"
 
     @property
     def tasks(self) -> Path:

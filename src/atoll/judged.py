@@ -1,0 +1,114 @@
+"""What a judge finds the best answer takes the place of the data's own: FedBis' second stage.
+
+The judge is what an earlier stage, or another run, came to. It is asked once, before the stage begins, about every question
+that those who train hold to train on; held-out questions keep the answers that the data chose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atoll import parts
+from atoll.build import Plan
+from atoll.build import build as plan_of
+from atoll.cache import Counting, Say, once
+from atoll.data.read import Record, Report, records
+from atoll.data.sources import ClientSource
+from atoll.data.tokenize import encode, shown_answers, with_answer
+from atoll.errors import AtollError
+from atoll.local.judges import Judge
+from atoll.local.work import EVALUATION_BATCH
+from atoll.recipe import validate
+from atoll.record.folder import RunFolder
+from atoll.result import Result, load_result
+from atoll.stage import begun_from
+
+
+def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:
+    """The plan with the judge's choices in its data; as it is where it names no judge.
+
+    They are kept in the run's folder, so that a resumed run learns the same.
+    """
+    name = ready.recipe.judge
+    if name is None:
+        return ready
+
+    def make(partial: Path) -> None:
+        asked = asking(begun_from(name, folder), ready.recipe.finetune.context, say)
+        for client, source in ready.sources.items():
+            rewrite(client, source, partial / client, asked if client in ready.trainers else None, say)
+
+    data = {"use": "folders", "path": str(once(folder.judged, make).absolute()), "held_out": 0.0}
+    tree = {**ready.tree, "data": data}
+    return replace(plan_of(validate(tree), tree), before=ready.before, whole=ready.whole)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A judge at hand."""
+
+    result: Result
+    judge: Judge
+    context: int
+
+    @torch.no_grad()
+    def __call__(self, each: list[Record]) -> list[Record]:
+        """The records with the answer that the judge scores the highest; those that it cannot read as they are."""
+        model, tokenizer = self.result.model, self.result.tokenizer
+        score = self.judge.scored_by(tokenizer)
+        found = encode(each, tokenizer, self.judge.labels, Report(), context=self.context)
+        samples = {one.record.row: one.sample for one in found}
+        scores = score(model, list(samples.values()), lambda samples: {}) if samples else []
+        best = {row: int(one.argmax()) for row, one in zip(samples, scores, strict=True)}
+        return [with_answer(one, self.order(one)[best[one.row]]) if one.row in best else one for one in each]
+
+    def order(self, one: Record) -> Sequence[str]:
+        """A record's choices as the judge's scores have them."""
+        return shown_answers(one) if self.judge.labels == "selector" else one.choices
+
+
+def asking(other: RunFolder, context: int, say: Say) -> Asking:
+    """The judge that a run came to."""
+    result = load_result(other, say)
+    judge: Judge = parts.make("objective", result.recipe.finetune.objective, "finetune.objective")
+    return Asking(result, judge, context)
+
+
+def rewrite(client: str, source: Any, target: Path, asked: Asking | None, say: Say) -> None:
+    """A client's records in a folder of their own, judged if somebody is asked."""
+    if not isinstance(source, ClientSource):
+        raise AtollError("a judge reads records, and this client has none", where="data", found=client)
+    target.mkdir(parents=True)
+    kept = None if source.rows is None else {int(row) for row in source.rows}
+    each = [one for one in records(source.source, Report()) if kept is None or one.row in kept]
+    if any(one.media for one in each):
+        raise AtollError("a judge reads texts alone", where="data", found=f"pictures or sounds of {client}")
+    say(f"{client}: judging {len(each)} questions") if asked else None
+    count = Counting(say, f"{client}, judged", len(each))
+    parts_of = {split: [one for one in each if one.split == split] for split in ("train", "test")}
+    for split, some in parts_of.items():
+        lines = [line(one) for one in (judge(some, asked, count) if asked and split == "train" else some)]
+        (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def judge(each: list[Record], asked: Asking, count: Counting) -> Iterator[Record]:
+    """A batch at a time."""
+    for at in range(0, len(each), EVALUATION_BATCH):
+        batch = each[at : at + EVALUATION_BATCH]
+        yield from asked(batch)
+        count.more(len(batch))
+
+
+def line(one: Record) -> str:
+    """A record as JSON."""
+    choices = {"choices": list(one.choices)} if one.choices else {}
+    if one.form == "prompt_completion":
+        prompt, completion = (message["content"] for message in one.messages)
+        return json.dumps({"prompt": prompt, "completion": completion, **choices}, ensure_ascii=False) + "\n"
+    return json.dumps({"messages": one.messages, **choices}, ensure_ascii=False) + "\n"
