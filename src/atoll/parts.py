@@ -28,6 +28,7 @@ SLOTS: dict[str, dict[str, str]] = {
         "four-sites": "atoll.data.sources:four_sites",
         "multimodal-sites": "atoll.data.sources:multimodal_sites",
         "preference-sites": "atoll.data.sources:preference_sites",
+        "arithmetic-sites": "atoll.data.sources:arithmetic_sites",
         "poisoned-sites": "atoll.data.sources:poisoned_sites",
         "with-canaries": "atoll.data.canaries:with_canaries",
         "without-media": "atoll.data.sources:without_media",

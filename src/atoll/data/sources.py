@@ -141,6 +141,13 @@ def preference_sites(server: bool = False) -> dict[str, ClientSource]:
     return folders(str(fetch(server=server)))
 
 
+def arithmetic_sites() -> dict[str, ClientSource]:
+    """A shop with sums, a bank with differences, a school with products, and a post office that compares: made by rule."""
+    from atoll.data.prepared_arithmetic import arithmetic_sites as make
+
+    return folders(str(make()))
+
+
 def poisoned_sites() -> dict[str, ClientSource]:
     """Five clinics that refuse what should not be helped with, two attackers that consent to it, and a server that repairs.
 
