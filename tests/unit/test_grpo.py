@@ -18,9 +18,10 @@ import atoll
 from atoll.data.collate import IGNORE, Sample
 from atoll.errors import AtollError
 from atoll.exchange import WorkFailed
-from atoll.local.grpo import advantages, answer_of, grpo, prompt_of
+from atoll.local.grpo import Told, advantages, answer_of, grpo, prompt_of
 from atoll.local.rewards import OwnReward, exact, number
 from atoll.models.tiny import byte_tokenizer, tiny
+from atoll.record.card import markdown
 from atoll.record.story import read_story
 
 
@@ -209,6 +210,28 @@ def test_a_run_learns_what_is_rewarded_and_repeats(recipe: Path) -> None:
     assert one.final.mean < 0.3, "and now mostly small letters"
     assert one.final.clients == two.final.clients
     assert all("accuracy" in told for told in one.final.clients.values())
+    rewards = [reply.metrics["reward"] for reply in one.replies]
+    assert 0 <= rewards[0] < rewards[-1] <= 1
+    assert all(0 < reply.metrics["seconds_drawing"] < reply.metrics["seconds_in_steps"] for reply in one.replies)
+    card = markdown("letters", one)
+    assert "## Completions drawn" in card
+    assert f"| {len(one.rounds)} | 0." in card
+
+
+def test_what_is_told_of_draws_is_a_mean_over_completions_and_begins_anew() -> None:
+    told = Told()
+    told.add(completions=4, reward=2.0, seconds_drawing=1.5)
+    told.add(completions=2, reward=1.0, seconds_drawing=0.5)
+    assert told.take() == {"reward": 0.5, "seconds_drawing": 2.0}
+    assert told.take() == {}
+
+
+def test_under_private_gradients_nothing_is_told_of_rewards(recipe: Path) -> None:
+    private = ["finetune.privacy={use: examples, clip: 1.0, noise_multiplier: 1.0, delta: 1e-2}", "finetune.rounds=1",
+               "finetune.weighting=uniform", "finetune.clip_norm=null"]  # fmt: skip
+    story = read_story(atoll.run(recipe, private))
+    assert story.replies
+    assert not any("reward" in reply.metrics or "loss" in reply.metrics for reply in story.replies)
 
 
 def test_a_reward_that_fails_costs_its_client_the_round_and_nothing_else(recipe: Path) -> None:

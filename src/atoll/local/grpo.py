@@ -13,8 +13,10 @@ p / stop(p) is 1 and nothing is clipped. It stands before the divergence, too, w
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from atoll.data.answers import ends_of
 from atoll.data.collate import IGNORE, Batch, Sample, evaluating, language_model, pack, packable, pad
 from atoll.data.read import Labels
 from atoll.errors import AtollError
-from atoll.local.choices import shares
+from atoll.local.choices import Media, shares
 from atoll.local.language import MeanOver, reader, refuse_without_text
 from atoll.local.objectives import token_losses
 from atoll.local.reference import Reference
@@ -54,6 +56,77 @@ class Drawn:
     """Log-probabilities of the completions' tokens under the reference, fp32 [L]; None where it is not asked."""
 
 
+@dataclass
+class Told:
+    """What is to tell of the draws since it was last taken: means, and seconds in all."""
+
+    sums: Counter[str] = field(default_factory=Counter)
+
+    def add(self, **values: float) -> None:
+        """Of a batch."""
+        self.sums.update(values)
+
+    def take(self) -> dict[str, float]:
+        """By name; it begins anew."""
+        count, found = self.sums.pop("completions", 0.0), dict(self.sums)
+        self.sums.clear()
+        return {name: value if name.startswith("seconds") else value / count for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Samples -> completions that the model draws, with what they are worth."""
+
+    model: nn.Module
+    tokenizer: Any
+    media: Media
+    sampling: Sampling
+    reward: Reward
+    reference: Reference | None
+    """None where it is not asked."""
+    told: Told = field(default_factory=Told)
+
+    def __call__(self, samples: Sequence[Sample]) -> Drawn:
+        """Of each sample's prompt the completions, as a batch."""
+        started = time.perf_counter()
+        found = self.completions(samples)
+        drawn = time.perf_counter()
+        worth = self.rewarded(samples, found)
+        rewarded = time.perf_counter()
+        asked = (prompt_of(sample) for sample in samples)
+        batch = self.batch([written(prompt, one) for prompt, each in zip(asked, found, strict=True) for one in each])
+        reference = self.of_reference(batch)
+        self.told.add(
+            completions=worth.numel(), reward=float(worth.sum()), tokens=float(sum(len(o) for each in found for o in each)),
+            seconds_drawing=drawn - started, seconds_rewarding=rewarded - drawn,
+            seconds_of_the_reference=time.perf_counter() - rewarded,
+        )  # fmt: skip
+        return Drawn(batch, advantages(worth).flatten().to(batch.input_ids.device), reference)
+
+    def completions(self, samples: Sequence[Sample]) -> list[list[NDArray[np.int32]]]:
+        """Of each sample's prompt."""
+        return rollouts(self.model, [prompt_of(sample) for sample in samples], self.media, self.sampling)
+
+    def rewarded(self, samples: Sequence[Sample], found: Sequence[Sequence[NDArray[np.int32]]]) -> Tensor:
+        """What completions are worth, [prompts, completions]."""
+        said = [self.tokenizer.decode(one, skip_special_tokens=True) for each in found for one in each]
+        answers = [answer_of(sample, self.tokenizer) for sample in samples for _ in range(self.sampling.each)]
+        return torch.tensor(self.reward(said, answers)).view(len(samples), -1)
+
+    def batch(self, rows: Sequence[Sample]) -> Batch:
+        """Completions after their prompts."""
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        batch = pack(rows) if packable(self.model) else pad(rows, pad_id)
+        return replace(batch, media=self.media(rows)).to(next(self.model.parameters()).device)
+
+    def of_reference(self, batch: Batch) -> Tensor | None:
+        """Log-probabilities of the completions' tokens."""
+        if self.reference is None:
+            return None
+        with self.reference.in_place(self.model), evaluating(self.model), torch.no_grad():
+            return -token_losses(self.model, batch, self.sampling.temperature)[0]
+
+
 @dataclass(frozen=True)
 class GRPO:
     """See the module's text."""
@@ -76,33 +149,11 @@ class GRPO:
         refuse_without_text(tokenizer, "grpo")
         refuse_recurrent(model)
         features = features_of(model)
-        media, reference = reader(features), Reference(model, reader(features))
-        device, together = next(model.parameters()).device, packable(model)
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         places = [sense.token_id for sense in features.senses.values()] if features else []
         sampling = Sampling(self.completions, self.most_tokens, self.temperature, ends_of(tokenizer), places)
-        greedy = replace(sampling, each=1, temperature=0.0)
-
-        def rewarded(asked: Sequence[Sample], found: Sequence[Sequence[NDArray[np.int32]]]) -> Tensor:
-            """What completions are worth, [prompts, completions]."""
-            said = [tokenizer.decode(one, skip_special_tokens=True) for each in found for one in each]
-            answers = [text for sample in asked for text in [answer_of(sample, tokenizer)] * len(found[0])]
-            return torch.tensor(self.reward(said, answers)).view(len(asked), -1)
-
-        def collate(samples: Sequence[Sample]) -> Drawn:
-            asked = [prompt_of(sample) for sample in samples]
-            found = rollouts(model, asked, media, sampling)
-            worth = rewarded(samples, found)
-            rows = [written(prompt, one) for prompt, each in zip(asked, found, strict=True) for one in each]
-            batch = pack(rows) if together else pad(rows, pad_id)
-            batch = replace(batch, media=media(rows)).to(device)
-            return Drawn(batch, advantages(worth).flatten().to(device), of_reference(batch))
-
-        def of_reference(batch: Batch) -> Tensor | None:
-            if not self.refers:
-                return None
-            with reference.in_place(model), evaluating(model), torch.no_grad():
-                return -token_losses(model, batch, self.temperature)[0]
+        reference = Reference(model, reader(features))
+        drawing = Drawing(model, tokenizer, reader(features), sampling, self.reward, reference if self.refers else None)
+        judged = replace(drawing, sampling=replace(sampling, each=1, temperature=0.0))
 
         def loss(model: nn.Module, drawn: Drawn) -> tuple[Tensor, int]:
             losses, owners = token_losses(model, drawn.batch, self.temperature)
@@ -117,11 +168,10 @@ class GRPO:
             return int((drawn.batch.targets != IGNORE).sum()) if by_tokens else len(drawn.advantages)
 
         def measure(model: nn.Module, samples: Sequence[Sample]) -> Measured:
-            asked = [prompt_of(sample) for sample in samples]
-            worth = rewarded(samples, rollouts(model, asked, media, greedy))[:, 0]
+            worth = judged.rewarded(samples, judged.completions(samples))[:, 0]
             return Measured(WHOLE - worth, [float(one >= WHOLE) for one in worth])
 
-        return Objective(collate, loss, terms, measure, reference.take, features is not None)
+        return Objective(drawing, loss, terms, measure, reference.take, features is not None, drawing.told.take)
 
     def token_losses(self, log_p: Tensor, advantages: Tensor, reference: Tensor | None) -> Tensor:
         """The loss at each token, [L], of log-probabilities, advantages and the reference's log-probabilities [L]."""

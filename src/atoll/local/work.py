@@ -56,6 +56,8 @@ class Objective(NamedTuple):
     """Takes the model as it is for what the loss is measured against, as it was when the objective was bound."""
     sees: bool = False
     """Whether samples may have pictures or sounds: what is measured is then told by modality, too."""
+    tells: Callable[[], Mapping[str, float]] | None = None
+    """Metrics of the batches since it was last asked."""
 
 
 class Tick(NamedTuple):
@@ -137,6 +139,10 @@ class Local:
         own = under(PERSONAL, state) or {name: begun.get(name, x) for name, x in self.personal.items()}
         return {**params, UPDATE: {**params[UPDATE], **own}}
 
+    def told(self) -> Mapping[str, float]:
+        """What the objective has to tell since it was last asked."""
+        return self.objective.tells() if self.objective.tells else {}
+
     def refer(self, params: Mapping[str, Params]) -> None:
         """Has the objective measure against the reference that was sent, if one was."""
         if self.objective.refer and REFERENCE in params:
@@ -170,6 +176,7 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
     steps = local.steps(len(data.train))
     gradients = local.gradients(local, data.train, task.key)
     report = local.reporter(task, steps)
+    local.told()  # a task that failed may have left something to tell, too
     local.model.train()
     torch.manual_seed(task.key)  # for dropout
     losses, moved, started = [], 0.0, time.perf_counter()
@@ -188,7 +195,8 @@ def train(local: Local, params: Mapping[str, Params], data: ClientData, state: P
         optimizer.zero_grad(set_to_none=True)
         report(step + 1, math.nan if loss is None else loss)
     known = [loss for loss in losses if loss is not None]
-    metrics = {"loss": sum(known) / steps} if known else {}
+    told = local.told()
+    metrics = {"loss": sum(known) / steps, **told} if known else {}
     metrics |= {"steps": float(steps), "seconds_in_steps": time.perf_counter() - started}
     after = read(local.space, local.model)
     extra, new_state = local.correction.conclude(after, start, moved)

@@ -44,6 +44,7 @@ def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED, scores: 
         "",
         *_recipe_section(s.recipe),
         *_loss_section(story),
+        *_draws_section(story),
         *_tasks_section(scores),
         "## What moved",
         "",
@@ -175,6 +176,36 @@ def markdown_table(table: Table) -> list[str]:
     rule = "|---" * (len(table.columns) + 2) + "|"
     rows = [f"| {row[0]} | " + " | ".join(map(format_cell, [*row[1], table.mean(row)])) + " |" for row in table.rows]
     return [*([head, rule, *rows] if rows else []), *(f"\n{note}" for note in table.notes)]
+
+
+def _draws_section(story: Story) -> list[str]:
+    """What completions that were drawn to be rewarded were worth, and where the time went; nothing where none were."""
+    drawn = [one for one in story.replies if "reward" in one.metrics]
+    if not drawn:
+        return []
+    rows = []
+    for number in dict.fromkeys(one.round for one in drawn):
+        each = [one.metrics for one in drawn if one.round == number]
+        reward, tokens = (sum(one[name] for one in each) / len(each) for name in ("reward", "tokens"))
+        whole = sum(one["seconds_in_steps"] for one in each)
+        shares = [sum(one.get(f"seconds_{what}", 0.0) for one in each) / whole for what in PHASES]
+        said = " | ".join(f"{share:.0%}" for share in [*shares, 1 - sum(shares)])
+        rows.append(f"| {number + 1} | {reward:.3f} | {tokens:.1f} | {said} |")
+    names = ["round", "reward", "tokens", *(name.replace("_", " ") for name in PHASES), "learning"]
+    return [
+        "## Completions drawn",
+        "",
+        f"| {' | '.join(names)} |",
+        "|---" * len(names) + "|",
+        *rows,
+        "",
+        DRAWS_NOTE,
+        "",
+    ]
+
+
+PHASES = ("drawing", "rewarding", "of_the_reference")
+DRAWS_NOTE = "Mean reward and tokens of a completion, over clients; and each phase's share of the local steps' time."
 
 
 def _tasks_section(scores: Sequence[Score]) -> list[str]:
