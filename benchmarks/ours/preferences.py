@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from atoll.data.prepared_tasks import task
 from atoll.data.tokenize import prepare as tokenize
 from atoll.exchange import Broadcast, Task
 from atoll.local.choices import in_full, log_likelihoods
-from atoll.local.grpo import prompt_of
+from atoll.local.grpo import GRPO, prompt_of
 from atoll.local.rollouts import Sampling, rollouts
-from atoll.local.work import train
+from atoll.local.work import EVALUATION_BATCH, train
 from atoll.models.fast import accelerate
 from atoll.models.load import load_model
 from atoll.recipe import validate
@@ -37,26 +38,53 @@ def prepare(config: Mapping[str, Any]) -> Measure:
 
 def dpo(config: Mapping[str, Any]) -> Measure:
     """One task of `config["steps"]` local steps, each time from the same params."""
-    plan = build(validate(recipe(config), "benchmark"), recipe(config))
-    things = assemble(plan)
-    save_start(config, things)
-    (data,) = things.data.values()
-    asked = Task("train", "one", plan.hash, Broadcast(0, {}), KEY)
+    work = one_task(config, {"use": "dpo", "beta": 0.1})
 
     def measure() -> Mapping[str, Any]:
-        done = train(things.local, {UPDATE: things.start}, data, {}, asked)
-        seconds = done.metrics["seconds_in_steps"]
-        return {"pairs_per_s": len(data.train) / seconds, "loss": done.metrics["loss"], "seconds": seconds}
+        told, count = work()
+        seconds = told["seconds_in_steps"]
+        return {"pairs_per_s": count / seconds, "loss": told["loss"], "seconds": seconds}
 
     return measure
 
 
-def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+def grpo(config: Mapping[str, Any]) -> Measure:
+    """The same of completions that are drawn, rewarded as the peer rewards them, and where the time went."""
+    work = one_task(config, {"use": "grpo", "completions": config["completions"], "most_tokens": config["most"]})
+
+    def measure() -> Mapping[str, Any]:
+        told, count = work()
+        seconds = told["seconds_in_steps"]
+        shares = {f"share_{what}": told[f"seconds_{what}"] / seconds for what in ("drawing", "rewarding")}
+        drawn = count * config["completions"]
+        return {"samples_per_s": drawn / seconds, "tokens": told["tokens"], "seconds": seconds, **shares}
+
+    return measure
+
+
+def letters(completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """How many letters a completion has: something that differs."""
+    return [float(sum(map(str.isalpha, one))) for one in completions]
+
+
+def one_task(config: Mapping[str, Any], objective: dict[str, Any]) -> Callable[[], tuple[Mapping[str, float], int]]:
+    """Local steps as a client does them: metrics, and the number of samples."""
+    plan = build(validate(recipe(config, objective), "benchmark"), recipe(config, objective))
+    if isinstance(plan.objective, GRPO):
+        plan = replace(plan, objective=replace(plan.objective, reward=letters))
+    things = assemble(plan)
+    save_start(config, things)
+    (data,) = things.data.values()
+    asked = Task("train", "one", plan.hash, Broadcast(0, {}), KEY)
+    return lambda: (train(things.local, {UPDATE: things.start}, data, {}, asked).metrics, len(data.train))
+
+
+def recipe(config: Mapping[str, Any], objective: dict[str, Any]) -> dict[str, Any]:
     """LoRA of rank 8 on all linear layers, AdamW at 1e-3, gradients clipped at 1."""
     path = str(inputs_folder() / config["file"])
     finetune = {
         "rounds": 1,
-        "objective": {"use": "dpo", "beta": 0.1},
+        "objective": objective,
         "space": {"use": "lora", "rank": 8, "alpha": 16},
         "optimizer": {"use": "adamw", "lr": 1e-3},
         "batch_size": config["batch"],
@@ -91,13 +119,13 @@ def chosen(config: Mapping[str, Any]) -> Measure:
     accelerate(model.eval())
     samples = list(tokenize(task("openbookqa"), tokenizer, 256).test)[: config["count"]]
 
+    score = log_likelihoods if config["how"] == "shared" else in_full
+    batches = [samples[at : at + EVALUATION_BATCH] for at in range(0, len(samples), EVALUATION_BATCH)]
+
     @torch.no_grad()
     def measure() -> Mapping[str, Any]:
         started = time.perf_counter()
-        if config["how"] == "shared":
-            found = log_likelihoods(model, samples, lambda some: {})
-        else:
-            found = [in_full(model, [sample], lambda some: {})[0] for sample in samples]
+        found = [one for batch in batches for one in score(model, batch, lambda some: {})]
         seconds = time.perf_counter() - started
         right = sum(int(each.argmax()) == sample.choices.right for each, sample in zip(found, samples, strict=True))
         return {"questions_per_s": len(samples) / seconds, "accuracy": right / len(samples), "seconds": seconds}
@@ -105,7 +133,12 @@ def chosen(config: Mapping[str, Any]) -> Measure:
     return measure
 
 
-WORKS: dict[str, Callable[[Mapping[str, Any]], Measure]] = {"dpo": dpo, "rollouts": drawn, "choices": chosen}
+WORKS: dict[str, Callable[[Mapping[str, Any]], Measure]] = {
+    "dpo": dpo,
+    "grpo": grpo,
+    "rollouts": drawn,
+    "choices": chosen,
+}
 
 if __name__ == "__main__":
     serve(prepare, ("atoll", "torch", "transformers", "peft"))
