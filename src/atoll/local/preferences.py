@@ -64,7 +64,7 @@ class DPO:
             return torch.stack(losses(found, batch.samples)).sum(), len(batch.samples)
 
         def measure(model: nn.Module, samples: Sequence[Sample]) -> Measured:
-            batch = collate(samples)
+            batch = Asked(samples, reference(model, samples, together=True))
             still = reference.same(model)  # then nothing has gained on itself, whatever rounding says
             found = list(batch.reference) if still else log_likelihoods(model, samples, reference.media)
             rewarded = rewards(found, batch)

@@ -51,14 +51,19 @@ class Reference:
             self.params = {name: x.detach().clone() for name, x in trained(model)}
             self.said = said_by(model, content(self.params))
 
-    def __call__(self, model: nn.Module, samples: Sequence[Sample]) -> Sequence[Tensor]:
-        """The log-likelihoods of each sample's answers, float64 [choices]."""
+    def __call__(self, model: nn.Module, samples: Sequence[Sample], together: bool = False) -> Sequence[Tensor]:
+        """The log-likelihoods of each sample's answers, float64 [choices].
+
+        Samples to train on are asked about one by one: what is said of them must not depend on which batch was drawn first.
+        Those that are held out always come in the same batches, which may be asked about `together`.
+        """
         names = [identity(sample) for sample in samples]
         new = {name: sample for name, sample in zip(names, samples, strict=True) if name not in self.said}
         if new:
             with self.in_place(model), evaluating(model), torch.no_grad():
-                for name, sample in new.items():  # alone: what is said of it must not depend on who is asked beside
-                    (self.said[name],) = log_likelihoods(model, [sample], self.media)
+                for part in [list(new)] if together else [[name] for name in new]:
+                    found = log_likelihoods(model, [new[name] for name in part], self.media)
+                    self.said |= zip(part, found, strict=True)
         return [self.said[name] for name in names]
 
     @contextmanager
