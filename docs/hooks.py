@@ -19,7 +19,7 @@ from atoll import parts, recipe
 
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = ("ARCHITECTURE.md", "GLOSSARY.md", "CONTRIBUTING.md", "CHANGELOG.md")
-SECTIONS = {"": recipe.Recipe, "finetune": recipe.Finetune, "evaluate": recipe.Evaluate, "checked": recipe.Checked}
+SECTIONS = {"": recipe.Recipe, **recipe.STAGES, "evaluate": recipe.Evaluate, "checked": recipe.Checked}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -89,13 +89,23 @@ def recipe_tables() -> str:
     """Every key of a recipe, by section."""
     lines: list[str] = []
     for section, model in SECTIONS.items():
-        notes = dict(attribute_docs(model))
+        notes = {name: text for one in reversed(model.__mro__[:-3]) for name, text in attribute_docs(one)}
         lines += [f"## {section or 'A recipe'}", "", "| key | default | what it says |", "|---|---|---|"]
-        for name, field in model.model_fields.items():
+        for name, field in own_fields(model).items():
             default = "required" if field.is_required() else f"`{shown(field.default)}`"
             lines.append(f"| `{field.alias or name}` | {default} | {cell(notes.get(name, ''))} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def own_fields(model: Any) -> dict[str, Any]:
+    """The fields of a section; of a later stage those that are not as in `finetune`."""
+    fields, common = model.model_fields, recipe.Finetune.model_fields
+    if model is recipe.Finetune or not issubclass(model, recipe.Finetune):
+        return dict(fields)
+    return {
+        name: field for name, field in fields.items() if name not in common or field.default != common[name].default
+    }
 
 
 def shown(default: Any) -> str:

@@ -124,7 +124,7 @@ class Plan:
     trains: PlannedShapes | None
     warnings: tuple[str, ...]
     before: Mapping[str, Plan] = field(default_factory=dict)
-    """The stages before this one, by name; it begins with what the last of them comes to."""
+    """The stages before this one, by name."""
     whole: Tree = field(default_factory=dict)
     """The tree of all stages."""
 
@@ -176,13 +176,11 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     fleet: MakeFleet = inprocess() if at_a_site else parts.make("fleet", recipe.fleet, "fleet")
     for i, one in enumerate([] if at_a_site else recipe.sinks):
         parts.make("sink", one, f"sinks[{i}]")  # what cannot be made is found before hours of training
-    if isinstance(recipe.start, list):
-        parts.make("fuse", recipe.fuse.by, "fuse.by")
     refuse_parts(recipe, made)
     model = choose_model(recipe.model)
     with placed("model"):
         shapes = None if model.own_factory else shapes_of_model(model.name)
-    refuse_tasks(recipe.evaluate.tasks, shapes)
+    refuse_tasks(recipe.tasks, shapes)
     refuse_context(recipe.finetune.context + getattr(made.objective, "most_tokens", 0), shapes)
     everyone = population(recipe, tree, made, fleet, shapes, left_out, sources)
     refuse_clients(made, list(everyone.sources), everyone.size, everyone.least)
@@ -318,7 +316,7 @@ def unforeseen(sample: Sample) -> Sample:
 
 def protected(made: Made, stage: Finetune, size: int, trains: PlannedShapes | None) -> Protection | None:
     """The plan's privacy with its noise. Raises AtollError where the population or the bits do not carry it."""
-    if made.privacy is None:
+    if made.privacy is None or not stage.rounds:  # then nothing is released
         return None
     if made.privacy.unit == "client":
         return of_clients(made, made.privacy, stage.rounds, size, trains)

@@ -310,7 +310,7 @@ def held_out_samples(plan: Plan, trainers: int) -> int:
     """Samples evaluated at most: at the start and the end of the run and of each baseline, and between."""
     wanted, rounds = plan.recipe.evaluate, plan.recipe.finetune.rounds
     runs = 1 + sum(trainers if kind == "local" else 1 for kind in plan.recipe.baselines)
-    between = (rounds - 1) // wanted.every if wanted.every else 0
+    between = (rounds - 1) // wanted.every if wanted.every and rounds else 0
     return len(plan.sources) * (runs * 2 * wanted.final_samples + between * wanted.samples)
 
 
@@ -340,7 +340,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "population": plan.trainers,
         "privacy": statement(plan, known_samples(plan, records), about=True),
         "baselines": list(plan.recipe.baselines),
-        "tasks": dict.fromkeys(plan.recipe.evaluate.tasks, plan.recipe.evaluate.questions),
+        "tasks": dict.fromkeys(plan.recipe.tasks, plan.recipe.evaluate.questions),
         "warnings": [*plan.warnings, *unfit],
     }
 

@@ -1,7 +1,8 @@
 """What a judge finds the best answer takes the place of the data's own: FedBis' second stage.
 
 The judge is what an earlier stage, or another run, came to. It is asked once, before the stage begins, about every question
-that those who train hold to train on; held-out questions keep the answers that the data chose.
+that those who train hold to train on; those that it cannot read are left out. Held-out questions keep the answers that the
+data chose.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -40,12 +42,14 @@ def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:
         return ready
 
     def make(partial: Path) -> None:
+        partial.chmod(0o700)  # it holds what clients hold
         asked = asking(begun_from(name, folder), ready.recipe.finetune.context, say)
         for client, source in ready.sources.items():
-            rewrite(client, source, partial / client, asked if client in ready.trainers else None, say)
+            rewrite(client, source, partial / quoted(client), asked if client in ready.trainers else None, say)
 
-    data = {"use": "folders", "path": str(once(folder.judged, make).absolute()), "held_out": 0.0}
-    tree = {**ready.tree, "data": data}
+    made = once(folder.judged, make).absolute()
+    paths = {client: str(made / quoted(client)) for client in ready.sources}
+    tree = {**ready.tree, "data": {"use": "clients", "paths": paths, "held_out": 0.0}}
     return replace(plan_of(validate(tree), tree), before=ready.before, whole=ready.whole)
 
 
@@ -59,14 +63,14 @@ class Asking:
 
     @torch.no_grad()
     def __call__(self, each: list[Record]) -> list[Record]:
-        """The records with the answer that the judge scores the highest; those that it cannot read as they are."""
+        """The records with the answer that the judge scores the highest, but for those that it cannot read."""
         model, tokenizer = self.result.model, self.result.tokenizer
         score = self.judge.scored_by(tokenizer)
         found = encode(each, tokenizer, self.judge.labels, Report(), context=self.context)
         samples = {one.record.row: one.sample for one in found}
         scores = score(model, list(samples.values()), lambda samples: {}) if samples else []
         best = {row: int(one.argmax()) for row, one in zip(samples, scores, strict=True)}
-        return [with_answer(one, self.order(one)[best[one.row]]) if one.row in best else one for one in each]
+        return [with_answer(one, self.order(one)[best[one.row]]) for one in each if one.row in best]
 
     def order(self, one: Record) -> Sequence[str]:
         """A record's choices as the judge's scores have them."""
@@ -89,12 +93,20 @@ def rewrite(client: str, source: Any, target: Path, asked: Asking | None, say: S
     each = [one for one in records(source.source, Report()) if kept is None or one.row in kept]
     if any(one.media for one in each):
         raise AtollError("a judge reads texts alone", where="data", found=f"pictures or sounds of {client}")
-    say(f"{client}: judging {len(each)} questions") if asked else None
-    count = Counting(say, f"{client}, judged", len(each))
-    parts_of = {split: [one for one in each if one.split == split] for split in ("train", "test")}
-    for split, some in parts_of.items():
-        lines = [line(one) for one in (judge(some, asked, count) if asked and split == "train" else some)]
-        (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    train, test = ([one for one in each if one.split == split] for split in ("train", "test"))
+    if asked:
+        say(f"{client}: judging {len(train)} questions")
+        judged = list(judge(train, asked, Counting(say, f"{client}, judged", len(train))))
+        if left_out := len(train) - len(judged):
+            say(f"{client}: {left_out} questions left out, which the judge cannot read")
+        train = judged
+    for split, some in {"train": train, "test": test}.items():
+        (target / f"{split}.jsonl").write_text("".join(map(line, some)), encoding="utf-8")
+
+
+def quoted(client: str) -> str:
+    """The client's folder: no name leaves the run's, and no two share one."""
+    return quote(client, safe="")
 
 
 def judge(each: list[Record], asked: Asking, count: Counting) -> Iterator[Record]:

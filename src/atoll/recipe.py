@@ -148,8 +148,8 @@ class Evaluate(Section):
     """Stop after this many evaluations without a better mean loss."""
     min_delta: Annotated[float, Ge(0)] = 0.0
     """What counts as better."""
-    tasks: list[str] = []
-    """What the stage `evaluate` asks of base and results: public tasks, some if none is named."""
+    tasks: list[str] = ["boolq", "openbookqa", "truthfulqa"]
+    """The public tasks that the stage `evaluate` asks of base and results."""
     questions: Count = 100
     """Of each task, at most."""
 
@@ -199,6 +199,11 @@ class Recipe(Section):
 
     judge: str | None = None
     """Another run that trained a judge, whose choices among a question's answers this one learns in place of the data's."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """The public tasks that are asked: of the stage `evaluate`."""
+        return self.evaluate.tasks if EVALUATE in self.stages else []
 
     @property
     def starts(self) -> list[str]:
@@ -299,7 +304,7 @@ def rooted(tree: Any, folder: Path) -> Any:
 
 
 def staged(tree: Tree) -> dict[str, Tree]:
-    """By stage, the tree of a run of this stage alone; baselines and public tasks are the last one's.
+    """By stage, the tree of a run of this stage alone; baselines and the stage `evaluate` are the last one's.
 
     >>> each = staged({"name": "x", "stages": ["finetune", "align"], "finetune": {"rounds": 3}, "align": {"batch_size": 2}})
     >>> each["align"]["finetune"], each["align"]["from"], each["finetune"]["name"]
@@ -308,6 +313,7 @@ def staged(tree: Tree) -> dict[str, Tree]:
     stages = tree.get("stages") or ["finetune"]
     names = [name for name in stages if name != EVALUATE]
     common = {key: value for key, value in tree.items() if key not in ("stages", *STAGES)}
+    asked = tree.get(EVALUATE) or {}
     found: dict[str, Tree] = {}
     for at, name in enumerate(names):
         section = section_of(tree, name)
@@ -323,7 +329,10 @@ def staged(tree: Tree) -> dict[str, Tree]:
             one["judge"] = STAGE + beside["judge"]
         if name != names[-1]:
             one |= {"name": f"{tree.get('name')}.{name}", "baselines": []}
-        found[name] = asking_tasks(one, last=name == names[-1], stage=EVALUATE in stages)
+            one |= {EVALUATE: {key: value for key, value in asked.items() if key not in OF_TASKS}} if asked else {}
+        elif EVALUATE in stages:
+            one["stages"] = ["finetune", EVALUATE]
+        found[name] = one
     return found
 
 
@@ -350,19 +359,6 @@ def begins_with(said: Any, before: Sequence[str], all_of_them: bool) -> Any:
         return None
     said = said or (list(before) if all_of_them else before[-1])
     return [STAGE + one for one in said] if isinstance(said, list) else STAGE + said
-
-
-TASKS = ("boolq", "openbookqa", "truthfulqa")
-"""That the stage `evaluate` asks where none is named."""
-
-
-def asking_tasks(tree: Tree, last: bool, stage: bool) -> Tree:
-    """The tree with its public tasks, which the last stage asks; some where `evaluate` is a `stage` and none is named."""
-    said = dict(tree.get(EVALUATE) or {})
-    tasks = said.pop("tasks", None) or (list(TASKS) if stage else [])
-    if last and tasks:
-        return {**tree, EVALUATE: {**said, "tasks": tasks}}
-    return {**tree, EVALUATE: said} if EVALUATE in tree else tree
 
 
 STAGE = "stage:"
@@ -493,14 +489,23 @@ def validate(tree: Tree, where: str = "") -> Recipe:
         return found
 
 
+OF_TASKS = {"tasks", "questions"}
+"""Of the section `evaluate`, what the stage of this name reads."""
+
+
 def refuse_idle_section(tree: Tree, found: Recipe) -> None:
     """A section for a stage that is not run would count for nothing."""
+    if OF_TASKS & (tree.get(EVALUATE) or {}).keys() and EVALUATE not in found.stages:
+        raise AtollError(
+            "public tasks are asked in a stage of their own", where="evaluate", found=f"stages: {found.stages}",
+            remedy=f"stages: [{', '.join([*found.stages, EVALUATE])}]",
+        )  # fmt: skip
     used = {*found.stages, *(["fuse"] if isinstance(found.start, list) else [])}
-    for stage in STAGES.keys() - {"finetune"} - used:
-        if stage in tree:
+    for stage in STAGES:
+        if stage in tree and stage not in {"finetune", *used}:
             raise AtollError(
                 "settings for a stage that is not run", where=stage, found=f"stages: {found.stages}",
-                remedy=f"stages: [finetune, {stage}], or leave `{stage}` out",
+                remedy=f"stages: [{', '.join([*found.stages, stage])}], or leave `{stage}` out",
             )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
                 found = build(*starting_from(recipe.validate(one), one))
                 refuse_start(found, ready)
                 refuse_judge(found, ready)
+                refuse_second_budget(found, ready)
                 check_data(found)
                 ready[stage] = replace(found, before=dict(ready), whole=tree)
     return [*ready.values()][-1]
@@ -70,6 +71,9 @@ def told_of(stage: str) -> Iterator[None]:
         where = error.details["where"]
         if where.partition(".")[0] == "finetune":
             error.details["where"] = stage + where.removeprefix("finetune")
+        elif where in ("from", "judge") and stage != "finetune":
+            error.details["where"] = f"{stage}.{where}"
+        error.details["remedy"] = error.details["remedy"].replace("--set finetune.", f"--set {stage}.")
         raise
 
 
@@ -104,6 +108,35 @@ def refuse_start(ready: Plan, before: Mapping[str, Plan]) -> None:
     """The run that this one starts `from` must be there, with the same model and space; so must the stage `before` it."""
     for start in ready.recipe.starts:
         refuse_one_start(ready, start, before)
+    if isinstance(ready.recipe.start, list):
+        refuse_fusing(ready, before)
+
+
+def refuse_fusing(ready: Plan, before: Mapping[str, Plan]) -> None:
+    """Fused are several results that began with the same base."""
+    parts.make("fuse", ready.recipe.fuse.by, "fuse.by")
+    if len(starts := ready.recipe.starts) < 2:
+        raise AtollError(
+            "one result alone cannot be fused", where="from", found=", ".join(starts) or "nothing", allowed="two or more",
+            remedy="fuse.from: [finetune, align], or from: [RUN, RUN]",
+        )  # fmt: skip
+    for stage in (one.removeprefix(recipe.STAGE) for one in starts if one.startswith(recipe.STAGE)):
+        if before[stage].recipe.starts:
+            raise AtollError(
+                "what is fused must have begun with the base", where="from", found=f"{stage}, which did not",
+                allowed="stages beside each other", remedy=f"--set {stage}.from=base",
+            )  # fmt: skip
+
+
+def refuse_second_budget(ready: Plan, before: Mapping[str, Plan]) -> None:
+    """Noise that an epsilon asks for is reckoned for one stage, and the budget holds for all: the next would not begin."""
+    said = parts.spec(ready.recipe.finetune.privacy, "finetune.privacy").arguments
+    if ready.protection and any(one.protection for one in before.values()) and "noise_multiplier" not in said:
+        raise AtollError(
+            "a budget is for all stages together, and noise is reckoned for one", where="finetune.privacy",
+            found=f"epsilon: {said.get('epsilon')}", allowed="a noise_multiplier, beside an epsilon for all stages",
+            remedy="--set finetune.privacy.noise_multiplier=1.0; `atoll plan` tells what each stage spends",
+        )  # fmt: skip
 
 
 def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
@@ -253,10 +286,10 @@ def execute(
 
 def ask_tasks(ready: Plan, folder: RunFolder, say: Say) -> None:
     """The stage `evaluate`: public tasks, but for those that were asked before."""
-    wanted, asked = ready.recipe.evaluate, {one.task for one in read_scores(folder)}
-    if names := [name for name in wanted.tasks if name not in asked]:
+    asked = {one.task for one in read_scores(folder)}
+    if names := [name for name in ready.recipe.tasks if name not in asked]:
         say("stage evaluate")
-        evaluate_tasks(folder, names, wanted.questions, say, where="evaluate.tasks")
+        evaluate_tasks(folder, names, ready.recipe.evaluate.questions, say, where="evaluate.tasks")
 
 
 def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say, report: Report) -> None:

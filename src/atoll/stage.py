@@ -233,6 +233,13 @@ def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
         return things.start
     if not isinstance(ready.recipe.start, list):
         return results[0]
+    mine = before_first(ready, things, things.start).start
+    for one in (begun_from(one, folder) for one in ready.recipe.starts):
+        if read_extra(one.checkpoint).get("start") != mine:
+            raise AtollError(
+                "what is fused must have begun with this run's base", where="from", found=f"{one.name}, which did not",
+                allowed="runs from the same model, space and seed, none of them `from` another",
+            )  # fmt: skip
     fused: Params = parts.make("fuse", ready.recipe.fuse.by, "fuse.by")(things.start, results)
     return fused
 

@@ -13,6 +13,7 @@ import atoll
 from atoll.data.read import Report, open_source, records
 from atoll.errors import AtollError, Interrupted
 from atoll.judged import Asking
+from atoll.leakage.subject import Subject, open_run
 from atoll.local.judges import Judge
 from atoll.models.tiny import byte_tokenizer
 from atoll.params import equal
@@ -79,17 +80,25 @@ def test_a_selectors_letters_become_the_answers_that_they_stand_for(data: Path) 
         texts = [tokenizer.decode(one.ids) for one in samples]
         return [torch.tensor([float(f"{letter}: It is" in text) for letter in "AB"]) for text in texts]
 
-    judge = Judge("selector", lambda tokenizer: whole_sentences)
+    judge = Judge("mine", "selector", lambda tokenizer: whole_sentences)
     asked = Asking(SimpleNamespace(model=None, tokenizer=tokenizer), judge, 512)
     found = asked(list(records(open_source(data / "server.jsonl"), Report())))
     assert len(found) == 30
     assert all(one.messages[-1]["content"].startswith("It is") for one in found)
 
 
-def test_what_a_judge_cannot_read_keeps_its_answer(data: Path) -> None:
-    judge = Judge("preference", lambda tokenizer: None)
+def test_what_a_judge_cannot_read_is_left_out(data: Path) -> None:
+    judge = Judge("mine", "preference", lambda tokenizer: None)
     each = [one._replace(choices=()) for one in records(open_source(data / "server.jsonl"), Report())]
-    assert Asking(SimpleNamespace(model=None, tokenizer=byte_tokenizer()), judge, 512)(each) == each
+    assert Asking(SimpleNamespace(model=None, tokenizer=byte_tokenizer()), judge, 512)(each) == []
+
+
+def test_the_choices_are_nobodys_but_the_runs(data: Path) -> None:
+    (data / "north.jsonl").rename(data / "no rth.jsonl")
+    folder = atoll.run(recipe(data, "reward-model"), ["finetune.population=[no rth, south]", "align.rounds=1"])
+    assert folder.judged.stat().st_mode & 0o77 == 0
+    assert {one.name for one in folder.judged.iterdir()} == {"no%20rth", "south", "server"}
+    assert Subject in type(open_run(folder, lambda line: None)).__mro__, "attacks find the data that the run had"
 
 
 def test_a_run_that_is_stopped_learns_the_same_choices_when_it_goes_on(data: Path, tmp_path: Path, monkeypatch) -> None:

@@ -287,9 +287,7 @@ def test_a_stage_beside_another_begins_with_the_base(recipe: Path) -> None:
 
 def test_results_of_several_runs_are_fused(recipe: Path) -> None:
     for name in ("one", "two"):
-        atoll.run(
-            recipe, ["stages=[align]", "baselines=[]", f"name={name}", f"seed={len(name + name[0])}", "align.rounds=1"]
-        )
+        atoll.run(recipe, ["stages=[align]", "baselines=[]", f"name={name}", f"align.rounds={1 + (name == 'two')}"])
     text = recipe.read_text().replace("stages: [finetune, align]", "stages: [fuse]\nfrom: [one-1, two-1]")
     recipe.write_text(text.replace("align: {rounds: 3", "fuse: {by: average"))
     fused = atoll.run(recipe, ["baselines=[]"])
@@ -306,6 +304,16 @@ def test_results_of_several_runs_are_fused(recipe: Path) -> None:
         (["fuse.by=average"], "fuse", "a stage that is not run"),
         ([*FUSED, "fuse.by=tis"], "fuse.by", "unknown fuse"),
         ([*FUSED, "baselines=[pooled]"], "baselines", "nothing to compare"),
+        (["stages=[finetune, align, fuse]", "baselines=[]"], "fuse.from", "must have begun with the base"),
+        (["stages=[finetune, fuse]", "align=null", "baselines=[]"], "align", "wrong value"),
+        ([*FUSED, "fuse.from=[align]"], "fuse.from", "one result alone"),
+        (["evaluate.tasks=[boolq]"], "evaluate", "in a stage of their own"),
+        (["stages=[finetune, align, evaluate]", "evaluate.tasks=null"], "evaluate.tasks", "wrong value"),
+        (
+            ["finetune.weighting=uniform", "finetune.privacy={use: central, clip: 0.1, epsilon: 3, delta: 0.1}"],
+            "align.privacy",
+            "for all stages together",
+        ),
         (["stages=[finetune, align, evaluate]", "evaluate.tasks=[boolk]"], "evaluate.tasks", "no such task"),
     ],
 )
@@ -337,3 +345,25 @@ def test_the_stage_evaluate_asks_the_base_and_what_every_stage_came_to(recipe: P
     before = len(said)
     atoll.resume(folder.name, say=said.append)
     assert "stage evaluate" not in said[before:], "it is not asked twice"
+
+
+def test_results_that_did_not_begin_with_the_same_base_are_not_fused(recipe: Path) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        atoll.run(recipe, ["stages=[align]", "baselines=[]", f"name={name}", f"seed={seed}", "align.rounds=1"])
+    text = recipe.read_text().replace("stages: [finetune, align]", "stages: [fuse]\nfrom: [one-1, two-1]")
+    recipe.write_text(text.replace("align: {rounds: 3", "fuse: {by: average"))
+    with pytest.raises(AtollError, match="must have begun with this run's base") as caught:
+        atoll.run(recipe, ["baselines=[]"])
+    assert "two-1" in caught.value.details["found"], "whose LoRA began with other numbers"
+
+
+def test_a_run_without_a_round_is_told_of_everywhere(recipe: Path) -> None:
+    folder = atoll.run(
+        recipe, ["stages=[finetune, align, fuse]", "align.from=base", "baselines=[]", "finetune.rounds=0"]
+    )
+    for one in (folder, folder.stage("finetune")):
+        assert summarize(one).rounds == 0
+        assert one.card.exists()
+        assert "loss.svg" not in one.card.read_text()
+    assert equal(result(folder.stage("finetune")), load_result(folder).base)
+    assert summarize(folder).loss is not None

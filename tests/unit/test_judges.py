@@ -98,7 +98,7 @@ def test_a_reward_is_the_logit_of_the_end_after_the_answer(family: str) -> None:
         texts = [np.concatenate([sample.ids[: sample.choices.shared], rest]) for rest in sample.choices.rest]
         logits = [model(input_ids=torch.tensor(text)[None].long()).logits[0, -1, TOKEN] for text in texts]
         each.append(-torch.log_softmax(torch.stack(logits).float(), 0)[0])
-    objective = Judge("preference", lambda tokenizer: partial(logits_at_the_end, token=TOKEN)).bind(
+    objective = Judge("mine", "preference", lambda tokenizer: partial(logits_at_the_end, token=TOKEN)).bind(
         model, byte_tokenizer()
     )
     found, count = objective.loss(model, objective.collate(samples))

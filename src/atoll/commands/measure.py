@@ -13,7 +13,7 @@ from atoll.commands.output import AsJson, RunName, say, show, show_json
 def evaluate(
     run: RunName = "latest",
     tasks: Annotated[str, typer.Option(help="Their names, with commas between; `--tasks help` lists them.")] = "help",
-    samples: Annotated[int, typer.Option(min=1, help="Questions of each task, at most.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="Of each task, at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run's model, its base and its stages on public tasks. The run's card keeps the numbers."""
@@ -28,7 +28,7 @@ def evaluate(
     folder = find(run)
     from atoll.tasks import evaluate_tasks
 
-    scores = evaluate_tasks(folder, [name.strip() for name in tasks.split(",") if name.strip()], samples, say)
+    scores = evaluate_tasks(folder, [name.strip() for name in tasks.split(",") if name.strip()], questions, say)
     if as_json:
         show_json({"run": folder.name, "scores": [asdict(one) for one in scores]})
         return

@@ -18,6 +18,7 @@ from atoll.cache import Counting, Say
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.fleet.inprocess import Elsewhere
+from atoll.judged import judged
 from atoll.keys import key
 from atoll.leakage.scores import Floats
 from atoll.local.work import EVALUATION_BATCH, draw
@@ -118,7 +119,7 @@ def open_run(folder: RunFolder, say: Say) -> Subject:
     refuse_elsewhere(written, folder)
     refuse_unfinished(folder)
     say(f"planning {folder.name}")
-    ready = plan_again(folder)
+    ready = judged(plan_again(folder), folder, say)
     with quiet_libraries():
         things = assemble(ready, say)
         ready = build(ready.recipe, ready.tree, left_out=things.left_out)

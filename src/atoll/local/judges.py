@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from atoll.data.collate import Sample, pad
 from atoll.data.read import Labels
+from atoll.errors import AtollError
 from atoll.local.choices import Media, choices_of, log_likelihoods, share_of_best, texts_of
 from atoll.local.language import reader, refuse_without_text
 from atoll.local.objectives import run_without_head
@@ -34,13 +35,14 @@ Score = Callable[[nn.Module, Sequence[Sample], Media], Sequence[Tensor]]
 class Judge:
     """See the module's text."""
 
+    name: str
     labels: Labels
     scored_by: Callable[[Any], Score]
     """The tokenizer -> how answers are scored."""
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model."""
-        refuse_without_text(tokenizer, self.labels)
+        refuse_without_text(tokenizer, self.name)
         features, score = features_of(model), self.scored_by(tokenizer)
         media = reader(features)
 
@@ -64,7 +66,7 @@ def reward_model() -> Judge:
     So the head is a row of the model's own, and what trains is the space that the recipe names. TRL's RewardTrainer has the
     same loss, and a head of its own, which begins at random.
     """
-    return Judge("preference", lambda tokenizer: partial(logits_at_the_end, token=tokenizer.eos_token_id))
+    return Judge("reward-model", "preference", lambda tokenizer: partial(logits_at_the_end, token=end_of(tokenizer)))
 
 
 def selector() -> Judge:
@@ -72,7 +74,17 @@ def selector() -> Judge:
 
     Source: Wu et al. 2024 (arXiv 2411.15038), where two answers are shown. The score is a letter's log-likelihood.
     """
-    return Judge("selector", lambda tokenizer: log_likelihoods)
+    return Judge("selector", "selector", lambda tokenizer: log_likelihoods)
+
+
+def end_of(tokenizer: Any) -> int:
+    """The token that ends a text. Raises AtollError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise AtollError(
+            "a reward is the logit of the token that ends a text", where="finetune.objective",
+            found="a tokenizer without one", remedy="objective: selector needs none",
+        )  # fmt: skip
+    return int(tokenizer.eos_token_id)
 
 
 def logits_at_the_end(model: nn.Module, samples: Sequence[Sample], media: Media, token: int) -> Sequence[Tensor]:

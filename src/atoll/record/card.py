@@ -141,7 +141,7 @@ def _loss_section(story: Story) -> list[str]:
     shown = ["## Held-out loss", "", *_shown(found.loss), LOSS_NOTE, ""]
     if found.loss_by_modality:
         shown += [BY_MODALITY, "", *_shown(found.loss_by_modality)]
-    shown += ["![loss per site](loss.svg)", ""]
+    shown += ["![loss per site](loss.svg)", ""] if story.rounds else []
     if found.accuracy:
         shown += ["## Accuracy", "", *_shown(found.accuracy), ACCURACY_NOTE, ""]
     if found.accuracy_by_modality:
@@ -152,7 +152,7 @@ def _loss_section(story: Story) -> list[str]:
 
 
 LOSS_NOTE = (
-    "Mean over held-out samples of each sample's mean token loss, ± its standard error; "
+    "Mean over held-out samples of each one's loss, for language that of its tokens on average, ± its standard error; "
     "the mean over sites counts each once."
 )
 ACCURACY_NOTE = (
@@ -160,8 +160,9 @@ ACCURACY_NOTE = (
     "chance is what guessing comes to."
 )
 REWARD_NOTE = (
-    "Share of held-out preferences whose chosen answer has the greatest reward: how much likelier the model finds an answer "
-    "than the reference does, which is the model before the first round, and for which all answers are equal."
+    "Share of held-out preferences whose chosen answer has the greatest reward. A judge's is its score; DPO's is how much "
+    "likelier the model finds an answer than the reference does, which is the model before the first round: for that all "
+    "answers are equal. Of a run without rounds the reference is the base."
 )
 BY_MODALITY = "By what samples hold, over all sites, each sample counting once:"
 

@@ -150,6 +150,8 @@ def models(story: Story) -> list[tuple[str, Evaluated]]:
 def begins_as(story: Story) -> str:
     """What the model before the first round is called: the base, or the stage that it comes from."""
     start = story.started.recipe.get("start")
+    if isinstance(start, list | tuple):
+        return "fused"
     return f"after {start.removeprefix(STAGE)}" if isinstance(start, str) and start.startswith(STAGE) else "base"
 
 

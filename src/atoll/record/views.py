@@ -91,7 +91,7 @@ def _without_story(folder: RunFolder, state: str) -> Summary:
 
 def latest(story: Story) -> Evaluated | None:
     """The last evaluation that had a round before it: the base model's loss is no result."""
-    return next((e for e in reversed(story.evaluations) if e.round > 0), None)
+    return next((e for e in reversed(story.evaluations) if e.round > 0 or not story.started.rounds), None)
 
 
 def _mean(evaluated: Evaluated | None) -> float | None:
