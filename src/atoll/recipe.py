@@ -325,6 +325,8 @@ def staged(tree: Tree) -> dict[str, Tree]:
             one["fuse"] = {"by": by}
         if beside["data"] is not None:
             one["data"] = beside["data"]
+        if at:
+            one.pop("judge", None)  # which the first stage learns from
         if beside["judge"] is not None:
             one["judge"] = STAGE + beside["judge"]
         if name != names[-1]:

@@ -144,6 +144,7 @@ def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
     judge = ready.recipe.judge
     if judge is None:
         return
+    refuse_lone_stage(judge, "judge", before)
     if judge.startswith(recipe.STAGE):
         said = before[judge.removeprefix(recipe.STAGE)].recipe.finetune.objective
     else:
@@ -161,13 +162,18 @@ def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
         )  # fmt: skip
 
 
+def refuse_lone_stage(reference: str, key: str, before: Mapping[str, Plan]) -> None:
+    """A stage of several, by itself, has no others to refer to."""
+    if reference.startswith(recipe.STAGE) and reference.removeprefix(recipe.STAGE) not in before:
+        raise AtollError(
+            "this is one of several stages of a run, and needs what another came to", where=key, found=reference,
+            allowed="a recipe of all stages", remedy=f"run the folder's whole.yaml, or `{key}: RUN/STAGE`",
+        )  # fmt: skip
+
+
 def refuse_one_start(ready: Plan, start: str, before: Mapping[str, Plan]) -> None:
     """See `refuse_start`."""
-    if start.startswith(recipe.STAGE) and start.removeprefix(recipe.STAGE) not in before:
-        raise AtollError(
-            "this is one of several stages of a run, and begins with what another came to", where="from", found=start,
-            allowed="a recipe of all stages", remedy="run the folder's whole.yaml, or `from: RUN/STAGE`",
-        )  # fmt: skip
+    refuse_lone_stage(start, "from", before)
     if start.startswith(recipe.STAGE):
         theirs, name = before[start.removeprefix(recipe.STAGE)].recipe, f"the stage {start.removeprefix(recipe.STAGE)}"
     else:

@@ -133,6 +133,13 @@ def test_another_run_may_judge(data: Path) -> None:
     assert all(one.startswith("It is") for one in answers(folder, "server", "train"))
 
 
+def test_a_stage_by_itself_has_no_judge(data: Path) -> None:
+    folder = atoll.run(recipe(data, "reward-model"), ["align.rounds=1"])
+    with pytest.raises(AtollError, match="one of several stages") as caught:
+        plan(folder.recipe)
+    assert "whole.yaml" in caught.value.details["remedy"]
+
+
 @pytest.mark.parametrize(
     ("settings", "where", "what"),
     [

@@ -247,11 +247,18 @@ def test_what_the_policy_forbids_is_refused_before_anything_is_imported(
 
 
 @pytest.mark.parametrize(
-    "setting", ["sinks=[{use: 'os:system', command: 'touch %s'}]", "fleet={use: 'os:system', command: 'touch %s'}"]
+    "settings",
+    [
+        ["sinks=[{use: 'os:system', command: 'touch %s'}]"],
+        ["fleet={use: 'os:system', command: 'touch %s'}"],
+        ["from=[one-1, two-1]", "fuse={by: {use: 'os:system', command: 'touch %s'}}"],
+    ],
 )
-def test_what_a_plan_names_for_the_operator_is_not_made_at_a_site(site, tree, tmp_path, setting):
+def test_what_a_plan_names_for_the_operator_is_not_made_at_a_site(site, tree, tmp_path, settings):
     made = tmp_path / "made"
-    said = prepare(site, recipe.apply(tree, setting % made))
+    for setting in settings:
+        tree = recipe.apply(tree, setting.replace("%s", str(made)))
+    said = prepare(site, tree)
     assert said["kind"] == "ready"
     assert not made.exists()
 
