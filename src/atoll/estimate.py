@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from atoll import parts
+from atoll.aggregate.robust import Robust
 from atoll.assemble import check_data, labels_of
 from atoll.build import Plan, payload_bytes, samples
 from atoll.cache import content_hash, home, write_file
@@ -126,24 +127,33 @@ def memory(plan: Plan) -> Memory | None:
     base = sum(rest.values()) - encoders
     moments = inner_moments(plan)
     outer = numel(plan.rounds.streams[0].outer.init({"x": torch.empty(travels, device="meta")})) // travels
-    tokens = stage.batch_size * stage.context * (2 if labels_of(plan) == "preference" else 1)  # both answers in full
+    tokens = stage.batch_size * tokens_a_sample(plan)
+    reference = 2 if getattr(plan.objective, "refers", False) else 0  # what it was, and what it is while that is asked
+    copies = SERVER_COPIES + (math.ceil(plan.cohort) if isinstance(plan.rounds.streams[0].aggregate, Robust) else 0)
     kept = 2 if plan.model.options["gradient_checkpointing"] else ACTIVATIONS
     return Memory(
         base=base * size + encoders * 4,
-        trained=trained * 4 * (2 + moments),
-        server=travels * 4 * (SERVER_COPIES + outer),
+        trained=trained * 4 * (2 + moments + reference),
+        server=travels * 4 * (copies + outer),
         activations=tokens * shapes.layers * shapes.hidden * kept * size // 2,
         formula=" + ".join(
             [
                 f"base {base:,} x {size} B",
                 *([f"encoders {encoders:,} x 4 B"] if encoders else []),
-                f"trained {trained:,} x 4 B x (param, gradient, {moments} moments)",
-                f"server {travels:,} x 4 B x ({SERVER_COPIES} copies, {outer} outer moments)",
+                f"trained {trained:,} x 4 B x (param, gradient, {moments} moments"
+                + (f", {reference} of the reference)" if reference else ")"),
+                f"server {travels:,} x 4 B x ({copies} copies, {outer} outer moments)",
                 f"activations at most {tokens:,} tokens x {shapes.layers} layers x {shapes.hidden} features x {kept} x "
                 f"{size / 2:g} B",
             ]
         ),
     )
+
+
+def tokens_a_sample(plan: Plan) -> int:
+    """At most: of two answers each in full, or of every completion that is drawn."""
+    longest = plan.recipe.finetune.context + getattr(plan.objective, "most_tokens", 0)
+    return longest * int(getattr(plan.objective, "completions", 2 if labels_of(plan) == "preference" else 1))
 
 
 def inner_moments(plan: Plan) -> int:

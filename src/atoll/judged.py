@@ -26,7 +26,7 @@ from atoll.data.tokenize import encode, shown_answers, with_answer
 from atoll.errors import AtollError
 from atoll.local.judges import Judge
 from atoll.local.work import EVALUATION_BATCH
-from atoll.recipe import validate
+from atoll.recipe import POOLED, validate
 from atoll.record.folder import RunFolder
 from atoll.result import Result, load_result
 from atoll.stage import begun_from
@@ -44,8 +44,9 @@ def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:
     def make(partial: Path) -> None:
         partial.chmod(0o700)  # it holds what clients hold
         asked = asking(begun_from(name, folder), ready.recipe.finetune.context, say)
+        learning = ready.clients if ready.trainers == [POOLED] else ready.trainers
         for client, source in ready.sources.items():
-            rewrite(client, source, partial / quoted(client), asked if client in ready.trainers else None, say)
+            rewrite(client, source, partial / quoted(client), asked if client in learning else None, say)
 
     made = once(folder.judged, make).absolute()
     paths = {client: str(made / quoted(client)) for client in ready.sources}

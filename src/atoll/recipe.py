@@ -453,7 +453,8 @@ def _under_default(tree: Tree, keys: Sequence[str], over: Tree) -> Tree:
     section: Any = Recipe
     for depth, key in enumerate(keys[:-1], 1):
         default = section.model_fields[key].default if key in section.model_fields else None
-        if issubclass(section, Staged) and default == Finetune.model_fields[key].default:  # it is as in `finetune`
+        common = Finetune.model_fields.get(key) if issubclass(section, Staged) else None
+        if common and default == common.default:  # it is as in `finetune`
             default = (tree.get("finetune") or {}).get(key, default)
         if isinstance(default, str | Mapping):
             tree = merge(nest(keys[:depth], default), tree)
@@ -525,6 +526,11 @@ def refuse_unknown_starts(found: Recipe) -> None:
                     "no such stage before this one", where=f"{stage}.{key}", found=odd, allowed=in_words(allowed),
                     remedy=closest(odd, allowed),
                 )  # fmt: skip
+        if stage == "fuse" and (isinstance(said, str) or (not known and not isinstance(found.start, list))):
+            raise AtollError(
+                "there are no results to fuse", where="fuse.from", found=said or "nothing before it",
+                allowed="several stages before it", remedy="stages: [finetune, align, fuse], or from: [RUN, RUN]",
+            )  # fmt: skip
         if isinstance(said, list) and (stage != "fuse" or BASE in said):
             raise AtollError(
                 "several results become one in the stage `fuse`", where=f"{stage}.from", found=in_words(said),

@@ -21,7 +21,7 @@ from atoll.assemble import Assembly, again, assemble, check_data
 from atoll.build import LOCAL, Plan, baseline_names, build, choose_model
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError, placed
-from atoll.estimate import remember_speed
+from atoll.estimate import counts, known_samples, remember_speed
 from atoll.fleet.inprocess import Elsewhere
 from atoll.judged import judged
 from atoll.local.judges import Judge
@@ -29,6 +29,7 @@ from atoll.local.work import Report, unwatched
 from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
 from atoll.params import Params
+from atoll.privacy.protection import entry, epsilon_of
 from atoll.recipe import POOLED
 from atoll.record.card import write_card
 from atoll.record.events import (
@@ -36,7 +37,7 @@ from atoll.record.events import (
 )
 from atoll.record.folder import RunFolder, create, find
 from atoll.record.story import read_story
-from atoll.record.tasks import read_scores
+from atoll.record.tasks import not_asked
 from atoll.stage import done_before, run_stage
 from atoll.stream import REFERENCE, UPDATE
 from atoll.tasks import evaluate_tasks
@@ -48,15 +49,17 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
     >>> plan("quickstart", ["finetune.rounds=2"]).recipe.finetune.rounds
     2
     """
-    _, tree = recipe.read(name_or_path, settings)
+    with recipe.blamed(str(name_or_path), settings):
+        _, tree = starting_from(*recipe.read(name_or_path, settings))
     ready: dict[str, Plan] = {}
     with recipe.blamed(str(name_or_path), settings), quiet_libraries():
         for stage, one in recipe.staged(tree).items():
             with told_of(stage):
-                found = build(*starting_from(recipe.validate(one), one))
+                found = build(recipe.validate(one), one)
                 refuse_start(found, ready)
                 refuse_judge(found, ready)
                 refuse_second_budget(found, ready)
+                refuse_spent(found, ready)
                 check_data(found)
                 ready[stage] = replace(found, before=dict(ready), whole=tree)
     return [*ready.values()][-1]
@@ -139,6 +142,25 @@ def refuse_second_budget(ready: Plan, before: Mapping[str, Plan]) -> None:
         )  # fmt: skip
 
 
+def refuse_spent(ready: Plan, before: Mapping[str, Plan]) -> None:
+    """Of a budget for all stages something must be left when a stage begins."""
+    protection, earlier = ready.protection, [one for one in before.values() if one.protection]
+    if protection is None or protection.mechanism.epsilon is None or not earlier:
+        return
+    entries = [
+        entry(one.protection, "plan", one.hash, number, known_samples(one, counts(one.sources)))
+        for one in (*earlier, ready)
+        for number in range(1 if one is ready else one.recipe.finetune.rounds)
+        if one.protection and one.protection.noise_multiplier
+    ]
+    if (spent := epsilon_of(protection, entries)) > protection.mechanism.epsilon:
+        raise AtollError(
+            "the stages before it leave nothing of the privacy budget", where="finetune.privacy",
+            found=f"epsilon {spent:.4g} after its first round", allowed=f"{protection.mechanism.epsilon:g}, for all stages",
+            remedy="more noise, fewer rounds before it, or a larger epsilon",
+        )  # fmt: skip
+
+
 def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
     """The judge must be one, and ask about records that are here."""
     judge = ready.recipe.judge
@@ -146,19 +168,40 @@ def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
         return
     refuse_lone_stage(judge, "judge", before)
     if judge.startswith(recipe.STAGE):
-        said = before[judge.removeprefix(recipe.STAGE)].recipe.finetune.objective
+        theirs = before[judge.removeprefix(recipe.STAGE)].recipe
     else:
         with placed("judge"):
-            said = recipe.read(find(judge).recipe)[0].finetune.objective
+            other = find(judge)
+        refuse_no_result(other, "judge")
+        theirs = recipe.read(other.recipe)[0]
+    refuse_personal(theirs, judge, "judge")
+    said = theirs.finetune.objective
     if not isinstance(parts.make("objective", said, "finetune.objective"), Judge):
         raise AtollError(
             "this does not judge answers", where="judge", found=f"{judge}: {parts.spec(said, 'objective')}",
-            allowed="a run whose objective was reward-model or selector",
+            allowed="a run whose objective was reward-model or selector", remedy="--set finetune.objective=selector",
         )  # fmt: skip
     if isinstance(ready.fleet, Elsewhere):
         raise AtollError(
             "a judge is asked where its run is, about data that are here", where="judge", found="sites over a network",
             allowed="a simulation", remedy="--set fleet=inprocess",
+        )  # fmt: skip
+
+
+def refuse_no_result(other: RunFolder, key: str) -> None:
+    """A run that has not come to anything yet."""
+    if not other.checkpoint.exists():
+        raise AtollError(
+            "the run has no result to start from", where=key, found=other.name, remedy=f"`atoll resume {other.name}`"
+        )
+
+
+def refuse_personal(theirs: recipe.Recipe, name: str, key: str) -> None:
+    """What stayed at clients is not in a run's result."""
+    if words := theirs.finetune.personal:
+        raise AtollError(
+            "a part of the run's result stayed at its clients", where=key, found=f"{name}: personal {words}",
+            allowed="a run without finetune.personal",
         )  # fmt: skip
 
 
@@ -179,22 +222,14 @@ def refuse_one_start(ready: Plan, start: str, before: Mapping[str, Plan]) -> Non
     else:
         with placed("from"):
             other = find(start)
-        if not other.checkpoint.exists():
-            raise AtollError(
-                "the run has no result to start from", where="from", found=other.name,
-                remedy=f"`atoll resume {other.name}`",
-            )  # fmt: skip
+        refuse_no_result(other, "from")
         theirs, name = recipe.read(other.recipe)[0], other.name
     model, space = choose_model(theirs.model), parts.make("space", theirs.finetune.space, "finetune.space")
     same = {
         "model": (model.name, ready.model.name),
         "finetune.space": (space, ready.space),
     }
-    if words := theirs.finetune.personal:
-        raise AtollError(
-            "a part of the run's result stayed at its clients", where="from", found=f"{name}: personal {words}",
-            allowed="a run without finetune.personal",
-        )  # fmt: skip
+    refuse_personal(theirs, name, "from")
     for key, (found, mine) in same.items():
         if found != mine:
             raise AtollError(
@@ -292,8 +327,7 @@ def execute(
 
 def ask_tasks(ready: Plan, folder: RunFolder, say: Say) -> None:
     """The stage `evaluate`: public tasks, but for those that were asked before."""
-    asked = {one.task for one in read_scores(folder)}
-    if names := [name for name in ready.recipe.tasks if name not in asked]:
+    if names := not_asked(ready.recipe, folder):
         say("stage evaluate")
         evaluate_tasks(folder, names, ready.recipe.evaluate.questions, say, where="evaluate.tasks")
 
@@ -313,7 +347,7 @@ def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say,
     save_adapter(ready, things, {**state.fixed.get(REFERENCE, {}), **state.params[UPDATE]}, folder)
     if story := read_story(folder):
         remember_speed(ready, story, folder.name)
-    for name, variant in baselines(ready, things, state.round):
+    for name, variant in baselines(ready, things, state.round) if state.round else ():
         say(f"baseline {name}")
         inner = folder.baseline(name)
         inner.path.mkdir(parents=True, exist_ok=True)

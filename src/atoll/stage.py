@@ -257,7 +257,7 @@ def result_of(start: str, things: Assembly, folder: RunFolder) -> Params:
             "the run trained in another space", where="from", found=other.name,
             remedy="use the model and the finetune.space of that run",
         )  # fmt: skip
-    return params
+    return {name: x.to(mine[name].device) for name, x in params.items()}
 
 
 def begun_from(start: str, folder: RunFolder) -> RunFolder:
@@ -283,7 +283,10 @@ def introduce(at: Stage) -> None:
             versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
             warnings=ready.warnings,
             privacy=statement(ready, samples_of(at)),
-            recipe=ready.recipe.model_dump(include={"model", "reference", "data", "start", "finetune", "evaluate"}),
+            recipe=ready.recipe.model_dump(
+                include={"model", "reference", "data", "start", "fuse", "judge", "finetune", "evaluate"}
+            ),
+            data=things.digests,
         )
     )
     if at.folder.is_baseline:  # it trains on what its run has told of

@@ -7,23 +7,28 @@ articles (as SQuAD does, Rajpurkar et al. 2016, arXiv 1606.05250), and by ROUGE-
 
 from __future__ import annotations
 
+import json
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from atoll import parts, recipe
+from atoll.build import sources_of
 from atoll.cache import Counting, Say, quiet
 from atoll.data.answers import ChatFormat, ends_of
 from atoll.data.collate import Sample
 from atoll.data.prepared_tasks import TASKS, Open, open_questions, refuse_unknown, task
+from atoll.data.read import Report, records
+from atoll.data.sources import ClientSource
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
 from atoll.local.language import sft
 from atoll.local.rollouts import Sampling, completed
 from atoll.local.work import EVALUATION_BATCH, answered, summed, told
-from atoll.models.spaces import write
+from atoll.models.spaces import Space, write
 from atoll.params import Params
 from atoll.record.card import write_card
 from atoll.record.folder import RunFolder
@@ -59,10 +64,10 @@ def evaluate_tasks(
     refuse_unknown(names, where)
     if any(TASKS[name].written for name in names):
         rouge()  # which may not be installed
-    result = load_result(folder, say)
+    result, seen = load_result(folder, say), trained_on(folder)
     found = []
     for name in names:
-        measured = scores(result, models(folder, result), name, most, say)
+        measured = scores(result, models(folder, result), name, most, seen, say)
         write_scores(folder, measured)
         found += measured
     write_card(folder)
@@ -71,20 +76,46 @@ def evaluate_tasks(
 
 def models(folder: RunFolder, result: Result) -> dict[str, Params]:
     """What trains, by the name of the model that it makes: the base, after each stage, and the result."""
-    between = {f"after {stage.path.name}": {**result.base, **tuned_params(stage)[0]} for stage in folder.earlier()}
+    same = [
+        stage for stage in folder.earlier() if space_of(stage) == result.space
+    ]  # another's params are not this one's
+    between = {f"after {stage.path.name}": {**result.base, **tuned_params(stage)[0]} for stage in same}
     return {"base": result.base, **between, "tuned": {**result.base, **result.tuned}}
 
 
-def scores(result: Result, each: Mapping[str, Params], name: str, most: int, say: Say) -> list[Score]:
-    """Of every model on a task."""
+def trained_on(folder: RunFolder) -> set[str]:
+    """What the run and its stages were asked in training, where their data are here: public sets are trained on, too."""
+    found: set[str] = set()
+    for one in (*folder.earlier(), folder):
+        try:
+            sources = sources_of(recipe.read(str(one.recipe))[0])
+        except AtollError:  # its data are elsewhere
+            continue
+        here = [source for source in sources.values() if isinstance(source, ClientSource)]
+        each = (record for source in here for record in records(source.source, Report()) if record.split == "train")
+        found |= {message["content"] for record in each for message in record.messages if message.get("role") == "user"}
+    return found
+
+
+def space_of(folder: RunFolder) -> Space:
+    """In which a stage trained."""
+    space: Space = parts.make("space", recipe.read(str(folder.recipe))[0].finetune.space, "finetune.space")
+    return space
+
+
+def scores(
+    result: Result, each: Mapping[str, Params], name: str, most: int, seen: Collection[str], say: Say
+) -> list[Score]:
+    """Of every model on a task, but for questions that were `seen`."""
     ask = written if TASKS[name].written else chosen
-    of = ask(result, name, most, say)
+    of = ask(result, name, most, seen, say)
     found = []
     for model, params in each.items():
         write(result.space, result.model, params)
         say(f"{name}, {model}")
         found += [
-            Score(name, measure, model, *numbers) for measure, numbers in of(Counting(say, f"{name}, {model}", most))
+            Score(name, measure, model, *numbers, result.rounds, most)
+            for measure, numbers in of(Counting(say, f"{name}, {model}", most))
         ]
     result.use(base=False)
     return found
@@ -97,10 +128,14 @@ Ask = Callable[[Counting], Iterator[tuple[str, Numbers]]]
 """Asks the model as it is; gives its measures."""
 
 
-def chosen(result: Result, name: str, most: int, say: Say) -> Ask:
-    """Questions with choices."""
+def chosen(result: Result, name: str, most: int, seen: Collection[str], say: Say) -> Ask:
+    """Questions with choices, but for those that were `seen`."""
     objective = sft().bind(result.model, result.tokenizer)
-    samples = prepare(task(name, say), result.tokenizer, CONTEXT, "sft", say=say).test[:most]
+    source = task(name, say)
+    found = prepare(source, result.tokenizer, longest(result), "sft", say=say).test
+    asked = [json.loads(line)["prompt"] for line in source.files[0][0].read_text(encoding="utf-8").splitlines()]
+    samples = found.select([at for at, row in enumerate(found.rows) if asked[row] not in seen][:most])
+    refuse_none(samples, name, result)
 
     @torch.no_grad()
     def ask(count: Counting) -> Iterator[tuple[str, Numbers]]:
@@ -118,10 +153,12 @@ def chosen(result: Result, name: str, most: int, say: Say) -> Ask:
     return ask
 
 
-def written(result: Result, name: str, most: int, say: Say) -> Ask:
-    """Questions whose answers are written."""
-    questions = open_questions(name, say)[:most]
-    prompts = [prompt(one, result.tokenizer) for one in questions]
+def written(result: Result, name: str, most: int, seen: Collection[str], say: Say) -> Ask:
+    """Questions whose answers are written, but for those that were `seen`."""
+    asked = ((one, prompt(one, result.tokenizer)) for one in open_questions(name, say) if one.prompt not in seen)
+    short = [pair for pair in asked if len(pair[1].ids) <= longest(result) - MOST_TOKENS][:most]
+    questions, prompts = [one for one, _ in short], [ids for _, ids in short]
+    refuse_none(prompts, name, result)
     how = Sampling(1, MOST_TOKENS, 0.0, ends_of(result.tokenizer))
 
     def ask(count: Counting) -> Iterator[tuple[str, Numbers]]:
@@ -136,6 +173,21 @@ def written(result: Result, name: str, most: int, say: Say) -> Ask:
             yield measure, (of["mean"], of["error"], int(of["count"]), None)
 
     return ask
+
+
+def longest(result: Result) -> int:
+    """Tokens of a question that is asked, with its longest choice."""
+    positions = getattr(result.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    return min(CONTEXT, positions or CONTEXT)
+
+
+def refuse_none(samples: Sequence[Sample], name: str, result: Result) -> None:
+    """Raises AtollError where no question is short enough."""
+    if not len(samples):
+        raise AtollError(
+            "no question of this task fits the model", where="tasks", found=name, allowed=f"{longest(result)} tokens",
+            remedy="leave it out",
+        )  # fmt: skip
 
 
 def prompt(question: Open, tokenizer: object) -> Sample:

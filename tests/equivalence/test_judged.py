@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +134,35 @@ def test_another_run_may_judge(data: Path) -> None:
     assert all(one.startswith("It is") for one in answers(folder, "server", "train"))
 
 
+def test_pooled_data_are_judged(data: Path) -> None:
+    folder = atoll.run(recipe(data, "reward-model"), ["align.population=pooled", "align.rounds=1"])
+    assert all(one.startswith("It is") for one in answers(folder, "server", "train"))
+
+
+def test_a_kill_while_the_judge_is_asked_loses_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe(data, "reward-model")
+
+    def killed(*_: object) -> None:
+        (find("bis-1").path / ".judged.abc.partial" / "server").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atoll.judged.rewrite", killed)
+        with pytest.raises(KeyboardInterrupt):
+            atoll.run(path, ["align.rounds=1"])
+    folder = atoll.resume("bis-1")
+    assert all(one.startswith("It is") for one in answers(folder, "server", "train"))
+    assert not list(folder.path.rglob("*.partial"))
+
+
+def test_a_judged_run_goes_on_where_it_was_moved(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = atoll.run(recipe(data, "reward-model"), ["align.rounds=1"])
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / "moved"))
+    (tmp_path / "moved" / folder.name / "card.md").unlink()
+    assert atoll.resume(folder.name).card.exists()
+
+
 def test_a_stage_by_itself_has_no_judge(data: Path) -> None:
     folder = atoll.run(recipe(data, "reward-model"), ["align.rounds=1"])
     with pytest.raises(AtollError, match="one of several stages") as caught:
@@ -146,6 +176,7 @@ def test_a_stage_by_itself_has_no_judge(data: Path) -> None:
         (["finetune.objective=sft"], "judge", "does not judge"),
         (["align.judge=fuse"], "align.judge", "no such stage before"),
         (["stages=[align]"], "align.judge", "no such stage before"),
+        (["finetune.personal=[lora_B]", "align.personal=[]"], "align.judge", "stayed at its clients"),
     ],
 )
 def test_what_cannot_judge(data: Path, settings: list[str], where: str, what: str) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 import atoll
 from atoll.aggregate.fuse import average, ties
+from atoll.cli import call
+from atoll.data.prepared_tasks import task
 from atoll.errors import AtollError, Interrupted
 from atoll.models.tiny import tiny
 from atoll.params import equal
@@ -23,6 +25,7 @@ from atoll.record.views import details, summarize
 from atoll.result import load_result, own_params, tuned_params
 from atoll.run import plan, plan_again
 from atoll.stream import UPDATE
+from atoll.tasks import evaluate_tasks, trained_on
 
 RECIPE = """
 recipe: 1
@@ -367,3 +370,87 @@ def test_a_run_without_a_round_is_told_of_everywhere(recipe: Path) -> None:
         assert "loss.svg" not in one.card.read_text()
     assert equal(result(folder.stage("finetune")), load_result(folder).base)
     assert summarize(folder).loss is not None
+
+
+def test_settings_reach_into_a_stages_own_keys(recipe: Path) -> None:
+    ready = plan(recipe, [*FUSED, "fuse.by.density=0.7"])
+    assert ready.recipe.fuse.by == {"use": "ties", "density": 0.7}
+    with pytest.raises(AtollError, match="unknown key"):
+        plan(recipe, ["align.foo.bar=1"])
+
+
+PRIVATE = ["finetune.weighting=uniform", "finetune.clip_norm=null", "baselines=[]"]
+NOISE = "finetune.privacy={{use: central, clip: 0.1, noise_multiplier: 1.0, delta: 0.1{more}}}"
+
+
+def test_a_budget_that_the_first_stage_spends_is_refused_before_it(recipe: Path) -> None:
+    assert plan(recipe, [*PRIVATE, NOISE.format(more=", epsilon: 9")]).protection
+    with pytest.raises(AtollError, match="leave nothing of the privacy budget") as caught:
+        plan(recipe, [*PRIVATE, NOISE.format(more=", epsilon: 2.2")])
+    assert caught.value.details["where"].endswith("align.privacy")
+
+
+def test_what_all_stages_spend_is_told_of_the_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = atoll.run(recipe, [*PRIVATE, NOISE.format(more=""), "stages=[finetune, align, fuse]", "align.from=base"])
+    card, told = folder.card.read_text(), summarize(folder)
+    assert "no differential privacy" not in card
+    assert "- stage finetune: " in card
+    assert "- stage align: " in card
+    spent = read_story(folder.stage("align")).spent[-1].epsilon
+    assert told.epsilon == pytest.approx(spent)
+    assert f"spent: epsilon {spent:.4g}" in card
+    assert told.bytes_up == sum(read_story(one).bytes_up for one in folder.stages()) > 0
+    assert call(["ledger", folder.name, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert max(row["epsilon"] for row in rows) == pytest.approx(spent, rel=0.02)
+
+
+def test_of_other_questions_no_accuracy_stands_in_the_same_table(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "data", other)
+    for file in other.iterdir():
+        file.write_text(file.read_text().replace("What", "Which"))
+    folder = atoll.run(recipe, [f"align.data={{use: folders, path: {other}, held_out: 0.3}}", "baselines=[]"])
+    assert [name for name, _ in accuracy_table(read_story(folder)).rows] == ["chance", "after finetune", "federated"]
+
+
+@pytest.mark.real
+def test_public_tasks_are_asked_again_of_what_went_on_and_not_of_another_space(recipe: Path) -> None:
+    asked = [
+        "stages=[finetune, align, evaluate]",
+        "baselines=[]",
+        "evaluate.tasks=[openbookqa]",
+        "evaluate.questions=12",
+    ]
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundEnded) and find("both-1").record.exists():
+            find("both-1").ask_to_stop()
+
+    with pytest.raises(Interrupted):
+        atoll.run(recipe, [*asked, "align.from=base", "align.space={use: lora, rank: 2}"], sinks=[stop])
+    evaluate_tasks(find("both-1"), ["openbookqa"], 12)
+    half = read_scores(find("both-1"))
+    assert [one.model for one in half[::2]] == ["base", "tuned"], "fine-tuning was in another space"
+    assert call(["resume", "both-1"]) == 0
+    whole = read_scores(find("both-1"))
+    assert {one.rounds for one in whole} == {3}
+    assert [one.value for one in whole] != [one.value for one in half]
+    find("both-1").tasks.unlink()
+    assert call(["resume", "both-1"]) == 0
+    assert read_scores(find("both-1")) == whole, "a run whose tasks are missing has not finished"
+
+
+@pytest.mark.real
+def test_public_questions_that_were_trained_on_are_not_asked(recipe: Path, tmp_path: Path) -> None:
+    source = task("openbookqa")
+    lines = source.files[0][0].read_text().splitlines()
+    first = [json.loads(line) for line in lines[:30]]
+    rows = [{"prompt": one["prompt"], "chosen": one["choices"][0], "rejected": one["choices"][1]} for one in first]
+    (tmp_path / "data" / "north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = atoll.run(recipe, ["baselines=[]", "finetune.context=512"])
+    seen = trained_on(folder)
+    assert 10 < len(seen & {one["prompt"] for one in first}) < 30, "those that are held out are not trained on"
+    assert evaluate_tasks(folder, ["openbookqa"], 400)[0].questions == 400
+    left = {json.loads(line)["prompt"] for line in lines} - seen
+    assert evaluate_tasks(folder, ["openbookqa"], 10_000)[0].questions == len(left)

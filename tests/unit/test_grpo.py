@@ -226,6 +226,14 @@ def test_what_is_told_of_draws_is_a_mean_over_completions_and_begins_anew() -> N
     assert told.take() == {}
 
 
+def test_a_site_that_tells_less_of_its_draws_spoils_no_card(recipe: Path) -> None:
+    story = read_story(atoll.run(recipe, ["finetune.rounds=1"]))
+    less = [replace(one, metrics={"reward": 0.5}) for one in story.replies[:1]]
+    none = [replace(one, metrics={**one.metrics, "seconds_in_steps": 0.0}) for one in story.replies[1:]]
+    assert "## Completions drawn" in markdown("letters", replace(story, replies=[*less, *none]))
+    assert "## Completions drawn" not in markdown("letters", replace(story, replies=less))
+
+
 def test_under_private_gradients_nothing_is_told_of_rewards(recipe: Path) -> None:
     private = ["finetune.privacy={use: examples, clip: 1.0, noise_multiplier: 1.0, delta: 1e-2}", "finetune.rounds=1",
                "finetune.weighting=uniform", "finetune.clip_norm=null"]  # fmt: skip

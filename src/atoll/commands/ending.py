@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
+from atoll import recipe
 from atoll.commands.output import say, show, show_json
 from atoll.errors import AtollError
 from atoll.record import tables, views
@@ -13,6 +14,7 @@ from atoll.record.events import Missing
 from atoll.record.folder import RunFolder
 from atoll.record.measured import measured
 from atoll.record.story import Story
+from atoll.record.tasks import not_asked
 from atoll.terminal import counted
 
 SHOWN = 10
@@ -90,6 +92,8 @@ def told_if_finished(folder: RunFolder, as_json: bool) -> bool:
     """Whether a run, its baselines and its card are all done; says so in one line, or as JSON."""
     summary = views.summarize(folder)
     if summary.state != "finished" or not (folder.adapter.exists() and folder.card.exists()):
+        return False
+    if folder.recipe.exists() and not_asked(recipe.read(folder.recipe)[0], folder):
         return False
     say(f"{folder.name} has finished already, after {summary.round} of {summary.rounds} rounds")
     if as_json:

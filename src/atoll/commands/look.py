@@ -81,9 +81,8 @@ def ledger(
     from atoll.errors import AtollError
     from atoll.privacy.ledger import Ledger, spending
     from atoll.record import tables
-    from atoll.record.folder import find
 
-    files = {name: Path(name) if Path(name).is_file() else find(name).ledger for name in where}
+    files = {key: path for name in where for key, path in ledgers_of(name).items()}
     for name, path in files.items():
         if not path.exists() or not path.stat().st_size:
             raise AtollError(
@@ -99,6 +98,20 @@ def ledger(
         show_json(rows)
     else:
         show(tables.spending(rows, delta))
+
+
+def ledgers_of(name: str) -> dict[str, Path]:
+    """A ledger by its path, or those of a run: of every stage that keeps one."""
+    from atoll.record.folder import find
+
+    if Path(name).is_file():
+        return {name: Path(name)}
+    folder = find(name)
+    return {one.name: one.ledger for one in folder.earlier() if one.ledger.exists()} | (
+        {name: folder.ledger}
+        if folder.ledger.exists() or not any(one.ledger.exists() for one in folder.earlier())
+        else {}
+    )
 
 
 def refuse_short(entries: Mapping[str, Sequence[Entry]], files: Mapping[str, Path]) -> None:

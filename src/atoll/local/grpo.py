@@ -95,11 +95,13 @@ class Drawing:
         rewarded = time.perf_counter()
         asked = (prompt_of(sample) for sample in samples)
         batch = self.batch([written(prompt, one) for prompt, each in zip(asked, found, strict=True) for one in each])
+        begun = time.perf_counter()
         reference = self.of_reference(batch)
+        asking = {} if self.reference is None else {"seconds_of_the_reference": time.perf_counter() - begun}
         self.told.add(
             completions=worth.numel(), reward=float(worth.sum()), tokens=float(sum(len(o) for each in found for o in each)),
             seconds_drawing=drawn - started, seconds_rewarding=rewarded - drawn,
-            seconds_of_the_reference=time.perf_counter() - rewarded,
+            **asking,
         )  # fmt: skip
         return Drawn(batch, advantages(worth).flatten().to(batch.input_ids.device), reference)
 

@@ -19,8 +19,8 @@ from atoll.data.collate import Sample, evaluating
 from atoll.local.choices import Media, choices_of, log_likelihoods
 from atoll.wire import content
 
-Said = dict[bytes, Tensor]
-"""By sample, the log-likelihoods of its answers, float64 [choices]."""
+Said = dict[bytes, Sequence[Tensor]]
+"""By samples that were asked about together, the log-likelihoods of their answers, float64 [choices] each."""
 
 _SAID: WeakKeyDictionary[nn.Module, OrderedDict[str, Said]] = WeakKeyDictionary()
 """By model, and by the content of what trains in it."""
@@ -54,17 +54,18 @@ class Reference:
     def __call__(self, model: nn.Module, samples: Sequence[Sample], together: bool = False) -> Sequence[Tensor]:
         """The log-likelihoods of each sample's answers, float64 [choices].
 
-        Samples to train on are asked about one by one: what is said of them must not depend on which batch was drawn first.
-        Those that are held out always come in the same batches, which may be asked about `together`.
+        What is said of a sample depends in its last bits on who is asked about beside it, and must not depend on what was
+        asked before. So samples to train on, whose batches are drawn, are asked about one by one; those that are held out
+        may be asked about `together`, and what is said is then known by the whole batch.
         """
-        names = [identity(sample) for sample in samples]
-        new = {name: sample for name, sample in zip(names, samples, strict=True) if name not in self.said}
+        each = [samples] if together else [[sample] for sample in samples]
+        named = {b"".join(map(identity, some)): some for some in each}
+        new = {name: some for name, some in named.items() if name not in self.said}
         if new:
             with self.in_place(model), evaluating(model), torch.no_grad():
-                for part in [list(new)] if together else [[name] for name in new]:
-                    found = log_likelihoods(model, [new[name] for name in part], self.media)
-                    self.said |= zip(part, found, strict=True)
-        return [self.said[name] for name in names]
+                for name, some in new.items():
+                    self.said[name] = log_likelihoods(model, some, self.media)
+        return [one for some in each for one in self.said[b"".join(map(identity, some))]]
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:

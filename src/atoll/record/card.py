@@ -67,14 +67,20 @@ def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED, scores: 
 
 
 def privacy_section(story: Story) -> list[str]:
-    """What was promised, and what was spent of it in fact."""
-    said = story.started.privacy
-    if not said:
+    """What was promised, and what was spent of it in fact; of several stages each that had a round."""
+    stages = {**story.before, "": story}
+    told = {
+        name: one for name, one in stages.items() if one.started.privacy and (one.started.rounds or len(stages) == 1)
+    }
+    if not told:
         return ["## Privacy", "", "None claimed. Updates were aggregated in the clear."]
-    lines = [f"- {line}" for line in privacy_in_words(said)]
-    if story.spent:
-        last = story.spent[-1]
-        lines.append(f"- spent: epsilon {last.epsilon:.4g} at delta {last.delta:g}, by the ledger (ledger.jsonl)")
+    lines = []
+    for name, one in told.items():
+        before = f"stage {name}: " if name else "this stage: " if story.before else ""
+        lines += [f"- {before}{line}" for line in privacy_in_words(one.started.privacy)]
+    if spent := [one for stage in stages.values() for one in stage.spent[-1:]]:
+        last, where = spent[-1], "the ledgers of all stages" if story.before else "the ledger (ledger.jsonl)"
+        lines.append(f"- spent: epsilon {last.epsilon:.4g} at delta {last.delta:g}, by {where}")
     return ["## Privacy", "", *lines]
 
 
@@ -112,12 +118,25 @@ def _recipe_section(recipe: Mapping[str, Any]) -> list[str]:
         "model": recipe["model"],
         "method": recipe["reference"],
         "data": data["use"] if isinstance(data, Mapping) else data,
+        "begins with": named(recipe.get("start")),
+        "fused by": recipe["fuse"]["by"] if isinstance(recipe.get("start"), list) else None,
+        "judge": named(recipe.get("judge")),
         **recipe["finetune"],
     }
     if facts.get("local_steps"):
         facts.pop("epochs", None)
     rows = [f"| {name.replace('_', ' ')} | {in_words(value)} |" for name, value in facts.items() if value or value == 0]
     return ["## Made from", "", "| setting | value |", "|---|---|", *rows, ""]
+
+
+def named(references: Any) -> str:
+    """Runs and stages by their names alone: where they lie is nobody's business.
+
+    >>> named(["stage:finetune", "/home/ann/runs/align-1"])
+    'finetune, align-1'
+    """
+    each = references if isinstance(references, list) else [references] if references else []
+    return ", ".join(one.rpartition("/")[2].removeprefix("stage:") for one in each)
 
 
 def in_words(value: Any) -> str:
@@ -181,14 +200,14 @@ def markdown_table(table: Table) -> list[str]:
 
 def _draws_section(story: Story) -> list[str]:
     """What completions that were drawn to be rewarded were worth, and where the time went; nothing where none were."""
-    drawn = [one for one in story.replies if "reward" in one.metrics]
+    drawn = [one for one in story.replies if {"reward", "tokens", "seconds_in_steps"} <= one.metrics.keys()]
     if not drawn:
         return []
     rows = []
     for number in dict.fromkeys(one.round for one in drawn):
         each = [one.metrics for one in drawn if one.round == number]
         reward, tokens = (sum(one[name] for one in each) / len(each) for name in ("reward", "tokens"))
-        whole = sum(one["seconds_in_steps"] for one in each)
+        whole = sum(one["seconds_in_steps"] for one in each) or math.inf
         shares = [sum(one.get(f"seconds_{what}", 0.0) for one in each) / whole for what in PHASES]
         said = " | ".join(f"{share:.0%}" for share in [*shares, 1 - sum(shares)])
         rows.append(f"| {number + 1} | {reward:.3f} | {tokens:.1f} | {said} |")

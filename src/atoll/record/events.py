@@ -40,6 +40,8 @@ class RunStarted:
     """What the server sees, and what is promised; see statement.py."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """What decides the result, with all defaults: model, data, finetune, evaluate; and the method's reference."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """What each client holds, by content."""
 
 
 @dataclass(frozen=True)

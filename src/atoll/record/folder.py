@@ -179,8 +179,8 @@ class RunFolder:
         with (self.path / "lock").open("a+") as file:
             if not any(_held(file, fcntl.LOCK_EX) for _ in range(5)):
                 raise AtollError("the run is running already", where=str(self.path), remedy=f"`atoll stop {self.name}`")
-            for unfinished in self.path.rglob("*.partial"):
-                unfinished.unlink()
+            for unfinished in [*self.path.rglob("*.partial")]:
+                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
             yield
 
     @contextmanager

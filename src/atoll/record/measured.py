@@ -160,11 +160,18 @@ def earlier(story: Story) -> list[tuple[str, Evaluated]]:
     first = next(iter(story.before.values()), None)
     each = [("base", first and first.base), *((f"after {name}", one.final) for name, one in story.before.items())]
     mine = first_of(story)
-    return [(name, one) for name, one in each if one and mine and guesses(one) == guesses(mine)]
+    alike = [(name, one) for name, one in each if one and mine and guesses(one) == guesses(mine)]
+    return alike if all(questions(one) == questions(story) for one in story.before.values()) else []
+
+
+def questions(story: Story) -> tuple[object, ...]:
+    """What decides which questions are held out."""
+    started = story.started
+    return (started.data, started.recipe.get("finetune", {}).get("context"))
 
 
 def guesses(evaluated: Evaluated) -> dict[str, float | None]:
-    """What a guess comes to at each site."""
+    """What a guess comes to at each site: of other measures of an answer it is another."""
     return {site: metrics.get(CHANCE) for site, metrics in evaluated.clients.items()}
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from atoll.cache import write_file
+from atoll.recipe import Recipe
 from atoll.record.folder import RunFolder
+from atoll.record.story import read_story
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Score:
     questions: int
     chance: float | None = None
     """What a guess comes to."""
+    rounds: int = 0
+    """That the run had behind it."""
+    most: int = 0
+    """Questions that were asked for."""
 
 
 def read_scores(folder: RunFolder) -> list[Score]:
@@ -39,6 +45,14 @@ def write_scores(folder: RunFolder, scores: Sequence[Score]) -> list[Score]:
     kept = [one for one in read_scores(folder) if one.task not in now] + list(scores)
     write_file(folder.tasks, (json.dumps([asdict(one) for one in kept], indent=2) + "\n").encode())
     return kept
+
+
+def not_asked(written: Recipe, folder: RunFolder) -> list[str]:
+    """The tasks that the recipe names and that the result has not been asked, or not as many questions of."""
+    story = read_story(folder)
+    rounds = len(story.rounds) if story else 0
+    asked = {one.task for one in read_scores(folder) if (one.rounds, one.most) == (rounds, written.evaluate.questions)}
+    return [name for name in written.tasks if name not in asked]
 
 
 def columns(scores: Sequence[Score]) -> list[str]:

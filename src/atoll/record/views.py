@@ -20,7 +20,10 @@ from atoll.record.story import Story, read_story
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in one row. Losses are means over clients, each counting once; bytes and seconds are the rounds' so far."""
+    """A run in one row. Losses are means over clients, each counting once.
+
+    Bytes and seconds are the rounds' so far, and like epsilon those of all stages.
+    """
 
     name: str
     path: str
@@ -55,7 +58,9 @@ def summarize(folder: RunFolder) -> Summary:
         state = "running" if running else "stopped" if begun else "empty"
         return replace(begun[-1], state=state) if begun else _without_story(folder, state)
     inside = _baselines(story, running)
-    last = story.spent[-1] if story.spent else None
+    stages = [*story.before.values(), story]
+    spent = [one for stage in stages for one in stage.spent[-1:]]
+    last = spent[-1] if spent else None
     done = story.ended is not None and all(state == "finished" for state in inside.values())
     return Summary(
         name=folder.name,
@@ -66,9 +71,9 @@ def summarize(folder: RunFolder) -> Summary:
         clients=len(story.started.clients),
         base_loss=_mean(story.base),
         loss=_mean(latest(story)),
-        bytes_down=story.bytes_down,
-        bytes_up=story.bytes_up,
-        seconds=_seconds(story),
+        bytes_down=sum(stage.bytes_down for stage in stages),
+        bytes_up=sum(stage.bytes_up for stage in stages),
+        seconds=sum(map(_seconds, stages)),
         epsilon=last.epsilon if last else None,
         delta=last.delta if last else None,
         baselines=inside,
