@@ -11,6 +11,7 @@ import json
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,6 @@ CONTEXT = 1024
 
 MOST_TOKENS = 32
 """Of an answer that is written."""
-
-Metrics = Mapping[str, float]
 
 
 def evaluate_tasks(
@@ -114,17 +113,24 @@ def scores(
         write(result.space, result.model, params)
         say(f"{name}, {model}")
         found += [
-            Score(name, measure, model, *numbers, result.rounds, most)
-            for measure, numbers in of(Counting(say, f"{name}, {model}", most))
+            Score(name, measure, model, *mean, result.rounds, most)
+            for measure, mean in of(Counting(say, f"{name}, {model}", most))
         ]
     result.use(base=False)
     return found
 
 
-Numbers = tuple[float, float, int, float | None]
-"""Mean, standard error, questions, chance."""
+class Mean(NamedTuple):
+    """Over questions, with its standard error."""
 
-Ask = Callable[[Counting], Iterator[tuple[str, Numbers]]]
+    value: float
+    error: float
+    questions: int
+    chance: float | None = None
+    """What a guess comes to."""
+
+
+Ask = Callable[[Counting], Iterator[tuple[str, Mean]]]
 """Asks the model as it is; gives its measures."""
 
 
@@ -138,7 +144,7 @@ def chosen(result: Result, name: str, most: int, seen: Collection[str], say: Say
     refuse_none(samples, name, result)
 
     @torch.no_grad()
-    def ask(count: Counting) -> Iterator[tuple[str, Numbers]]:
+    def ask(count: Counting) -> Iterator[tuple[str, Mean]]:
         result.model.eval()
         losses, answers = [], []
         for batch in batches(samples):
@@ -147,8 +153,8 @@ def chosen(result: Result, name: str, most: int, seen: Collection[str], say: Say
             answers += answered(batch, found)
             count.more(len(batch))
         of = told(torch.cat(losses).double(), answers)
-        yield "accuracy", (of["accuracy"], of["accuracy_error"], int(of["questions"]), of["chance"])
-        yield "loss", (of["loss"], of["standard_error"], int(of["samples"]), None)
+        yield "accuracy", Mean(of["accuracy"], of["accuracy_error"], int(of["questions"]), of["chance"])
+        yield "loss", Mean(of["loss"], of["standard_error"], int(of["samples"]))
 
     return ask
 
@@ -161,7 +167,7 @@ def written(result: Result, name: str, most: int, seen: Collection[str], say: Sa
     refuse_none(prompts, name, result)
     how = Sampling(1, MOST_TOKENS, 0.0, ends_of(result.tokenizer))
 
-    def ask(count: Counting) -> Iterator[tuple[str, Numbers]]:
+    def ask(count: Counting) -> Iterator[tuple[str, Mean]]:
         answers: list[str] = []
         for batch in batches(prompts):
             ids = completed(result.model, batch, how)
@@ -170,7 +176,7 @@ def written(result: Result, name: str, most: int, seen: Collection[str], say: Sa
         for measure, score in {"exact match": exact_match, "ROUGE-L": rouge()}.items():
             each = [score(answer, one.references) for answer, one in zip(answers, questions, strict=True)]
             of = summed(torch.tensor(each, dtype=torch.float64), "mean", "error", "count")
-            yield measure, (of["mean"], of["error"], int(of["count"]), None)
+            yield measure, Mean(of["mean"], of["error"], int(of["count"]))
 
     return ask
 
@@ -218,7 +224,11 @@ def bare(text: str) -> str:
 
 
 def rouge() -> Callable[[str, Sequence[str]], float]:
-    """ROUGE-L (F) of an answer with the right one that it is nearest to. Raises AtollError where its package is missing."""
+    """ROUGE-L (F, of stemmed words) of an answer with the nearest right one.
+
+    Raises:
+        AtollError: its package is missing.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
