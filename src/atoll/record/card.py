@@ -74,10 +74,11 @@ def privacy_section(story: Story) -> list[str]:
     }
     if not told:
         return ["## Privacy", "", "None claimed. Updates were aggregated in the clear."]
-    lines = []
-    for name, one in told.items():
-        before = f"stage {name}: " if name else "this stage: " if story.before else ""
-        lines += [f"- {before}{line}" for line in privacy_in_words(one.started.privacy)]
+    each = {name: privacy_in_words(one.started.privacy) for name, one in told.items()}
+    alike = len({tuple(words) for words in each.values()}) == 1
+    lines = [f"- {line}" for line in next(iter(each.values()))] if alike else [
+        f"- {f'stage {name}' if name else 'this stage'}: {line}" for name, words in each.items() for line in words
+    ]  # fmt: skip
     if spent := [one for stage in stages.values() for one in stage.spent[-1:]]:
         last, where = spent[-1], "the ledgers of all stages" if story.before else "the ledger (ledger.jsonl)"
         lines.append(f"- spent: epsilon {last.epsilon:.4g} at delta {last.delta:g}, by {where}")
