@@ -11,6 +11,7 @@ import pytest
 import atoll
 from atoll.aggregate.fuse import average, ties
 from atoll.cli import call
+from atoll.commands.compared import settings
 from atoll.data.prepared_tasks import task
 from atoll.errors import AtollError, Interrupted
 from atoll.models.tiny import tiny
@@ -377,6 +378,11 @@ def test_settings_reach_into_a_stages_own_keys(recipe: Path) -> None:
     assert ready.recipe.fuse.by == {"use": "ties", "density": 0.7}
     with pytest.raises(AtollError, match="unknown key"):
         plan(recipe, ["align.foo.bar=1"])
+
+
+def test_compared_are_the_settings_of_all_stages(recipe: Path) -> None:
+    runs = [atoll.run(recipe, ["baselines=[]", f"finetune.rounds={rounds}", "align.rounds=1"]) for rounds in (0, 1)]
+    assert settings(runs) == {"finetune.rounds": {"both-1": 0, "both-2": 1}}
 
 
 PRIVATE = ["finetune.weighting=uniform", "finetune.clip_norm=null", "baselines=[]"]

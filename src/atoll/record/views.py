@@ -188,10 +188,10 @@ def _sites(story: Story) -> dict[str, dict[str, float]]:
 
 
 def read_tree(folder: RunFolder) -> dict[str, Any]:
-    """The run's recipe as resolved."""
+    """The run's recipe as resolved, of all its stages."""
     from atoll.recipe import load
 
-    return load(folder.recipe)
+    return load(folder.whole if folder.whole.exists() else folder.recipe)
 
 
 def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
