@@ -11,14 +11,13 @@ Owner: the maintainers of src/atoll/local. Expires with the first release.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seeds import Cells, carry_on, code, done, markdown, name_of, over_seeds
+from seeds import Cells, asked_for, carry_on, code, done, markdown, name_of, over_seeds
 
 from atoll.record.measured import ACCURACY, REWARD_ACCURACY, Measure, accuracy_table
 from atoll.record.story import Story
@@ -84,11 +83,7 @@ def claims(found: Cells) -> list[str]:
 
 def main() -> None:
     """Runs what is missing, then prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], dest="settings")
-    parser.add_argument("--minutes", type=float, default=1e6)
-    chosen = parser.parse_args()
+    chosen = asked_for(__doc__).parse_args()
     end = time.monotonic() + 60 * chosen.minutes
     found = [one for seed in chosen.seeds if (one := kept(seed, chosen.settings, end))]
     if not found:

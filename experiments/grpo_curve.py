@@ -11,14 +11,13 @@ Owner: the maintainers of src/atoll/local. Expires with the first release.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from seeds import carry_on, code, done, name_of, together
+from seeds import asked_for, carry_on, code, done, name_of, together
 
 from atoll.data.answers import ends_of
 from atoll.data.prepared_arithmetic import arithmetic_sites
@@ -95,11 +94,7 @@ def kept(seed: int, settings: Sequence[str], end: float) -> Curve | None:
 
 def main() -> None:
     """Runs what is missing, then prints the curve."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], dest="settings")
-    parser.add_argument("--minutes", type=float, default=1e6)
-    chosen = parser.parse_args()
+    chosen = asked_for(__doc__).parse_args()
     end = time.monotonic() + 60 * chosen.minutes
     found = [one for seed in chosen.seeds if (one := kept(seed, chosen.settings, end))]
     if not found:

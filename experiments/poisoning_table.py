@@ -11,13 +11,12 @@ Owner: the maintainers of src/atoll/aggregate. Expires with the first release.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from seeds import Cells, carry_on, code, done, markdown, name_of, over_seeds
+from seeds import Cells, asked_for, carry_on, code, done, markdown, name_of, over_seeds
 
 from atoll.data.prepared_poison import CLINICS, SERVER
 from atoll.record.events import Evaluated
@@ -73,11 +72,8 @@ def kept(rule: str, seed: int, settings: Sequence[str], end: float) -> Cells | N
 
 def main() -> None:
     """Runs what is missing, then prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser = asked_for(__doc__)
     parser.add_argument("--rules", nargs="*", default=list(RULES), choices=RULES)
-    parser.add_argument("--set", nargs="*", default=[], dest="settings")
-    parser.add_argument("--minutes", type=float, default=1e6)
     chosen = parser.parse_args()
     end = time.monotonic() + 60 * chosen.minutes
     for rule in chosen.rules:

@@ -7,6 +7,7 @@ Owner: the maintainers of src/atoll/record. Expires with the first release.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import statistics
@@ -18,6 +19,16 @@ from pathlib import Path
 from atoll.record.folder import RunFolder, root
 from atoll.record.measured import Cell
 from atoll.record.story import Story, read_story
+
+
+def asked_for(text: str) -> argparse.ArgumentParser:
+    """The command line of an experiment, whose module says `text`."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], dest="settings")
+    parser.add_argument("--minutes", type=float, default=1e6)
+    return parser
+
 
 Cells = Mapping[str, Mapping[str, Cell]]
 """By model, by column."""

@@ -147,12 +147,11 @@ def refuse_spent(ready: Plan, before: Mapping[str, Plan]) -> None:
     protection, earlier = ready.protection, [one for one in before.values() if one.protection]
     if protection is None or protection.mechanism.epsilon is None or not earlier:
         return
-    entries = [
-        entry(one.protection, "plan", one.hash, number, known_samples(one, counts(one.sources)))
-        for one in (*earlier, ready)
-        for number in range(1 if one is ready else one.recipe.finetune.rounds)
-        if one.protection and one.protection.noise_multiplier
-    ]
+    entries = []
+    for one in (*earlier, ready):
+        if one.protection and one.protection.noise_multiplier:
+            samples, rounds = known_samples(one, counts(one.sources)), 1 if one is ready else one.recipe.finetune.rounds
+            entries += [entry(one.protection, "plan", one.hash, number, samples) for number in range(rounds)]
     if (spent := epsilon_of(protection, entries)) > protection.mechanism.epsilon:
         raise AtollError(
             "the stages before it leave nothing of the privacy budget", where="finetune.privacy",

@@ -107,11 +107,8 @@ def ledgers_of(name: str) -> dict[str, Path]:
     if Path(name).is_file():
         return {name: Path(name)}
     folder = find(name)
-    return {one.name: one.ledger for one in folder.earlier() if one.ledger.exists()} | (
-        {name: folder.ledger}
-        if folder.ledger.exists() or not any(one.ledger.exists() for one in folder.earlier())
-        else {}
-    )
+    kept = {one.name: one.ledger for one in (*folder.earlier(), folder) if one.ledger.exists()}
+    return kept or {name: folder.ledger}
 
 
 def refuse_short(entries: Mapping[str, Sequence[Entry]], files: Mapping[str, Path]) -> None:
