@@ -523,7 +523,7 @@ def refuse_unknown_starts(found: Recipe) -> None:
         for key, named, allowed in (("from", begins, [BASE, *known]), ("judge", [judge] if judge else [], known)):
             for odd in (one for one in named if one not in allowed):
                 raise AtollError(
-                    "no such stage before this one", where=f"{stage}.{key}", found=odd, allowed=in_words(allowed),
+                    "no such stage before this one", where=f"{stage}.{key}", found=odd, allowed=", ".join(allowed),
                     remedy=closest(odd, allowed),
                 )  # fmt: skip
         if stage == "fuse" and (isinstance(said, str) or (not known and not isinstance(found.start, list))):
