@@ -13,11 +13,12 @@ import torch
 from tiny_families import FAMILIES, VOCABULARY, build, with_lora
 
 import atoll
-from atoll.data.collate import Choices, Sample, choices_in
+from atoll.data.collate import IGNORE, Choices, Sample, choices_in
 from atoll.data.read import Report, open_source, records
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
 from atoll.local.choices import in_full, log_likelihoods
+from atoll.local.language import sft
 from atoll.models.fast import accelerate
 from atoll.models.tiny import byte_tokenizer
 from atoll.record.measured import measured
@@ -58,6 +59,34 @@ def test_choices_that_share_a_question_are_as_likely_as_each_in_full(family: str
         hands = [by_hand(model, sample) for sample in samples]
     for each in (alone, expected, hands):
         torch.testing.assert_close(found, each, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_the_loss_of_a_question_is_that_of_its_answer_however_it_is_come_by(family: str) -> None:
+    model = build(family).eval()
+    samples = [answered(drawn(seed, 6, (4, 2, 5)), every) for seed, every in enumerate([False, True, False])]
+    free = Sample(samples[0].ids, samples[0].labels)  # its loss is not known from the choices
+    objective = sft().bind(model, byte_tokenizer())
+    with torch.no_grad():
+        found = objective.measure(model, [samples[0], free, *samples[1:]])
+        expected = torch.stack([mean_by_hand(model, one) for one in (samples[0], free, *samples[1:])])
+    torch.testing.assert_close(found.losses.double(), expected, rtol=1e-4, atol=1e-4)
+    assert [right is None for right in found.right] == [False, True, False, False]
+
+
+def answered(sample: Sample, every: bool) -> Sample:
+    """With its own answer in its tokens, and the loss on that; or on every token."""
+    choices = choices_in(sample)
+    assert choices is not None
+    ids = np.concatenate([sample.ids, choices.rest[0]])
+    target = np.concatenate([np.full(len(sample.ids), every), choices.labeled[0] | every])
+    return Sample(ids, np.where(target, ids, IGNORE).astype(np.int32), (), choices)
+
+
+def mean_by_hand(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
+    ids = torch.from_numpy(sample.ids.astype(np.int64))
+    log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
+    return -torch.stack([log_p[at - 1, ids[at]] for at in range(1, len(ids)) if sample.labels[at] != IGNORE]).mean()
 
 
 def no_media(samples: Any) -> dict[str, torch.Tensor]:

@@ -57,6 +57,20 @@ def share_of_best(scores: Tensor, sample: Sample) -> float:
     return float(best[choices_of(sample).right]) / int(best.sum())
 
 
+def loss_of_own(scores: Tensor, sample: Sample) -> Tensor | None:
+    """The mean loss over the sample's labeled tokens, where these are its own answer's; None where it has others, too.
+
+    >>> ids = np.array([7, 8, 9], np.int32)
+    >>> choices = Choices(1, (ids[1:], ids[:1]), (np.array([True, True]), np.array([True])), right=0)
+    >>> answer, all_of_it = np.array([IGNORE, 8, 9], np.int32), ids
+    >>> [loss_of_own(torch.tensor([-3.0, -1.0]), Sample(ids, labels, (), choices)) for labels in (answer, all_of_it)]
+    [tensor(1.5000), None]
+    """
+    choices = choices_of(sample)
+    own = labels_of(choices, choices.rest[choices.right], choices.labeled[choices.right])
+    return -scores[choices.right] / int((own != IGNORE).sum()) if np.array_equal(own, sample.labels) else None
+
+
 def shape(sample: Sample) -> tuple[int, int]:
     """The longest choice, and the question, in tokens."""
     choices = choices_of(sample)

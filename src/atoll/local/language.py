@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atoll.data.collate import IGNORE, Batch, choices_in, media_in, pack, packable, pad
 from atoll.data.read import Labels
 from atoll.errors import AtollError
-from atoll.local.choices import Media, log_likelihoods, share_of_best
+from atoll.local.choices import Media, log_likelihoods, loss_of_own, share_of_best
 from atoll.local.objectives import cross_entropy, token_losses
 from atoll.local.work import Measured, Objective
 from atoll.models.features import Features, features_of
@@ -41,9 +41,12 @@ class Language:
 
         def measure(model: nn.Module, samples: Sequence[Any]) -> Measured:
             asked = [i for i, sample in enumerate(samples) if choices_in(sample)]
-            found = log_likelihoods(model, [samples[i] for i in asked], media)
-            right = {i: share_of_best(each, samples[i]) for i, each in zip(asked, found, strict=True)}
-            return Measured(_means(model, collate(samples)), [right.get(i) for i in range(len(samples))])
+            found = dict(zip(asked, log_likelihoods(model, [samples[i] for i in asked], media), strict=True))
+            right = [share_of_best(found[i], sample) if i in found else None for i, sample in enumerate(samples)]
+            known = {i: loss for i in asked if (loss := loss_of_own(found[i], samples[i])) is not None}
+            if rest := [i for i in range(len(samples)) if i not in known]:
+                known |= zip(rest, _means(model, collate([samples[i] for i in rest])), strict=True)
+            return Measured(torch.stack([known[i].float() for i in range(len(samples))]), right)
 
         loss, terms = (cross_entropy, _tokens) if self.mean_over == "tokens" else (_sum_of_means, _answered)
         return Objective(collate, loss, terms, measure, sees=features is not None)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.aggregate.base import ALL, modality_of
-from atoll.data.collate import choices_in, media_in
+from atoll.data.collate import choices_in, media_in, tokens_in
 from atoll.data.sources import ClientData, holders
 from atoll.exchange import Done, Task, WorkFailed
 from atoll.keys import rng
@@ -252,22 +252,23 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
     write(local.space, local.model, local.whole(params, state)[UPDATE])
     local.model.eval()
     limit = int(task.data.get("samples", len(data.test))) or len(data.test)
-    chosen = range(min(limit, len(data.test)))
-    starts = range(0, len(chosen), EVALUATION_BATCH)
+    held_out = (data.test[i] for i in range(min(limit, len(data.test))))
+    samples = sorted(held_out, key=tokens_in)  # those of a size together: little padding
+    starts = range(0, len(samples), EVALUATION_BATCH)
     report = local.reporter(task, len(starts))
     each: list[Tensor] = []
     answers: list[Answered | None] = []
     with torch.no_grad():
         for at in starts:
-            samples = [data.test[i] for i in chosen[at : at + EVALUATION_BATCH]]
-            found = local.objective.measure(local.model, samples)
+            batch = samples[at : at + EVALUATION_BATCH]
+            found = local.objective.measure(local.model, batch)
             each.append(found.losses.cpu())
-            answers += answered(samples, found)
+            answers += answered(batch, found)
             report(len(each), float(found.losses.mean()))
     losses = torch.cat(each).double()
     metrics = told(losses, answers)
     if local.objective.sees:
-        metrics |= by_modality(losses, answers, [data.test[i] for i in chosen])
+        metrics |= by_modality(losses, answers, samples)
     return Done({}, {}, metrics, {})
 
 
