@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from atoll import parts
+from atoll.aggregate.base import ALL
 from atoll.build import Plan, build, plan_hash, samples
 from atoll.cache import SECONDS_OF_SILENCE, Say, quiet
 from atoll.client import Client, FileStore, Work
@@ -22,8 +23,10 @@ from atoll.data.read import Labels
 from atoll.data.read import Report as DataReport
 from atoll.data.sources import ClientData, Loaded
 from atoll.errors import AtollError
+from atoll.exchange import Done, Task
 from atoll.keys import key
 from atoll.local.work import Local, Report, evaluate, train, unwatched
+from atoll.metrics import EVALUATION, sums
 from atoll.models.assembled import Assembled
 from atoll.models.fast import accelerate
 from atoll.models.features import Features, features_of
@@ -32,6 +35,9 @@ from atoll.params import Params
 from atoll.privacy.party import Memory
 from atoll.recipe import POOLED, Tree, validate
 from atoll.record.folder import RunFolder
+
+MayLeave = Callable[[Mapping[str, float]], Mapping[str, float]]
+"""The metrics that a client's owner lets out."""
 
 
 @dataclass(frozen=True)
@@ -208,25 +214,41 @@ def again(assembly: Assembly, plan: Plan) -> Assembly:
 
 
 def clients(
-    plan: Plan, assembly: Assembly, folder: RunFolder, memories: dict[str, Memory] | None = None
+    plan: Plan,
+    assembly: Assembly,
+    folder: RunFolder,
+    memories: dict[str, Memory] | None = None,
+    may_leave: MayLeave = lambda metrics: metrics,
 ) -> Callable[[str], Client]:
     """Makes a client by name. The pooled one holds everybody's training samples.
 
-    `memories` are what clients know between the phases of a round; of those made by one call if they are not given.
+    `memories` are what clients know between the phases of a round; of those made by one call if they are not given. Of what
+    `may_leave` keeps, sums do not leave either.
     """
     memories = {} if memories is None else memories
-    training: Work = partial(train, assembly.local)
+    training, measuring = partial(train, assembly.local), partial(evaluate, assembly.local)
     works = {
         "train": plan.protection.guarded(training) if plan.protection else training,
-        "evaluate": partial(evaluate, assembly.local),
+        "evaluate": as_sums(measuring, may_leave) if plan.rounds.evaluated else measuring,
     }
 
     def client(name: str) -> Client:
         data = pooled(assembly.data) if name == POOLED else assembly.data[name]
         side = plan.side(name, memories.setdefault(name, Memory()))
-        return Client(name, plan.hash, plan.rounds.streams, works, data, FileStore(folder.client(name)), side)
+        store, evaluated = FileStore(folder.client(name)), plan.rounds.evaluated
+        return Client(name, plan.hash, plan.rounds.streams, works, data, store, side, evaluated)
 
     return client
+
+
+def as_sums(work: Work, may_leave: MayLeave) -> Work:
+    """Work whose metrics become an update, to be added to everybody's."""
+
+    def summed(params: Mapping[str, Params], data: Any, state: Params, task: Task) -> Done:
+        done = work(params, data, state, task)
+        return Done({EVALUATION.name: sums(may_leave(done.metrics))}, {ALL: 1.0}, done.metrics, {})
+
+    return summed
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Plan:
         if self.exchange is None:
             return None
         asked, _ = cohort_sizes(self.rounds.schedule, len(self.trainers))
-        return self.exchange.party(client, self.rounds.streams, asked, memory)
+        return self.exchange.party(client, asked, memory)
 
 
 def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: Mapping[str, Any] | None = None) -> Plan:
@@ -290,11 +290,14 @@ def round_plan(
     hidden = tuple(
         made.exchange.hide(s, most, one, noised=one is not None) for s, one in zip(streams, ranges, strict=True)
     )
+    evaluated = made.exchange.evaluated(len(everyone.sources))
     return replace(
         plan,
         streams=hidden,
         exchange=made.exchange.exchange(hidden, asked),
         attempt=made.exchange.attempt,
+        evaluated=evaluated,
+        evaluation=made.exchange.exchange(evaluated, asked),
         least=max(everyone.least, made.exchange.least(asked)),
     )
 

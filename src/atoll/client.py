@@ -123,9 +123,14 @@ class Side(Protocol):
         ...
 
     def keep(
-        self, task: Task, received: Mapping[str, Params], payloads: Mapping[str, Payload], weights: Weights
+        self,
+        task: Task,
+        streams: Sequence[Stream],
+        received: Mapping[str, Params],
+        payloads: Mapping[str, Payload],
+        weights: Weights,
     ) -> dict[str, Any]:
-        """Keeps the encoded updates; gives what leaves in their place. `received` is the broadcast, per stream."""
+        """Keeps the encoded updates of these streams; gives what leaves in their place. `received` is the broadcast."""
         ...
 
     def answer(self, task: Task) -> dict[str, Any]:
@@ -148,6 +153,8 @@ class Client:
     store: Store = field(default_factory=MemoryStore)
     side: Side | None = None
     """None: the encoded update is the reply."""
+    evaluated: Sequence[Stream] = ()
+    """What comes of an evaluation, where that is more than metrics."""
     outward: Callable[[str], str] = lambda reason: reason
     """What the server hears of an error that nobody foresaw: its text may quote data."""
 
@@ -176,12 +183,13 @@ class Client:
             raise WorkFailed(f"no work of kind '{task.kind}' for plan {task.plan} here")
         fixed = {name: payload.main for name, payload in task.broadcast.payloads.items()}
         params = fixed | {s.name: s.down.decode(task.broadcast.payloads[s.name]) for s in self.streams}
-        payloads, done = self._work(task, params)
+        streams = self.evaluated if task.kind == "evaluate" else self.streams
+        payloads, done = self._work(task, streams, params)
         about = {"metrics": done.metrics, "keeps_state": bool(done.state)}
-        if self.side is None or not payloads:
+        if self.side is None:
             return about | {"payloads": payloads, "weights": self._asked(done)}
-        metrics = {name: value for name, value in done.metrics.items() if name in self.side.metrics}
-        return about | {"data": self.side.keep(task, params, payloads, done.weights), "metrics": metrics}
+        about["metrics"] = {name: value for name, value in done.metrics.items() if name in self.side.metrics}
+        return about | {"data": self.side.keep(task, streams, params, payloads, done.weights) if payloads else {}}
 
     def _asked(self, done: Done) -> Weights:
         """The weights that the plan's aggregators ask for."""
@@ -189,12 +197,14 @@ class Client:
         groups = {ALL}.union(*(stream.aggregate.groups(update) for stream, update in updates if update is not None))
         return {name: weight for name, weight in done.weights.items() if name in groups}
 
-    def _work(self, task: Task, params: Mapping[str, Params]) -> tuple[dict[str, Payload], Done]:
+    def _work(
+        self, task: Task, streams: Sequence[Stream], params: Mapping[str, Params]
+    ) -> tuple[dict[str, Payload], Done]:
         kept = self.store.settle(task.acknowledged)
         done = self.works[task.kind](params, self.data, under("work", kept), task)
         payloads: dict[str, Payload] = {}
         state = nested("work", done.state)
-        for stream in self.streams:
+        for stream in streams:
             before = under(stream.name, kept)
             if (update := done.updates.get(stream.name)) is not None:
                 encoder = before or stream.up.init(update)

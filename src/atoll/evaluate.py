@@ -1,57 +1,101 @@
-"""Evaluation: every client computes the held-out loss of the shared params. An exchange like any other that adds nothing."""
+"""Evaluation: every client computes the held-out loss of the shared params. An exchange like any other.
+
+In the clear it adds nothing: each client's metrics are told. Under masks replies are sums, and everybody's metrics are told.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-from atoll.exchange import DECODING_ERRORS, Accepted, Dropped, Refused, Reply, Task, check_sender, plain
+from atoll.exchange import (
+    DECODING_ERRORS,
+    Abandoned,
+    Accepted,
+    Dropped,
+    Opened,
+    Receive,
+    Refused,
+    Reply,
+    Task,
+    Verdict,
+    check_sender,
+    plain,
+)
 from atoll.fleet.base import Fleet
-from atoll.record.events import Evaluated
-from atoll.round import RoundPlan, State, broadcast, converse
+from atoll.metrics import LOSS, read_back
+from atoll.params import Params
+from atoll.record.events import EVERYBODY, Evaluated
+from atoll.round import RoundPlan, State, broadcast, converse, receive
+
+Metrics = Mapping[str, Mapping[str, float]]
+"""By client, or of everybody."""
 
 
 def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], samples: int, final: bool) -> Evaluated:
-    """Held-out loss of the state's params at each client: at most `samples` samples each.
+    """Held-out loss of the state's params at each client, or over all of them: at most `samples` samples each.
 
     Clients that refuse, or do not answer, are left out of the mean, and named.
     """
     started = time.perf_counter()
-    tasks, _ = broadcast(plan, state, clients, fleet.now(), kind="evaluate")
-    tasks = [replace(task, data={"samples": samples}, variant=str(samples)) for task in tasks]
-    asked = {task.id: task for task in tasks}
+    variant = plan.attempt() if plan.evaluated else str(samples)
+    tasks, _ = broadcast(plan, state, clients, fleet.now(), kind="evaluate", variant=variant)
+    tasks = [replace(task, data={"samples": samples}) for task in tasks]
     until = fleet.now() + plan.schedule.deadline
-    exchange = plain(tasks, [], lambda reply: hear(asked[reply.task], reply), lambda came: until)
-    verdicts = list(converse(fleet, exchange, plan.streams, {}))
-    each = {v.reply.client: v.reply.metrics for v in verdicts if isinstance(v, Accepted)}
+    totals = {stream.name: stream.aggregate.init(stream.initial({})) for stream in plan.evaluated}
+    make = plan.evaluation if plan.evaluated else plain
+    exchange = make(tasks, [], hearing(plan, state, tasks), lambda came: until)
+    verdicts = list(converse(fleet, exchange, plan.evaluated, totals))
+    given_up = [v.reason for v in verdicts if isinstance(v, Abandoned)]
     absent = {v.client: v.reason for v in verdicts if isinstance(v, Refused | Dropped)}
-    sent = sum(task.broadcast.nbytes for task in tasks)
-    heard = {name: each[name] for name in clients if name in each}
-    return summary(state.round, final, heard, absent, sent, started)
+    if given_up:
+        absent[EVERYBODY] = "; ".join(given_up)
+    each = of_everybody(plan, fleet, totals) if plan.evaluated else of_each(clients, verdicts)
+    sent = sum(task.broadcast.nbytes for task in tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
+    return summary(state.round, final, each, absent, sent, started)
+
+
+def hearing(plan: RoundPlan, state: State, tasks: Sequence[Task]) -> Receive:
+    """What is made of a reply: its metrics are taken, or its sums."""
+    asked = {task.id: task for task in tasks}
+    if not plan.evaluated:
+        return lambda reply: hear(asked[reply.task], reply)
+    like = {stream.name: stream.initial({}) for stream in plan.evaluated}
+    return partial(receive, replace(plan, streams=plan.evaluated), replace(state, params=like), asked)
 
 
 def hear(task: Task, reply: Reply) -> Accepted | Refused:
     """Takes metrics; there is nothing to add."""
     try:
         check_sender(task, reply)
-        if missing := {"loss", "standard_error", "samples"} - reply.metrics.keys():
+        if missing := set(LOSS) - reply.metrics.keys():
             raise ValueError(f"lacks the metrics {sorted(missing)}")
     except DECODING_ERRORS as error:
         return Refused(task.client, reply.task, str(error))
     return Accepted(reply, {})
 
 
-def summary(
-    round: int,
-    final: bool,
-    clients: Mapping[str, Mapping[str, float]],
-    absent: Mapping[str, str],
-    sent: int,
-    started: float,
-) -> Evaluated:
+def of_each(clients: Sequence[str], verdicts: Sequence[Verdict]) -> Metrics:
+    """What each client told, in the clients' order."""
+    each = {v.reply.client: v.reply.metrics for v in verdicts if isinstance(v, Accepted)}
+    return {name: each[name] for name in clients if name in each}
+
+
+def of_everybody(plan: RoundPlan, fleet: Fleet, totals: Mapping[str, Params]) -> Metrics:
+    """What the sums say; nothing where they were not opened, or nobody's loss is among them."""
+    if not totals:
+        return {}
+    [stream] = plan.evaluated
+    opened = stream.aggregate.open(fleet.reduce(totals[stream.name]))
+    metrics = read_back(stream.aggregate.finish(opened, stream.up.decode_sum))
+    return {EVERYBODY: metrics} if LOSS.value in metrics else {}
+
+
+def summary(round: int, final: bool, each: Metrics, absent: Mapping[str, str], sent: int, started: float) -> Evaluated:
     """Mean and worst over clients, each client counting once."""
-    losses = [metrics["loss"] for metrics in clients.values()]
+    losses = [metrics[LOSS.value] for metrics in each.values()]
     mean = sum(losses) / len(losses) if losses else float("nan")
     worst = max(losses, default=float("nan"))
-    return Evaluated(round, final, dict(clients), mean, worst, time.perf_counter() - started, sent, dict(absent))
+    return Evaluated(round, final, dict(each), mean, worst, time.perf_counter() - started, sent, dict(absent))

@@ -61,6 +61,9 @@ class RoundPlan:
     """The fewest updates that may be put together."""
     attempt: Callable[[], str] = lambda: ""
     """Names an attempt at a round, so that keys and masks of another are not taken for this one's."""
+    evaluated: tuple[Stream, ...] = ()
+    """What evaluations add up; nothing: every client's own metrics are told."""
+    evaluation: MakeExchange = plain
 
 
 @dataclass

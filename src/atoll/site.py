@@ -265,7 +265,7 @@ class Site:
         memories = self._memories.setdefault(run, {})
         while len(self._memories) > REMEMBERED:
             self._memories.popitem(last=False)
-        made = clients(ready.plan, ready.things, folder, memories)(ready.name)
+        made = clients(ready.plan, ready.things, folder, memories, self.policy.may_leave)(ready.name)
         return replace(made, outward=self.kept_here, side=self.careful(made.side))
 
     def careful(self, side: Side | None) -> Side | None:

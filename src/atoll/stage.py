@@ -321,7 +321,7 @@ def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progres
         return progress
     heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
     at.record(heard)
-    if final or math.isnan(heard.mean) or len(heard.clients) < len(held_out):
+    if final or math.isnan(heard.mean) or heard.absent:
         return progress
     if heard.mean < progress.best - wanted.min_delta:
         return replace(progress, best=heard.mean, without_better=0)

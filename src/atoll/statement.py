@@ -41,8 +41,14 @@ def server_sees(plan: Plan) -> str:
     ranges = "" if ranged else ", and how many clients' largest values lie in which quarter of an octave"
     return (
         f"who takes part, and sums of at least {plan.exchange.least(asked)} updates{apart}{ranges}{allowed};"
-        f" it also hears each client's held-out loss and accuracy{few_hold(plan)}"
+        f" {EVALUATED[bool(plan.rounds.evaluated)]}{few_hold(plan)}"
     )
+
+
+EVALUATED = {
+    True: "of held-out losses and accuracies it hears sums over all clients",
+    False: "it also hears each client's held-out loss and accuracy",
+}
 
 
 def few_hold(plan: Plan) -> str:
@@ -89,7 +95,7 @@ HOLDS_AGAINST = {
 }
 
 NOT_COVERED = {
-    "client": "held-out losses, which each client tells, and whatever is decided by them, such as when to stop",
+    "client": "held-out losses, which no noise is added to, and whatever is decided by them, such as when to stop",
     "example": (
         "held-out losses, how many samples a client holds, whether any of them has a picture or a sound, and how long it"
         " works; a text that was cut into several samples is several examples"

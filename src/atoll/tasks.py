@@ -29,6 +29,7 @@ from atoll.errors import AtollError
 from atoll.local.language import sft
 from atoll.local.rollouts import Sampling, completed
 from atoll.local.work import EVALUATION_BATCH, answered, summed, told
+from atoll.metrics import Named
 from atoll.models.spaces import Space, write
 from atoll.params import Params
 from atoll.record.card import write_card
@@ -175,7 +176,7 @@ def written(result: Result, name: str, most: int, seen: Collection[str], say: Sa
             count.more(len(batch))
         for measure, score in {"exact match": exact_match, "ROUGE-L": rouge()}.items():
             each = [score(answer, one.references) for answer, one in zip(answers, questions, strict=True)]
-            of = summed(torch.tensor(each, dtype=torch.float64), "mean", "error", "count")
+            of = summed(torch.tensor(each, dtype=torch.float64), Named("mean", "error", "count"))
             yield measure, Mean(of["mean"], of["error"], int(of["count"]))
 
     return ask

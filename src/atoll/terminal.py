@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from atoll.record.card import counted as counted  # an ending counts in the same words
 from atoll.record.card import human_bytes, records_in_words
 from atoll.record.events import (
+    EVERYBODY,
     ClientLeftOut,
     Evaluated,
     Event,
@@ -122,6 +123,8 @@ def _measured(event: Evaluated) -> str:
     silent = "".join(f"; not {name}: {reason}" for name, reason in event.absent.items())
     if not event.clients:
         return f"no client has measured one{silent}"
+    if list(event.clients) == [EVERYBODY]:
+        return f"{event.mean:.3f} over all samples of {EVERYBODY}{silent}"
     worst = max(event.clients, key=lambda name: event.clients[name]["loss"])
     return f"mean {event.mean:.3f}, worst {event.worst:.3f} ({worst}){silent}"
 

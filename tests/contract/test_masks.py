@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from toys import rounds, toy_plan
 
 from atoll.aggregate.mean import share
+from atoll.assemble import as_sums
 from atoll.client import Client, MemoryStore
+from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Done, Dropped, Opened, Refused
 from atoll.fleet.inprocess import InProcess
 from atoll.keys import key, rng
+from atoll.metrics import read_back, sums, zeros
 from atoll.privacy import graph, party
 from atoll.privacy.graph import threshold
 from atoll.privacy.hidden import range_at, rung
@@ -66,7 +69,7 @@ def masked_clients(plan, settings, given, weights=None, memories=None):
         def work(params, data, state, task):
             return Done({UPDATE: given[name]}, {"all": (weights or {}).get(name, 1.0)}, {"loss": 1.0}, {})
 
-        side = settings.party(name, plan.streams, len(given), memories[name])
+        side = settings.party(name, len(given), memories[name])
         return Client(name, plan.hash, plan.streams, {"train": work}, None, MemoryStore(), side)
 
     return client
@@ -183,7 +186,7 @@ def test_two_streams_have_a_scale_each():
         def work(params, data, state, task):
             return Done({UPDATE: given[name], "control": big[name]}, {"all": 1.0}, {}, {})
 
-        side = aggregation.party(name, plan.streams, 4, memories[name])
+        side = aggregation.party(name, 4, memories[name])
         return Client(name, plan.hash, plan.streams, {"train": work}, None, MemoryStore(), side)
 
     memories = {name: Memory() for name in given}
@@ -545,3 +548,77 @@ def test_too_few_clients_open_no_sum(count):
         assert any("a sum of fewer than 2 is not opened" in one.reason for one in heard if isinstance(one, Abandoned))
     else:
         assert any(isinstance(one, Opened) for one in heard)
+
+
+HELD_OUT = {name: {"loss": 1.0 + i, "standard_error": 0.25, "samples": 8.0} for i, name in enumerate("abcd")}
+
+
+def evaluating(lost=(), fleet=None, samples=8):
+    """An evaluation under masks of clients whose losses are 1, 2, 3 and 4; and the fleet, to ask again."""
+    aggregation = secure_aggregation(survivors=3)
+    evaluated = aggregation.evaluated(len(HELD_OUT))
+    plan = replace(
+        masked_plan(aggregation, list(HELD_OUT)),
+        evaluated=evaluated,
+        evaluation=aggregation.exchange(evaluated, len(HELD_OUT)),
+        attempt=aggregation.attempt,
+    )
+    memories = {name: Memory() for name in HELD_OUT}
+
+    def client(name):
+        work = as_sums(lambda *_: Done({}, {}, HELD_OUT[name] | {"patients": 7.0}, {}), lambda metrics: metrics)
+        side = aggregation.party(name, len(HELD_OUT), memories[name])
+        return Client(name, plan.hash, plan.streams, {"evaluate": work}, None, MemoryStore(), side, evaluated)
+
+    fleet = fleet or Losing(list(HELD_OUT), client)
+    fleet.lost = lost
+    return evaluate(plan, initial(plan, LIKE), fleet, list(HELD_OUT), samples, final=True), fleet
+
+
+def everybody(*names):
+    total = {name: sum(sums(HELD_OUT[one])[name] for one in names) for name in zeros()}
+    return pytest.approx(read_back(total), rel=1e-6)
+
+
+@pytest.mark.parametrize("phase", ["evaluate", "share", "range", "update"])
+def test_an_evaluation_is_a_sum_of_those_who_come_through(phase):
+    found, _ = evaluating()
+    assert (list(found.clients), found.absent) == (["everybody"], {})
+    assert found.clients["everybody"] == everybody(*"abcd"), "and nothing else that a client measures"
+    lost = ("mask", "b", phase) if phase in ("range", "update") else (phase, "b")
+    found, _ = evaluating((lost,))
+    assert list(found.absent) == ["b"]
+    assert found.clients["everybody"] == everybody(*"acd")
+
+
+def test_an_evaluation_of_too_few_is_not_opened():
+    found, _ = evaluating((("evaluate", "a"), ("mask", "b", "update")))
+    assert found.clients == {}
+    assert math.isnan(found.mean)
+    assert "a sum of fewer than 3 is not opened" in found.absent["everybody"]
+
+
+def test_no_client_says_anything_of_its_own_in_an_evaluation():
+    heard = []
+
+    class Listening(Losing):
+        def receive(self, tasks, until=math.inf):
+            heard.append(super().receive(tasks, until))
+            return heard[-1]
+
+    _, fleet = evaluating()
+    evaluating(fleet=Listening(list(HELD_OUT), fleet.client), samples=4)
+    assert {one.task.partition(":")[0] for one in heard} == {"evaluate", "share", "mask", "unmask"}
+    assert not any(one.metrics or one.weights for one in heard)
+
+
+def test_an_evaluation_that_is_done_again_is_of_the_same_clients_or_of_none():
+    first, fleet = evaluating()
+    again, _ = evaluating(fleet=fleet)
+    assert again.clients == first.clients, "a run that goes on evaluates once more what it had evaluated"
+    fewer, _ = evaluating((("evaluate", "b"),), fleet)
+    assert fewer.clients == {}, "the difference of the two sums would be b's loss"
+    assert "the masks stay on" in fewer.absent["everybody"]
+    assert evaluating((("evaluate", "b"),), fleet, samples=4)[0].clients == {}, (
+        "nor would that of some of their samples"
+    )

@@ -17,7 +17,7 @@ from atoll.errors import AtollError, Interrupted
 from atoll.recipe import POOLED
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder, find
-from atoll.record.measured import loss_table
+from atoll.record.measured import loss_table, of_everybody
 from atoll.record.story import read_story
 
 RECIPE = """
@@ -62,6 +62,28 @@ def test_baselines_train_plainly_whatever_the_plan(edge, settings):
     plain = read_story(edge("baselines=[local]", "finetune.optimizer=" + str(_said(settings, "finetune.optimizer"))))
     if "finetune.optimizer=sgd" not in settings:
         assert story.baselines["local-north"].final.mean == pytest.approx(plain.baselines["local-north"].final.mean)
+
+
+MASKS = "finetune.exchange={use: secure-aggregation, metrics: [%s]}"
+
+
+def test_under_masks_tables_are_of_everybody_unless_the_recipe_names_the_loss(edge):
+    told = read_story(edge("baselines=[pooled]", MASKS % "loss, standard_error, samples"))
+    assert set(told.final.clients["north"]) == {"loss", "standard_error", "samples"}
+    folder = edge("name=hidden", "baselines=[pooled]", "evaluate.every=1", MASKS % "")
+    hidden = read_story(folder)
+    assert [list(one.clients) for one in hidden.evaluations] == [["everybody"]] * 3
+    table = loss_table(hidden)
+    assert (table.columns, [name for name, _ in table.rows]) == (["everybody"], ["base", "federated", "pooled"])
+    for name, ((loss, error),) in table.rows:
+        same = of_everybody(
+            {"base": told.base, "federated": told.final, "pooled": told.baselines["pooled"].final}[name]
+        )
+        metrics = same.clients["everybody"]
+        assert (loss, error) == pytest.approx((metrics["loss"], metrics["standard_error"]), rel=1e-4)
+    for text in (folder.record.read_text().partition('"RunEnded"')[0], folder.card.read_text()):
+        assert not any(f'"{name}": {{"loss"' in text for name in ("north", "south", "west"))
+    assert "| held-out loss | everybody |" in folder.card.read_text()
 
 
 def _said(settings, key):

@@ -56,5 +56,6 @@ def test_sites_align_against_the_reference_that_they_are_sent_as_one_process_doe
     far, near = read_story(there), read_story(here)
     assert far.base.clients == near.base.clients
     assert far.final.clients == near.final.clients
-    assert all(one["reward_accuracy"] == 0.5 for one in far.base.clients.values()), "against what they were sent"
+    assert list(far.base.clients) == ["everybody"], "under masks there is no other"
+    assert far.base.clients["everybody"]["reward_accuracy"] == pytest.approx(0.5), "against what they were sent"
     assert "reference" in load_state(there.checkpoint).fixed

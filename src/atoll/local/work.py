@@ -24,6 +24,7 @@ from atoll.exchange import Done, Task, WorkFailed
 from atoll.keys import rng
 from atoll.local.corrections import Correction, Start
 from atoll.local.optimizers import MakeOptimizer, Rate
+from atoll.metrics import ACCURACY, CHANCE, LOSS, REWARD_ACCURACY, TEXT, Named
 from atoll.models.spaces import Space, read, write
 from atoll.params import Params, nested, subtract, under
 from atoll.stream import REFERENCE, UPDATE
@@ -240,8 +241,6 @@ def set_rate(optimizer: torch.optim.Optimizer, base: Sequence[float], factor: fl
 
 
 EVALUATION_BATCH = 16
-TEXT = "text"
-"""In the place of a modality: samples of text alone."""
 
 
 def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state: Params, task: Task) -> Done:
@@ -294,20 +293,20 @@ def answered(samples: Sequence[Any], found: Measured) -> list[Answered | None]:
 
 def told(losses: Tensor, answers: Sequence[Answered | None], of: str = "") -> dict[str, float]:
     """Mean, its standard error and the number of samples' losses, as metrics; the same of the answers, and their chance."""
-    found = {**summed(losses, "loss", "standard_error", "samples")}
+    found = summed(losses, LOSS)
     if asked := [(one.right, one.chance) for one in answers if one and one.right is not None]:
         right, chance = (torch.tensor(each, dtype=torch.float64) for each in zip(*asked, strict=True))
-        found |= summed(right, "accuracy", "accuracy_error", "questions") | {"chance": float(chance.mean())}
+        found |= summed(right, ACCURACY) | {CHANCE: float(chance.mean())}
     if rewarded := [one.rewarded for one in answers if one and one.rewarded is not None]:
         share = torch.tensor(rewarded, dtype=torch.float64)
-        found |= summed(share, "reward_accuracy", "reward_accuracy_error", "preferences")
+        found |= summed(share, REWARD_ACCURACY)
     return {f"{name}{of}": value for name, value in found.items()}
 
 
-def summed(values: Tensor, mean: str, error: str, count: str) -> dict[str, float]:
+def summed(values: Tensor, names: Named) -> dict[str, float]:
     """Mean, standard error and number, under these names."""
     spread = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-    return {mean: float(values.mean()), error: spread, count: float(len(values))}
+    return {names.value: float(values.mean()), names.error: spread, names.counted: float(len(values))}
 
 
 def by_modality(losses: Tensor, answers: Sequence[Answered | None], samples: Sequence[Any]) -> dict[str, float]:

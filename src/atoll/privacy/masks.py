@@ -48,6 +48,7 @@ from atoll.exchange import (
     Wait,
     check_sender,
 )
+from atoll.metrics import EVALUATION, LOSS
 from atoll.params import Params
 from atoll.privacy.crypto import KeyPair, mask
 from atoll.privacy.graph import neighbors, threshold
@@ -65,6 +66,7 @@ from atoll.privacy.party import (
     pair_purpose,
     peer,
     range_ring,
+    sums_of,
 )
 from atoll.privacy.ring import Ring, Words
 from atoll.privacy.shamir import SHARE_BYTES, combine
@@ -75,6 +77,10 @@ Phase = Generator[Send | Wait | Verdict, Heard | None, Any]
 
 Read = Callable[[Task, Reply], Any]
 """What a reply says, or the verdict on it. May raise one of DECODING_ERRORS."""
+
+
+EXACT = 32
+"""Bits of a sum of metrics: they are few, and counts must come out whole."""
 
 
 @dataclass(frozen=True)
@@ -102,22 +108,21 @@ class SecureAggregation:
         """A name that no other attempt at a round has."""
         return secrets.token_hex(8)
 
-    def party(self, name: str, streams: Sequence[Stream], cohort: int, memory: Memory) -> Party:
-        """The client's side."""
-        return Party(name, streams, Terms(self.least(cohort), self.colluding), sums_of(streams), self.metrics, memory)
+    def evaluated(self, clients: int) -> tuple[Stream, ...]:
+        """What evaluations add up; nothing where the recipe lets the clients' own held-out losses leave."""
+        return () if set(LOSS) <= set(self.metrics) else (replace(self, bits=EXACT).hide(EVALUATION, clients),)
+
+    def party(self, name: str, cohort: int, memory: Memory) -> Party:
+        """The client's side, of training and of evaluations."""
+        return Party(name, Terms(self.least(cohort), self.colluding), self.metrics, memory)
 
     def exchange(self, streams: Sequence[Stream], cohort: int) -> MakeExchange:
-        """The server's side."""
+        """The server's side, of a round or of an evaluation."""
 
         def make(tasks: Sequence[Task], in_flight: Sequence[Task], receive: Receive, closes: Closes) -> Exchange:
             yield from MaskedRound(self, streams, self.least(cohort), {t.client: t for t in tasks}, receive).run(closes)
 
         return make
-
-
-def sums_of(streams: Sequence[Stream]) -> tuple[str, ...]:
-    """The sums of a round: where all ranges are public nobody needs to agree on them."""
-    return (UPDATE_SUM,) if all(hidden(stream).public for stream in streams) else (RANGE_SUM, UPDATE_SUM)
 
 
 @dataclass
@@ -226,9 +231,9 @@ class MaskedRound:
         return {s.name: hidden(s).scale(tops[s.name]) for s in self.streams} | public
 
     def _received(self) -> dict[str, Params]:
-        """The params of each stream, as the broadcast says them to the clients."""
+        """The params of each stream, as the broadcast says them to the clients; of one that does not go down, its zeros."""
         sent = next(iter(self.tasks.values())).broadcast.payloads
-        return {stream.name: stream.down.decode(sent[stream.name]) for stream in self.streams}
+        return {s.name: s.down.decode(sent[s.name]) if s.name in sent else s.initial({}) for s in self.streams}
 
     def add_up(self, scales: Mapping[str, float]) -> Phase:
         """What comes under masks is added as it comes; when all are heard, what is left of the masks is taken off."""
@@ -332,7 +337,8 @@ class MaskedRound:
         return heard
 
     def _read(self, task: Task, event: Reply | Dropped, read: Read) -> Any:
-        trained, phase = self.tasks[task.client].id, "" if task.kind == "train" else f"{task.kind}: "
+        trained = self.tasks[task.client].id
+        phase = "" if task.id == trained else f"{task.kind}: "
         if isinstance(event, Dropped):
             return Dropped(task.client, trained, phase + event.reason)
         self.up += _size(event.data) + (event.nbytes if task.data.get("sum") == RANGE_SUM else 0)
@@ -452,6 +458,7 @@ def secure_aggregation(
         survivors: the fewest clients whose sum is opened; by default just over half of those who are asked.
         colluding: how many clients may tell the server all they know without harm to the others.
         phase_seconds: how long a phase after the training waits for those who do not answer.
-        metrics: of the training, that may leave a client all the same: none by default.
+        metrics: of a client by itself, that may leave all the same: none by default. With `loss`, `standard_error` and
+            `samples` among them, evaluations are told client by client, and no longer summed under masks.
     """
     return SecureAggregation(bits, survivors, colluding, phase_seconds, tuple(metrics))

@@ -94,6 +94,19 @@ class Secrets:
     """Whether shares were given away."""
 
 
+class Purpose(NamedTuple):
+    """What is summed. Attempts at one round, or at evaluations of one model, have it in common."""
+
+    kind: str
+    """Of the work."""
+    round: int
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it may be opened again, of the same clients: a run that goes on evaluates what it had evaluated."""
+        return self.kind == "evaluate"
+
+
 @dataclass
 class Attempt:
     """What a client knows of one attempt at a round."""
@@ -103,7 +116,10 @@ class Attempt:
     received: Mapping[str, Params]
     """Params per stream, as the broadcast says them."""
     key: int
+    streams: Sequence[Stream]
+    """What the totals are of."""
     sums: dict[str, Secrets]
+    purpose: Purpose
     sealing: KeyPair = field(default_factory=new_key)
     roster: dict[str, Peer] = field(default_factory=dict)
 
@@ -114,8 +130,8 @@ class Memory:
 
     attempts: dict[str, Attempt] = field(default_factory=dict)
     """By name."""
-    opened: int = -1
-    """The last round whose sum it has helped to open."""
+    opened: dict[tuple[Purpose, str], frozenset[str]] = field(default_factory=dict)
+    """The sums that it has helped to open, and of which of its neighbors."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +139,9 @@ class Party:
     """See the module's text."""
 
     name: str
-    streams: Sequence[Stream]
     terms: Terms
-    sums: tuple[str, ...]
     metrics: tuple[str, ...]
-    """Of the training, that may leave."""
+    """Its own, that may leave."""
     memory: Memory
 
     @property
@@ -136,16 +150,23 @@ class Party:
         return {"share": self.share, "mask": self.masked, "unmask": self.unmask}
 
     def keep(
-        self, task: Task, received: Mapping[str, Params], payloads: Mapping[str, Payload], weights: Weights
+        self,
+        task: Task,
+        streams: Sequence[Stream],
+        received: Mapping[str, Params],
+        payloads: Mapping[str, Payload],
+        weights: Weights,
     ) -> Any:
         """Keeps what the work came to until masks are agreed on; gives the public keys."""
-        if task.broadcast.round <= self.memory.opened and not all(hidden(s).private_rounding for s in self.streams):
+        purpose = Purpose(task.kind, task.broadcast.round)
+        again = (purpose, UPDATE_SUM) in self.memory.opened and not purpose.repeats
+        if again and not all(hidden(s).private_rounding for s in streams):
             raise WorkFailed(
-                f"the sum of round {task.broadcast.round} was opened before: a second one, of others, would tell them apart"
+                f"the sum of round {purpose.round} was opened before: a second one, of others, would tell them apart"
             )
-        totals = {s.name: hidden(s).inner.alone(payloads[s.name].main, weights) for s in self.streams}
-        sums = {sum: Secrets(new_key(), secrets.token_bytes(KEY_BYTES)) for sum in self.sums}
-        attempt = Attempt(totals, received, task.key, sums)
+        totals = {s.name: hidden(s).inner.alone(payloads[s.name].main, weights) for s in streams}
+        sums = {sum: Secrets(new_key(), secrets.token_bytes(KEY_BYTES)) for sum in sums_of(streams)}
+        attempt = Attempt(totals, received, task.key, streams, sums, purpose)
         self.memory.attempts = {task.variant: attempt}  # of any other nothing is needed, and nothing shall be known
         masks = {sum: one.mask.public for sum, one in sums.items()}
         seeds = {sum: commitment(one.seed) for sum, one in sums.items()}
@@ -172,7 +193,7 @@ class Party:
         points = {name: one.number for name, one in roster.items()}
         needed = threshold(len(roster), self.terms.colluding)
         parts: dict[str, list[bytes]] = {name: [] for name in roster}
-        for sum in self.sums:
+        for sum in attempt.sums:
             for secret in (attempt.sums[sum].seed, attempt.sums[sum].mask.private):
                 shares = share(secret, list(points.values()), needed)
                 for name, x in points.items():
@@ -204,10 +225,10 @@ class Party:
 
     def _hold(self, attempt: Attempt, name: str, shares: bytes) -> None:
         """Keeps a neighbor's shares: of each sum's seed, then of its mask key."""
-        if len(shares) != 2 * SHARE_BYTES * len(self.sums):
+        if len(shares) != 2 * SHARE_BYTES * len(attempt.sums):
             raise ValueError(f"{len(shares)} bytes of shares from {name}")
         each = [shares[at : at + SHARE_BYTES] for at in range(0, len(shares), SHARE_BYTES)]
-        for i, sum in enumerate(self.sums):
+        for i, sum in enumerate(attempt.sums):
             attempt.sums[sum].held[name] = (each[2 * i], each[2 * i + 1])
 
     def masked(self, attempt: Attempt, task: Task) -> dict[str, Any]:
@@ -238,15 +259,15 @@ class Party:
     def _masked_ranges(self, attempt: Attempt, peers: Collection[str], clients: int) -> dict[str, Any]:
         """A one where the largest value of each stream stands, zeros beside it."""
         ring = range_ring(clients)
-        words = ring.of(torch.zeros(STEPS * len(self.streams), dtype=torch.int64).numpy())
-        for i, stream in enumerate(self.streams):
+        words = ring.of(torch.zeros(STEPS * len(attempt.streams), dtype=torch.int64).numpy())
+        for i, stream in enumerate(attempt.streams):
             words[i * STEPS + rung(hidden(stream).largest(attempt.totals[stream.name]))] = 1
         words += self._masks(attempt, RANGE_SUM, RANGE_SUM, peers, len(words), ring)
         return {"payloads": {RANGE_SUM: Payload({RING: torch.from_numpy(ring.pack(words))})}}
 
     def _masked_update(self, attempt: Attempt, peers: Collection[str], scales: Mapping[str, float]) -> dict[str, Any]:
         payloads = {}
-        for stream in self.streams:
+        for stream in attempt.streams:
             how, total, scale = hidden(stream), attempt.totals[stream.name], float(scales[stream.name])
             if how.public is not None and scale != how.scale(how.public(attempt.received)):
                 raise ValueError(f"the scale {scale:g} for '{stream.name}' is not the plan's")
@@ -285,12 +306,18 @@ class Party:
                 f"a sum of {task.data['clients']} clients, {len(survivors)} of them my neighbors; I ask for at least"
                 f" {self.terms.survivors} and {least}"
             )
-        own.opened = True
+        key = (attempt.purpose, sum)
+        if attempt.purpose.repeats and self.memory.opened.get(key, survivors) != survivors:
+            raise ValueError("the sum was opened before, of others: the two would tell them apart")
+        own.opened, self.memory.opened[key] = True, frozenset(survivors)
         given = {name: own.held[name][0 if name in survivors else 1] for name in own.peers}
         own.held.clear()
-        if sum == UPDATE_SUM:
-            self.memory.opened = task.broadcast.round
         return {"data": {"shares": {name: b64encode(one).decode() for name, one in given.items()}}}
+
+
+def sums_of(streams: Sequence[Stream]) -> tuple[str, ...]:
+    """The sums of a conversation: where all ranges are public nobody needs to agree on them."""
+    return (UPDATE_SUM,) if all(hidden(stream).public for stream in streams) else (RANGE_SUM, UPDATE_SUM)
 
 
 def hidden(stream: Stream) -> Hidden:

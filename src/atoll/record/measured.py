@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from atoll import metrics as names
+from atoll.metrics import CHANCE, read_back, sums
 from atoll.recipe import STAGE
-from atoll.record.events import Evaluated, RunStarted
+from atoll.record.events import EVERYBODY, Evaluated, RunStarted
 from atoll.record.story import Story
 
 
@@ -26,11 +28,9 @@ class Measure(NamedTuple):
     """Of several: `min` or `max`."""
 
 
-LOSS = Measure("held-out loss", "loss", "standard_error", "samples", min)
-ACCURACY = Measure("accuracy", "accuracy", "accuracy_error", "questions", max)
-REWARD_ACCURACY = Measure("reward accuracy", "reward_accuracy", "reward_accuracy_error", "preferences", max)
-CHANCE = "chance"
-"""What a guess among a question's choices comes to."""
+LOSS = Measure("held-out loss", *names.LOSS, min)
+ACCURACY = Measure("accuracy", *names.ACCURACY, max)
+REWARD_ACCURACY = Measure("reward accuracy", *names.REWARD_ACCURACY, max)
 
 Cell = tuple[float, float]
 """A number and its standard error, which one sample alone does not have: NaN."""
@@ -120,17 +120,15 @@ def by_modality(story: Story, measure: Measure) -> Table | None:
     """A measure by what samples hold: text alone, pictures, sounds; None for a run of text alone."""
     first = first_of(story)
     found = {key.partition("/")[2] for one in first.clients.values() for key in one} if first else set()
-    names = sorted(name for name in found - {""} if first and over_clients(first, name, measure))
-    if not first or not names:
+    kinds = sorted(kind for kind in found - {""} if first and over_clients(first, kind, measure))
+    if not first or not kinds:
         return None
-    rows: list[Row] = [
-        (name, [over_clients(one, modality, measure) for modality in names]) for name, one in models(story)
-    ]
+    rows: list[Row] = [(name, [over_clients(one, kind, measure) for kind in kinds]) for name, one in models(story)]
     if measure is ACCURACY:
         guess = measure._replace(value=CHANCE)
-        cells = (over_clients(first, modality, guess) for modality in names)
+        cells = (over_clients(first, kind, guess) for kind in kinds)
         rows = [(CHANCE, [one and (one[0], 0.0) for one in cells]), *rows]
-    return Table(names, rows, measure=measure)
+    return Table(kinds, rows, measure=measure)
 
 
 def first_of(story: Story) -> Evaluated | None:
@@ -144,7 +142,18 @@ def models(story: Story) -> list[tuple[str, Evaluated]]:
     named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
     named += [("federated", story.final)]
     named += [("pooled", s.final) for _, s in _of(story, "pooled")]
-    return [(name, one) for name, one in named if one is not None]
+    found = [(name, one) for name, one in named if one is not None]
+    sums_alone = any(EVERYBODY in one.clients for _, one in found)
+    return [(name, of_everybody(one) if sums_alone else one) for name, one in found]
+
+
+def of_everybody(evaluated: Evaluated) -> Evaluated:
+    """The same as if sums alone had left the clients."""
+    each = [sums(metrics) for metrics in evaluated.clients.values()]
+    if EVERYBODY in evaluated.clients or not each:
+        return evaluated
+    total = read_back({name: sum((one[name] for one in each[1:]), each[0][name]) for name in each[0]})
+    return replace(evaluated, clients={EVERYBODY: total})
 
 
 def begins_as(story: Story) -> str:
@@ -170,9 +179,9 @@ def questions(story: Story) -> tuple[object, ...]:
     return (started.data, started.recipe.get("finetune", {}).get("context"))
 
 
-def guesses(evaluated: Evaluated) -> dict[str, float | None]:
+def guesses(evaluated: Evaluated) -> dict[str, float]:
     """What a guess comes to at each site: of other measures of an answer it is another."""
-    return {site: metrics.get(CHANCE) for site, metrics in evaluated.clients.items()}
+    return {site: round(metrics[CHANCE], 6) for site, metrics in evaluated.clients.items() if CHANCE in metrics}
 
 
 def over_clients(evaluated: Evaluated, modality: str, measure: Measure) -> Cell | None:
