@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 from urllib.parse import quote
 
@@ -15,7 +14,7 @@ from atoll import parts
 from atoll.aggregate.base import ALL, Aggregator, modality_of
 from atoll.aggregate.robust import Robust
 from atoll.data.media import MODALITIES
-from atoll.data.prepared_tasks import TASKS, refuse_unknown
+from atoll.data.prepared_tasks import refuse_unasked
 from atoll.errors import AtollError, closest
 from atoll.local.corrections import Correction
 from atoll.made import Made
@@ -76,12 +75,7 @@ def refuse_nothing_to_compare(recipe: Recipe) -> None:
 
 def refuse_tasks(tasks: Sequence[str], shapes: Shapes | None) -> None:
     """Public tasks that there are, and a model which reads them."""
-    refuse_unknown(tasks, "evaluate.tasks")
-    if any(TASKS[name].written for name in tasks) and find_spec("rouge_score") is None:
-        raise AtollError(
-            "answers that are written need ROUGE", where="evaluate.tasks", found=", ".join(tasks),
-            remedy="pip install 'atoll[tasks]'",
-        )  # fmt: skip
+    refuse_unasked(tasks, "evaluate.tasks")
     if tasks and shapes is None:
         raise AtollError(
             "public tasks need a model with a tokenizer", where="evaluate.tasks", found=", ".join(tasks),

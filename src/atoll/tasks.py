@@ -11,7 +11,6 @@ import json
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +20,12 @@ from atoll.build import sources_of
 from atoll.cache import Counting, Say, quiet
 from atoll.data.answers import ChatFormat, ends_of
 from atoll.data.collate import Sample
-from atoll.data.prepared_tasks import TASKS, Open, open_questions, refuse_unknown, task
+from atoll.data.prepared_tasks import HARNESS, TASKS, Open, open_questions, refuse_unasked, task
 from atoll.data.read import Report, records
 from atoll.data.sources import ClientSource
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError
+from atoll.harness import Ask, by_harness
 from atoll.local.language import sft
 from atoll.local.rollouts import Sampling, completed
 from atoll.local.work import EVALUATION_BATCH, answered, summed, told
@@ -34,7 +34,7 @@ from atoll.models.spaces import Space, write
 from atoll.params import Params
 from atoll.record.card import write_card
 from atoll.record.folder import RunFolder
-from atoll.record.tasks import Score, write_scores
+from atoll.record.tasks import Mean, Score, write_scores
 from atoll.result import Result, load_result, tuned_params
 
 CONTEXT = 1024
@@ -61,9 +61,7 @@ def evaluate_tasks(
     """
     if not names:
         raise AtollError("no task is named", where=where, allowed=", ".join(TASKS), remedy="boolq,openbookqa")
-    refuse_unknown(names, where)
-    if any(TASKS[name].written for name in names):
-        rouge()  # which may not be installed
+    refuse_unasked(names, where)
     result, seen = load_result(folder, say), trained_on(folder)
     found = []
     for name in names:
@@ -107,8 +105,10 @@ def scores(
     result: Result, each: Mapping[str, Params], name: str, most: int, seen: Collection[str], say: Say
 ) -> list[Score]:
     """Of every model on a task, but for questions that were `seen`."""
-    ask = written if TASKS[name].written else chosen
-    of = ask(result, name, most, seen, say)
+    if name.startswith(HARNESS):
+        of = by_harness(result, name, most, say)
+    else:
+        of = (written if TASKS[name].written else chosen)(result, name, most, seen, say)
     found = []
     for model, params in each.items():
         write(result.space, result.model, params)
@@ -119,20 +119,6 @@ def scores(
         ]
     result.use(base=False)
     return found
-
-
-class Mean(NamedTuple):
-    """Over questions, with its standard error."""
-
-    value: float
-    error: float
-    questions: int
-    chance: float | None = None
-    """What a guess comes to."""
-
-
-Ask = Callable[[Counting], Iterator[tuple[str, Mean]]]
-"""Asks the model as it is; gives its measures."""
 
 
 def chosen(result: Result, name: str, most: int, seen: Collection[str], say: Say) -> Ask:
@@ -225,14 +211,8 @@ def bare(text: str) -> str:
 
 
 def rouge() -> Callable[[str, Sequence[str]], float]:
-    """ROUGE-L (F, of stemmed words) of an answer with the nearest right one.
+    """ROUGE-L (F, of stemmed words) of an answer with the nearest right one."""
+    from rouge_score.rouge_scorer import RougeScorer
 
-    Raises:
-        AtollError: its package is missing.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise AtollError("answers that are written need ROUGE", remedy="pip install 'atoll[tasks]'") from error
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return lambda answer, references: max(scorer.score(one, answer)["rougeL"].fmeasure for one in references)

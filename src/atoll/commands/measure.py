@@ -17,11 +17,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run's model, its base and its stages on public tasks. The run's card keeps the numbers."""
-    from atoll.data.prepared_tasks import TASKS
+    from atoll.data.prepared_tasks import HARNESS, TASKS
 
     if tasks == "help":
         for name, one in TASKS.items():
             show(f"{name:14} answers are {'written' if one.written else 'chosen'}; {one.source} ({one.license})")
+        show(
+            f"{HARNESS}NAME   a task of the Language Model Evaluation Harness, or a YAML file of yours as it reads them"
+        )
         return
     from atoll.record.folder import find
 

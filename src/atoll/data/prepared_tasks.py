@@ -12,7 +12,8 @@
     truthfulqa      questions that many people answer wrongly, some on false premises: written, and compared likewise
 
 All but the last two have choices. `unanswerable`, `false-answers` and `truthfulqa` measure hallucination: whether a model
-would rather say what is not known, or not true. The sets are fetched into the cache and never shipped with Atoll.
+would rather say what is not known, or not true. The sets are fetched into the cache and never shipped with Atoll. Tasks of
+the Language Model Evaluation Harness go by `lm-eval:NAME` (harness.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,12 +136,23 @@ TASKS: dict[str, TaskSet] = {
 }
 
 
-def refuse_unknown(names: Iterable[str], where: str) -> None:
-    """Raises AtollError for a task that there is not."""
+HARNESS = "lm-eval:"
+"""Before the name of a task that is not ours but the Language Model Evaluation Harness's."""
+
+
+def refuse_unasked(names: Iterable[str], where: str) -> None:
+    """Raises AtollError for a task that there is not, or that needs a package which is not installed."""
     for name in names:
-        if name not in TASKS:
+        if name not in TASKS and not name.startswith(HARNESS):
             raise AtollError(
-                "there is no such task", where=where, found=name, allowed=", ".join(TASKS), remedy=closest(name, TASKS)
+                "there is no such task", where=where, found=name, allowed=f"{', '.join(TASKS)}, {HARNESS}NAME",
+                remedy=closest(name, TASKS),
+            )  # fmt: skip
+        needed = "lm_eval" if name.startswith(HARNESS) else "rouge_score" if TASKS[name].written else None
+        if needed and find_spec(needed) is None:
+            extra = {"lm_eval": "harness", "rouge_score": "tasks"}[needed]
+            raise AtollError(
+                f"this task needs the package {needed}", where=where, found=name, remedy=f"pip install 'atoll[{extra}]'"
             )
 
 

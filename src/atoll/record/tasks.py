@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from atoll.cache import write_file
 from atoll.recipe import Recipe
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story
+
+
+class Mean(NamedTuple):
+    """Over questions, with its standard error; None where nobody knows it."""
+
+    value: float
+    error: float | None
+    questions: int
+    chance: float | None = None
+    """What a guess comes to."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +29,11 @@ class Score:
 
     task: str
     measure: str
-    """accuracy, loss, exact match, or ROUGE-L."""
+    """accuracy, loss, exact match, or ROUGE-L; of lm-eval's tasks its own."""
     model: str
     """base, after an earlier stage, or tuned."""
     value: float
-    error: float
+    error: float | None
     questions: int
     chance: float | None = None
     """What a guess comes to."""
@@ -61,6 +72,11 @@ def columns(scores: Sequence[Score]) -> list[str]:
     return ["task", "measure", "chance", *models, "questions"]
 
 
+def cell(score: Score) -> str:
+    """`0.610 ± 0.049`, or without an error where there is none."""
+    return f"{score.value:.3f}" + ("" if score.error is None else f" ± {score.error:.3f}")
+
+
 def rows(scores: Sequence[Score]) -> list[list[str]]:
     """A line for each measure of each task.
 
@@ -74,7 +90,7 @@ def rows(scores: Sequence[Score]) -> list[list[str]]:
     found = []
     for task, measure in dict.fromkeys((one.task, one.measure) for one in scores):
         each = {one.model: one for one in scores if (one.task, one.measure) == (task, measure)}
-        said = [f"{each[m].value:.3f} ± {each[m].error:.3f}" if m in each else "-" for m in models]
+        said = [cell(each[m]) if m in each else "-" for m in models]
         first = next(iter(each.values()))
         chance = "-" if first.chance is None else f"{first.chance:.3f}"
         found.append([task, measure, chance, *said, str(first.questions)])
