@@ -20,6 +20,7 @@ from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded, RunStarted
 from atoll.record.folder import RunFolder, find
 from atoll.record.measured import accuracy_table
+from atoll.record.plots import accuracies
 from atoll.record.story import read_story
 from atoll.record.tasks import read_scores
 from atoll.record.views import details, summarize
@@ -343,6 +344,13 @@ def test_the_stage_evaluate_asks_the_base_and_what_every_stage_came_to(recipe: P
     assert len(set(losses.values())) == 3
     assert not folder.stage("finetune").tasks.exists()
     assert "| openbookqa | accuracy | 0.250 |" in folder.card.read_text()
+    assert "![accuracy over stages](stages.svg)" in folder.card.read_text()
+    lines = accuracies(read_story(folder), read_scores(folder))
+    assert [model for model, *_ in lines["openbookqa, public"]] == ["base", "after finetune", "federated"]
+    sites = {name: line for name, line in lines.items() if not name.endswith("public")}
+    assert sites, "held-out questions, asked of all models"
+    assert all([model for model, *_ in line] == ["base", "after finetune", "federated"] for line in sites.values())
+    assert "after finetune" in (folder.path / "stages.svg").read_text(), "as a comment beside the drawn letters"
     folder.tasks.unlink()
     atoll.resume(folder.name, say=said.append)
     assert {one.model: one.value for one in read_scores(folder) if one.measure == "loss"} == losses

@@ -6,16 +6,14 @@ Reads the record, what tests of leakage found, and nothing else.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from atoll.cache import home
 from atoll.record.events import RecordsLeftOut
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
 from atoll.record.measured import Cell, Table, measured
+from atoll.record.plots import Lines, accuracies, plot_bytes, plot_losses, plot_stages
 from atoll.record.story import Story, read_story
 from atoll.record.tasks import Score, read_scores
 from atoll.record.tasks import columns as task_columns
@@ -27,9 +25,11 @@ def write_card(folder: RunFolder) -> None:
     story = read_story(folder)
     if story is None:
         return
+    scores = read_scores(folder)
     plot_losses(story, folder.path / "loss.svg")
     plot_bytes(story, folder.path / "bytes.svg")
-    text = markdown(folder.name, story, read_findings(folder), read_scores(folder))
+    plot_stages(accuracies(story, scores), folder.path / "stages.svg")
+    text = markdown(folder.name, story, read_findings(folder), scores)
     folder.card.write_text(text, encoding="utf-8")
 
 
@@ -46,6 +46,7 @@ def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED, scores: 
         *_loss_section(story),
         *_draws_section(story),
         *_tasks_section(scores),
+        *_stages_section(accuracies(story, scores)),
         "## What moved",
         "",
         f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {counted(len(story.rounds), 'round')}, "
@@ -245,6 +246,18 @@ TASKS_NOTE = (
 )
 
 
+def _stages_section(found: Lines) -> list[str]:
+    """How what is asked of all models moves from stage to stage; nothing where no two of them were asked the same."""
+    return (
+        ["## From the base to the result", "", STAGES_NOTE, "", "![accuracy over stages](stages.svg)", ""]
+        if found
+        else []
+    )
+
+
+STAGES_NOTE = "Accuracy by site, and on public tasks (dashed), of every model that was asked, ± its standard error:"
+
+
 def _faults_section(story: Story) -> list[str]:
     lines = [f"- {one.client}: no usable data ({one.report.splitlines()[0]})" for one in story.left_out]
     lines += [f"- {records_in_words(one)}" for one in story.records]
@@ -297,45 +310,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-
-def plot_losses(story: Story, path: Path) -> None:
-    """Held-out loss per site over rounds."""
-    axes, save = _figure("rounds", "held-out loss")
-    for site in story.base.clients if story.base else ():
-        points = [(e.round, e.clients[site]["loss"]) for e in story.evaluations if site in e.clients]
-        axes.plot(*zip(*points, strict=True), marker="o", label=site)
-    save(path)
-
-
-def plot_bytes(story: Story, path: Path) -> None:
-    """Bytes up and down, summed over rounds."""
-    axes, save = _figure("rounds", "MB so far")
-    for label in ("bytes_up", "bytes_down"):
-        total, points = 0.0, [(0, 0.0)]
-        for i, one in enumerate(story.rounds):
-            total += getattr(one, label) / 1e6
-            points.append((i + 1, total))
-        axes.plot(*zip(*points, strict=True), marker="o", label=label.removeprefix("bytes_"))
-    save(path)
-
-
-def _figure(xlabel: str, ylabel: str):  # type: ignore[no-untyped-def]  # matplotlib's own types are loose
-    """Axes, and a function that saves them as SVG."""
-    os.environ.setdefault("MPLCONFIGDIR", str(home() / "matplotlib"))  # it keeps a list of fonts
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-
-    def save(path: Path) -> None:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-        figure.savefig(path)
-        pyplot.close(figure)
-
-    return axes, save
