@@ -50,8 +50,10 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
     verdicts = list(converse(fleet, exchange, plan.evaluated, totals))
     given_up = [v.reason for v in verdicts if isinstance(v, Abandoned)]
     absent = {v.client: v.reason for v in verdicts if isinstance(v, Refused | Dropped)}
+    heard = {v.reply.client for v in verdicts if isinstance(v, Accepted)}
+    absent |= {name: "no answer before the deadline" for name in clients if name not in heard and name not in absent}
     if given_up:
-        absent[EVERYBODY] = "; ".join(given_up)
+        absent = {**absent, EVERYBODY: "; ".join(given_up)}
     each = of_everybody(plan, fleet, totals) if plan.evaluated else of_each(clients, verdicts)
     sent = sum(task.broadcast.nbytes for task in tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
     return summary(state.round, final, each, absent, sent, started)
@@ -94,8 +96,8 @@ def of_everybody(plan: RoundPlan, fleet: Fleet, totals: Mapping[str, Params]) ->
 
 
 def summary(round: int, final: bool, each: Metrics, absent: Mapping[str, str], sent: int, started: float) -> Evaluated:
-    """Mean and worst over clients, each client counting once."""
+    """Mean and worst over clients, each client counting once; where sums alone are known, over samples, and no worst."""
     losses = [metrics[LOSS.value] for metrics in each.values()]
     mean = sum(losses) / len(losses) if losses else float("nan")
-    worst = max(losses, default=float("nan"))
+    worst = float("nan") if EVERYBODY in each else max(losses, default=float("nan"))
     return Evaluated(round, final, dict(each), mean, worst, time.perf_counter() - started, sent, dict(absent))

@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from atoll.cache import Counting, Say
-from atoll.data.prepared_tasks import HARNESS
 from atoll.errors import AtollError, closest
 from atoll.local.work import EVALUATION_BATCH
+from atoll.recipe import HARNESS
 from atoll.record.tasks import Mean
 from atoll.result import Result
 
@@ -43,11 +42,11 @@ def by_harness(result: Result, name: str, most: int, say: Say) -> Ask:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded = load(name, say)
-    for task in loaded["tasks"].values():
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     model = HFLM(pretrained=result.model, tokenizer=result.tokenizer, batch_size=EVALUATION_BATCH)
 
     def ask(count: Counting) -> Iterator[tuple[str, Mean]]:
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)  # all models see the same examples
         found = evaluate(model, loaded, limit=most, bootstrap_iters=RESAMPLED, log_samples=False)
         count.more(max(one["effective"] for one in found["n-samples"].values()))
         for task, measures in found["results"].items():
@@ -64,10 +63,6 @@ def load(name: str, say: Say) -> Any:
 
     asked = name.removeprefix(HARNESS)
     own = asked.endswith((".yaml", ".yml"))
-    if own and not Path(asked).is_file():
-        raise AtollError(
-            "there is no such file", where="tasks", found=name, allowed="a task as lm-eval reads them, in YAML"
-        )
     say(f"{name}: looking for its questions")
     manager = TaskManager(include_defaults=not own)
     if not own and asked not in manager.all_tasks:

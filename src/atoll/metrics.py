@@ -86,5 +86,8 @@ def read_back(found: Params) -> dict[str, float]:
     return metrics
 
 
+LARGEST_SUM = 2.0**24
+"""The largest that one client's may be: of the squares of 10,000 losses of 40, say. One beyond it is no part of a sum."""
+
 EVALUATION = Stream("evaluation", aggregate=share(1.0), initial=lambda params: zeros())
 """What an evaluation's replies are made of where sums alone may leave."""

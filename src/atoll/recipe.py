@@ -129,6 +129,8 @@ STAGES: dict[str, type[Finetune]] = {"finetune": Finetune, "align": Align, "fuse
 """What a run may do one after the other, each with a section of the recipe; after them, `evaluate`."""
 StageName = Literal["finetune", "align", "fuse", "evaluate"]
 EVALUATE = "evaluate"
+HARNESS = "lm-eval:"
+"""Before the name of a public task that is not ours but the Language Model Evaluation Harness's."""
 BASE = "base"
 """In a stage's `from`: the model before any stage."""
 
@@ -298,8 +300,10 @@ def rooted(tree: Any, folder: Path) -> Any:
         return {key: value if key == "extends" else rooted(value, folder) for key, value in tree.items()}
     if isinstance(tree, list):
         return [rooted(value, folder) for value in tree]
-    if isinstance(tree, str) and tree.startswith(("./", "../")):
-        return os.path.normpath(folder.absolute() / tree)
+    if isinstance(tree, str):
+        before = HARNESS if tree.startswith(HARNESS) else ""
+        path = tree.removeprefix(before)
+        return before + os.path.normpath(folder.absolute() / path) if path.startswith(("./", "../")) else tree
     return tree
 
 

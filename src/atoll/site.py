@@ -189,6 +189,8 @@ class Site:
             raise Unwilling(f"another base model: {plan.model.name} is not the same here as at the operator's")
         source = ClientSource(open_source(self.data, held_out(tree)))
         warm = self._ready.get(plan.hash)
+        if warm is not None and warm.plan.clients != plan.clients:  # whose number decides how sums are hidden
+            warm = self._ready[plan.hash] = replace(warm, plan=plan)
         if warm is None or warm.name != name or warm.things.digests[name] != digest(source):
             self.say(f"getting ready for plan {plan.hash} ({recipe.name}), as {name}")
             self.__dict__.pop("records", None)  # counted again when somebody asks
@@ -272,8 +274,9 @@ class Site:
         """Under masks the owner's minimum cohort is the site's own to keep: it gives no share for a sum of fewer."""
         if not isinstance(side, Party):
             return side
-        least = max(side.terms.survivors, self.policy.minimum_cohort)
-        return replace(side, terms=side.terms._replace(survivors=least))
+        least = self.policy.minimum_cohort
+        terms = {kind: one._replace(survivors=max(one.survivors, least)) for kind, one in side.terms.items()}
+        return replace(side, terms=terms)
 
 
 def for_one_who_was_asked(comes: Entry) -> Entry:

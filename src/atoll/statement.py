@@ -53,9 +53,10 @@ EVALUATED = {
 
 def few_hold(plan: Plan) -> str:
     """What masks do not hide of a modality that few hold: the others' parts of its sum are zero."""
-    if not plan.protection and any(modality_of(name) != ALL for name in plan.trains or ()):
-        return "; a connector's sum is over those who hold its modality, who may be few or one, and it learns how many"
-    return ""
+    if all(modality_of(name) == ALL for name in plan.trains or ()):
+        return ""
+    of = "what is held out of a modality" if plan.protection else "a connector, and what is held out of its modality,"
+    return f"; the sum of {of} is over those who hold it, who may be few or one, and it learns how many"
 
 
 def guarantee(protection: Protection | None, rounds: int, samples: Samples) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from atoll.build import sources_of
 from atoll.cache import Counting, Say, quiet
 from atoll.data.answers import ChatFormat, ends_of
 from atoll.data.collate import Sample
-from atoll.data.prepared_tasks import HARNESS, TASKS, Open, open_questions, refuse_unasked, task
+from atoll.data.prepared_tasks import TASKS, Open, open_questions, refuse_unasked, task
 from atoll.data.read import Report, records
 from atoll.data.sources import ClientSource
 from atoll.data.tokenize import prepare
@@ -32,6 +32,7 @@ from atoll.local.work import EVALUATION_BATCH, answered, summed, told
 from atoll.metrics import Named
 from atoll.models.spaces import Space, write
 from atoll.params import Params
+from atoll.recipe import HARNESS
 from atoll.record.card import write_card
 from atoll.record.folder import RunFolder
 from atoll.record.tasks import Mean, Score, write_scores

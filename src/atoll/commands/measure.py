@@ -17,7 +17,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run's model, its base and its stages on public tasks. The run's card keeps the numbers."""
-    from atoll.data.prepared_tasks import HARNESS, TASKS
+    from atoll.data.prepared_tasks import TASKS
+    from atoll.recipe import HARNESS
 
     if tasks == "help":
         for name, one in TASKS.items():

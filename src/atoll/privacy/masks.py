@@ -48,7 +48,7 @@ from atoll.exchange import (
     Wait,
     check_sender,
 )
-from atoll.metrics import EVALUATION, LOSS
+from atoll.metrics import EVALUATION, LARGEST_SUM, LOSS
 from atoll.params import Params
 from atoll.privacy.crypto import KeyPair, mask
 from atoll.privacy.graph import neighbors, threshold
@@ -68,7 +68,7 @@ from atoll.privacy.party import (
     range_ring,
     sums_of,
 )
-from atoll.privacy.ring import Ring, Words
+from atoll.privacy.ring import MOST_BITS, Ring, Words, headroom
 from atoll.privacy.shamir import SHARE_BYTES, combine
 from atoll.stream import Stream
 
@@ -77,10 +77,6 @@ Phase = Generator[Send | Wait | Verdict, Heard | None, Any]
 
 Read = Callable[[Task, Reply], Any]
 """What a reply says, or the verdict on it. May raise one of DECODING_ERRORS."""
-
-
-EXACT = 32
-"""Bits of a sum of metrics: they are few, and counts must come out whole."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +105,21 @@ class SecureAggregation:
         return secrets.token_hex(8)
 
     def evaluated(self, clients: int) -> tuple[Stream, ...]:
-        """What evaluations add up; nothing where the recipe lets the clients' own held-out losses leave."""
-        return () if set(LOSS) <= set(self.metrics) else (replace(self, bits=EXACT).hide(EVALUATION, clients),)
+        """What evaluations add up; nothing where the recipe lets the clients' own held-out losses leave.
 
-    def party(self, name: str, cohort: int, memory: Memory) -> Party:
-        """The client's side, of training and of evaluations."""
-        return Party(name, Terms(self.least(cohort), self.colluding), self.metrics, memory)
+        Its range is public, for where a client's largest sum stands would tell its loss; and as fine as sums may be.
+        """
+        if set(LOSS) <= set(self.metrics):
+            return ()
+        exact = replace(self, bits=MOST_BITS - headroom(clients))
+        return (exact.hide(EVALUATION, clients, public=lambda params: LARGEST_SUM),)
+
+    def party(self, name: str, cohort: int, clients: int, memory: Memory) -> Party:
+        """The client's side: of training, in which a cohort is asked, and of evaluations, in which all clients are."""
+        terms = {
+            kind: Terms(self.least(count), self.colluding) for kind, count in (("train", cohort), ("evaluate", clients))
+        }
+        return Party(name, terms, self.metrics, memory)
 
     def exchange(self, streams: Sequence[Stream], cohort: int) -> MakeExchange:
         """The server's side, of a round or of an evaluation."""

@@ -94,22 +94,13 @@ class Secrets:
     """Whether shares were given away."""
 
 
-class Purpose(NamedTuple):
-    """What is summed. Attempts at one round, or at evaluations of one model, have it in common."""
-
-    kind: str
-    """Of the work."""
-    round: int
-
-    @property
-    def repeats(self) -> bool:
-        """Whether it may be opened again, of the same clients: a run that goes on evaluates what it had evaluated."""
-        return self.kind == "evaluate"
-
-
 @dataclass
 class Attempt:
-    """What a client knows of one attempt at a round."""
+    """What a client knows of one attempt at a round, or at an evaluation."""
+
+    kind: str
+    """Of the work: train or evaluate."""
+    terms: Terms
 
     totals: dict[str, Params]
     """Per stream: what this client adds to the total."""
@@ -119,7 +110,6 @@ class Attempt:
     streams: Sequence[Stream]
     """What the totals are of."""
     sums: dict[str, Secrets]
-    purpose: Purpose
     sealing: KeyPair = field(default_factory=new_key)
     roster: dict[str, Peer] = field(default_factory=dict)
 
@@ -130,8 +120,8 @@ class Memory:
 
     attempts: dict[str, Attempt] = field(default_factory=dict)
     """By name."""
-    opened: dict[tuple[Purpose, str], frozenset[str]] = field(default_factory=dict)
-    """The sums that it has helped to open, and of which of its neighbors."""
+    opened: int = -1
+    """The last round whose sum of updates it has helped to open."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,8 @@ class Party:
     """See the module's text."""
 
     name: str
-    terms: Terms
+    terms: Mapping[str, Terms]
+    """By the kind of the work."""
     metrics: tuple[str, ...]
     """Its own, that may leave."""
     memory: Memory
@@ -158,15 +149,14 @@ class Party:
         weights: Weights,
     ) -> Any:
         """Keeps what the work came to until masks are agreed on; gives the public keys."""
-        purpose = Purpose(task.kind, task.broadcast.round)
-        again = (purpose, UPDATE_SUM) in self.memory.opened and not purpose.repeats
+        again = task.kind == "train" and task.broadcast.round <= self.memory.opened
         if again and not all(hidden(s).private_rounding for s in streams):
             raise WorkFailed(
-                f"the sum of round {purpose.round} was opened before: a second one, of others, would tell them apart"
+                f"the sum of round {task.broadcast.round} was opened before: a second one, of others, would tell them apart"
             )
         totals = {s.name: hidden(s).inner.alone(payloads[s.name].main, weights) for s in streams}
         sums = {sum: Secrets(new_key(), secrets.token_bytes(KEY_BYTES)) for sum in sums_of(streams)}
-        attempt = Attempt(totals, received, task.key, streams, sums, purpose)
+        attempt = Attempt(task.kind, self.terms[task.kind], totals, received, task.key, streams, sums)
         self.memory.attempts = {task.variant: attempt}  # of any other nothing is needed, and nothing shall be known
         masks = {sum: one.mask.public for sum, one in sums.items()}
         seeds = {sum: commitment(one.seed) for sum, one in sums.items()}
@@ -191,7 +181,7 @@ class Party:
         self._check_roster(attempt, roster, int(task.data["clients"]))
         attempt.roster = roster
         points = {name: one.number for name, one in roster.items()}
-        needed = threshold(len(roster), self.terms.colluding)
+        needed = threshold(len(roster), attempt.terms.colluding)
         parts: dict[str, list[bytes]] = {name: [] for name in roster}
         for sum in attempt.sums:
             for secret in (attempt.sums[sum].seed, attempt.sums[sum].mask.private):
@@ -213,10 +203,10 @@ class Party:
             raise ValueError("the roster has a key or a number twice: somebody replays another's")
         if any(one.masks.keys() != own.keys() for one in roster.values()):
             raise ValueError(f"the roster lacks keys for {' or '.join(own)}")
-        if clients < self.terms.survivors or len(roster) != degree(clients) + 1:
+        if clients < attempt.terms.survivors or len(roster) != degree(clients) + 1:
             raise ValueError(
                 f"a roster of {len(roster)} among {clients} clients; I ask for {degree(clients) + 1} of at least"
-                f" {self.terms.survivors}"
+                f" {attempt.terms.survivors}"
             )
 
     def _seal(self, attempt: Attempt, to: str, shares: bytes) -> str:
@@ -250,10 +240,11 @@ class Party:
     def _check_peers(self, attempt: Attempt, own: Secrets, peers: frozenset[str], clients: int) -> None:
         if self.name not in peers or not peers <= own.held.keys():
             raise ValueError("masks are to be shared with clients whose shares I do not hold")
-        least = threshold(len(attempt.roster), self.terms.colluding)
-        if len(peers) < least or clients < self.terms.survivors:
+        least = threshold(len(attempt.roster), attempt.terms.colluding)
+        if len(peers) < least or clients < attempt.terms.survivors:
             raise ValueError(
-                f"{len(peers)} neighbors of {clients} clients are left; I ask for at least {least} of {self.terms.survivors}"
+                f"{len(peers)} neighbors of {clients} clients are left; I ask for at least {least} of"
+                f" {attempt.terms.survivors}"
             )
 
     def _masked_ranges(self, attempt: Attempt, peers: Collection[str], clients: int) -> dict[str, Any]:
@@ -300,18 +291,17 @@ class Party:
             raise ValueError("both secrets of a client are asked for")
         if not own.peers or survivors | lost != own.peers or self.name not in survivors:
             raise ValueError("the list of survivors does not fit those with whom I share masks")
-        least = threshold(len(attempt.roster), self.terms.colluding)
-        if len(survivors) < least or int(task.data["clients"]) < self.terms.survivors:
+        least = threshold(len(attempt.roster), attempt.terms.colluding)
+        if len(survivors) < least or int(task.data["clients"]) < attempt.terms.survivors:
             raise ValueError(
                 f"a sum of {task.data['clients']} clients, {len(survivors)} of them my neighbors; I ask for at least"
-                f" {self.terms.survivors} and {least}"
+                f" {attempt.terms.survivors} and {least}"
             )
-        key = (attempt.purpose, sum)
-        if attempt.purpose.repeats and self.memory.opened.get(key, survivors) != survivors:
-            raise ValueError("the sum was opened before, of others: the two would tell them apart")
-        own.opened, self.memory.opened[key] = True, frozenset(survivors)
+        own.opened = True
         given = {name: own.held[name][0 if name in survivors else 1] for name in own.peers}
         own.held.clear()
+        if sum == UPDATE_SUM and attempt.kind == "train":
+            self.memory.opened = task.broadcast.round
         return {"data": {"shares": {name: b64encode(one).decode() for name, one in given.items()}}}
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atoll.recipe import HARNESS
 from atoll.record.events import RecordsLeftOut
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
@@ -237,13 +238,16 @@ def _tasks_section(scores: Sequence[Score]) -> list[str]:
     names = task_columns(scores)
     head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     lines = [f"| {' | '.join(row)} |" for row in task_rows(scores)]
-    return ["## Public tasks", "", *head, *lines, "", TASKS_NOTE, ""]
+    note = TASKS_NOTE + (f" {HARNESS_NOTE}" if any(one.task.startswith(HARNESS) for one in scores) else "")
+    return ["## Public tasks", "", *head, *lines, "", note, ""]
 
 
 TASKS_NOTE = (
     "± standard error. Accuracy: the share of questions of which the right choice is the likeliest; loss: the right "
     "choice's mean token loss. Exact match and ROUGE-L: of the answer that the model writes, with the nearest right one."
 )
+
+HARNESS_NOTE = "Tasks of lm-eval are asked as it asks them: their first questions, also those that were trained on."
 
 
 def _stages_section(found: Lines) -> list[str]:

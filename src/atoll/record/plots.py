@@ -38,24 +38,29 @@ Lines = Mapping[str, Sequence[tuple[str, float, float]]]
 
 
 PUBLIC = ", public"
-SHARES = ("accuracy", "acc", "exact match")
-"""Measures of tasks that are shares of right answers."""
+SHARES = ("acc", "exact")
+"""How measures of tasks begin that are shares of right answers: accuracy, acc_norm, exact match."""
 
 
 def accuracies(story: Story, scores: Sequence[Score]) -> Lines:
     """Of the base, of what every stage came to, and of the result; of several stages, or of public tasks, or none."""
     table = accuracy_table(story) if story.before or scores else None
-    begun = ("base", "after ", "fused")
+    stages = ["base", *(f"after {name}" for name in story.before), "fused", "federated"]
     found: dict[str, list[tuple[str, float, float]]] = {}
     for name, row in table.rows if table else ():
-        if name == "federated" or name.startswith(begun):
+        if name in stages:
             for site, cell in zip(table.columns, row, strict=True):  # type: ignore[union-attr]
                 found.setdefault(site, []).extend([(name, *cell)] if cell else [])
     for one in scores:
-        if one.measure in SHARES:
+        if one.measure.startswith(SHARES):
             model = "federated" if one.model == "tuned" else one.model
             found.setdefault(one.task + PUBLIC, []).append((model, one.value, one.error or 0.0))
     return {name: line for name, line in found.items() if len(line) > 1}
+
+
+def order(model: str) -> int:
+    """The base first, then stages as they come, what they are fused to, and the result: whoever lacks one of them."""
+    return {"base": 0, "fused": 2, "federated": 3}.get(model, 1)
 
 
 def plot_stages(lines: Lines, path: Path) -> None:
@@ -63,7 +68,7 @@ def plot_stages(lines: Lines, path: Path) -> None:
     if not lines:
         return
     models = list(dict.fromkeys(model for line in lines.values() for model, *_ in line))
-    models.sort(key=lambda model: model == "federated")  # the result is the last, whoever lacks one before
+    models.sort(key=order)
     axes, save = _figure("", "accuracy")
     for name, line in lines.items():
         at, values, errors = zip(*((models.index(model), value, error) for model, value, error in line), strict=True)

@@ -144,10 +144,14 @@ class Federation:
             )
         self._plans[plan] = {"tree": tree, "model": model}
         heard: dict[str, Said] = {}
-        while not heard:
+        asked: list[str] = []
+        while asked != names:
             with self.connected():  # whoever was ready before the server died says so at once
-                heard = self._asked({name: self.invitation(plan, name, names) for name in names}, PREPARE)
-        ready = without_too_few({name: counted(said) for name, said in sorted(heard.items())}, heard, answers)
+                heard |= self._asked({name: self.invitation(plan, name, names) for name in names}, PREPARE)
+                asked = names
+            if asked:
+                ready = without_too_few({name: counted(said) for name, said in sorted(heard.items())}, heard, answers)
+                names = [name for name in names if not isinstance(ready[name], str)]  # who are told how many they are
         self.unwilling |= {
             name for name, why in ready.items() if isinstance(why, str) and isinstance(heard[name], dict)
         }
