@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,10 +15,11 @@ from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.exchange import Dropped, Reply
 from atoll.fleet.flower import certs
-from atoll.fleet.flower.federation import counted, without_too_few
+from atoll.fleet.flower.federation import Federation, counted, without_too_few
 from atoll.fleet.flower.tasks import answer_to
 from atoll.params import equal
 from atoll.policy import Policy, model_code, own_code, read
+from atoll.privacy.party import Memory
 from atoll.round import broadcast, initial
 from atoll.site import Site
 from atoll.talk import envelope, opened
@@ -295,6 +297,33 @@ def test_a_site_that_asks_for_more_clients_than_are_ready_is_left_out_and_so_is_
     assert left["c"] == "asks for 4 clients a round; 3 answer, of 3 that are ready"
     assert left["d"] == "asks for 3 clients a round; 2 answer, of 2 that are ready"
     assert left["b"] == "asks for 2 clients a round; 1 answer, of 1 that are ready"
+
+
+def test_sums_are_hidden_among_those_who_are_ready_and_not_those_who_were_asked(site, tree, tmp_path, monkeypatch):
+    tree = tree | {"finetune": tree["finetune"] | {"exchange": "secure-aggregation"}}
+    there = {name: replace(site, folder=tmp_path / name) for name in "abcd"}
+    there["e"] = replace(site, folder=tmp_path / "e", policy=Policy(spaces=["full"]))
+    federation = Federation("nowhere:1", tmp_path, say=lambda line: None)
+
+    def asked(messages, wait):
+        heard = {name: opened(ask(there[name], message)) for name, message in messages.items()}
+        return {name: said if said["kind"] == "ready" else said["reason"] for name, said in heard.items()}
+
+    monkeypatch.setattr(federation, "sites", lambda: dict.fromkeys(there, 1))
+    monkeypatch.setattr(federation, "_asked", asked)
+    monkeypatch.setattr(federation, "connected", nullcontext)
+    ours = build(recipe.validate(tree), tree, sources=dict.fromkeys("abcd", ClientData((), ())))
+    prepared = federation.prepare(ours.hash, tree, ours.shapes.identity, float)
+    ready = [name for name, said in prepared.clients.items() if not isinstance(said, str)]
+    assert ready == ["a", "b", "c", "d"]
+    for name in ready:
+        (agreed,) = there[name]._ready.values()
+        assert rings(agreed.plan) == rings(ours)
+        assert agreed.plan.side(name, Memory()).terms == ours.side(name, Memory()).terms
+
+
+def rings(plan):
+    return [stream.aggregate.ring.bits for stream in (*plan.rounds.streams, *plan.rounds.evaluated)]
 
 
 def test_the_clients_that_answer_a_round_are_counted_and_not_those_that_are_ready():
