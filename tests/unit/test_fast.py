@@ -93,6 +93,36 @@ def test_a_padding_mask_is_still_heeded(family: str) -> None:
         torch.testing.assert_close(model(**inputs).logits[:, 2:], expected, rtol=1e-4, atol=1e-4)
 
 
+@settings(deadline=None)
+@given(
+    counts=st.tuples(st.integers(1, 9), st.integers(0, 12)),
+    padding=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_attention_under_any_mask_is_the_masked_softmax(counts, padding, dtype) -> None:
+    """Queries after a cache, behind padding: those that may look nowhere count for nothing."""
+    (count, cached), rows = counts, len(padding)
+    n = cached + count
+    places = torch.arange(n)
+    behind = torch.tensor(padding).clamp(max=n - 1)[:, None, None]
+    mask = ((places[None, :] <= places[cached:, None]) & (places >= behind))[:, None]
+    torch.manual_seed(0)
+    shapes = ((rows, 4, count, 8), (rows, 2, n, 8), (rows, 2, n, 6))
+    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+    real = mask.any(-1).transpose(1, 2)[..., None]
+    weigh = torch.randn(rows, count, 4, 6, dtype=dtype) * real
+    found = attention.masked_by_hand(q, k, v, mask, 0.3)
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~mask, -1e30)
+    expected = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(found * real, expected * real)
+    for a, b in zip(
+        torch.autograd.grad((found * weigh).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weigh).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = build("gemma3")
     accelerate(model)

@@ -4,7 +4,8 @@ transformers marks packed samples by a [T, T] mask over the whole row, so attent
 CPU the backward pass of `scaled_dot_product_attention` in bf16 takes six times as long as these few products. Both
 interfaces of transformers are used: a mask function that hands a `Layout` (where samples start, how far back they look)
 from the model to its layers in place of a mask, and an attention function that reads it. What a layout cannot say
-(padding masks, caches while generating, bidirectional blocks) becomes the usual mask and the usual SDPA attention.
+(padding, what comes after a cache) becomes the usual mask, which is done by hand, too, where gradients are wanted; and with
+the usual SDPA attention where they are not.
 
 The products follow Vaswani et al. 2017 (softmax(Q K^T * scale) V), grouped as in Ainslie et al. 2023: the G query heads
 that share one key head are rows of one product, and keys are never repeated.
@@ -185,6 +186,8 @@ def attention(
             return by_hand(query, key, value, layout, scale, softcap), None
         return by_sdpa(query, key, value, layout, scale), None
     mask = layout.dense() if isinstance(layout, Layout) else layout
+    if softcap is None and dropout == 0 and mask is not None and worth_it(query, key, mask):
+        return masked_by_hand(query, key, value, mask, scale), None
     if softcap is not None:
         return _capped(query, key, value, mask, scale, softcap, dropout), None
     output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scale, **kwargs)
@@ -212,6 +215,21 @@ def by_hand(
     `softcap` bends the scores s to softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118, section 2).
     """
     output: Tensor = _Attention.apply(query, key, value, layout, scale, softcap)  # type: ignore[no-untyped-call]
+    return output
+
+
+def worth_it(query: Tensor, key: Tensor, mask: Tensor) -> bool:
+    """Whether gradients of bool-masked attention on a CPU are wanted, of so few keys that its probabilities may be kept."""
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return wanted and query.device.type == "cpu" and mask.dtype == torch.bool and key.shape[2] <= LONG
+
+
+def masked_by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same two products of [B, H, T, d] with n keys, for a mask [B, 1, T, n] that says where queries may look.
+
+    A query that may look nowhere, which stands on padding, looks everywhere alike: its output is finite, and nobody's.
+    """
+    output: Tensor = _Masked.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -274,6 +292,35 @@ class _Attention(torch.autograd.Function):
                 _put(total, part, group, key_heads)
         dq, dk, dv = (layout.tokens(total).transpose(1, 2) for total in grads)
         return dq, dk, dv, None, None, None
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        (rows, heads, count, _), key_heads = query.shape, key.shape[1]
+        q = query.reshape(
+            rows * key_heads, -1, query.shape[-1]
+        )  # the heads that share a key head are rows of one product
+        k, v = key.flatten(0, 1), value.flatten(0, 1)
+        hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        spread = (
+            hidden[:, :, None].expand(rows, key_heads, heads // key_heads, count, -1).reshape(len(q), q.shape[1], -1)
+        )
+        p = torch.baddbmm(spread, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+        return torch.bmm(p, v).view(rows, heads, count, -1).transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, p = ctx.saved_tensors
+        do = grad.transpose(1, 2).reshape(len(q), q.shape[1], -1)
+        ds = torch._softmax_backward_data(torch.bmm(do, v.transpose(1, 2)), p, -1, p.dtype)
+        dq = torch.baddbmm(q, ds, k, beta=0, alpha=ctx.scale)
+        dk = torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=ctx.scale)
+        grads = zip((dq, dk, torch.bmm(p.transpose(1, 2), do)), ctx.shapes, strict=True)
+        return *(x.view(shape) for x, shape in grads), None, None
 
 
 def _by_key_head(slots: Tensor, group: Group, key_heads: int) -> Tensor:
