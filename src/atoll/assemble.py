@@ -222,8 +222,8 @@ def clients(
 ) -> Callable[[str], Client]:
     """Makes a client by name. The pooled one holds everybody's training samples.
 
-    `memories` are what clients know between the phases of a round; of those made by one call if they are not given. Of what
-    `may_leave` keeps, sums do not leave either.
+    `memories` are what clients know between the phases of a round; of those made by one call if they are not given. Metrics
+    that `may_leave` holds back are in no sum either.
     """
     memories = {} if memories is None else memories
     training, measuring = partial(train, assembly.local), partial(evaluate, assembly.local)
@@ -246,7 +246,7 @@ def as_sums(work: Work, may_leave: MayLeave) -> Work:
 
     def summed(params: Mapping[str, Params], data: Any, state: Params, task: Task) -> Done:
         done = work(params, data, state, task)
-        return Done({EVALUATION.name: sums(may_leave(done.metrics))}, {ALL: 1.0}, done.metrics, {})
+        return Done({EVALUATION.name: sums(may_leave(done.metrics))}, {ALL: 1.0}, {}, {})
 
     return summed
 

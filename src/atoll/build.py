@@ -159,7 +159,7 @@ class Plan:
         if self.exchange is None:
             return None
         asked, _ = cohort_sizes(self.rounds.schedule, len(self.trainers))
-        return self.exchange.party(client, asked, len(self.sources), memory)
+        return self.exchange.party(client, asked, memory)
 
 
 def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: Mapping[str, Any] | None = None) -> Plan:
@@ -297,7 +297,7 @@ def round_plan(
         exchange=made.exchange.exchange(hidden, asked),
         attempt=made.exchange.attempt,
         evaluated=evaluated,
-        evaluation=made.exchange.exchange(evaluated, len(everyone.sources)),
+        evaluation=made.exchange.exchange(evaluated, asked),
         least=max(everyone.least, made.exchange.least(asked)),
     )
 

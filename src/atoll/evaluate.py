@@ -50,11 +50,12 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
     verdicts = list(converse(fleet, exchange, plan.evaluated, totals))
     given_up = [v.reason for v in verdicts if isinstance(v, Abandoned)]
     absent = {v.client: v.reason for v in verdicts if isinstance(v, Refused | Dropped)}
-    heard = {v.reply.client for v in verdicts if isinstance(v, Accepted)}
-    absent |= {name: "no answer before the deadline" for name in clients if name not in heard and name not in absent}
     if given_up:
         absent = {**absent, EVERYBODY: "; ".join(given_up)}
     each = of_everybody(plan, fleet, totals) if plan.evaluated else of_each(clients, verdicts)
+    if not plan.evaluated:  # under masks everybody has a verdict
+        silent = (name for name in clients if name not in each and name not in absent)
+        absent |= dict.fromkeys(silent, "no answer before the deadline")
     sent = sum(task.broadcast.nbytes for task in tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
     return summary(state.round, final, each, absent, sent, started)
 

@@ -10,12 +10,14 @@ Source: Gao et al., A framework for few-shot language model evaluation, https://
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from atoll.cache import Counting, Say
-from atoll.errors import AtollError, closest
+from atoll.data.prepared_tasks import YAML
+from atoll.errors import AtollError
 from atoll.local.work import EVALUATION_BATCH
 from atoll.recipe import HARNESS
 from atoll.record.tasks import Mean
@@ -35,7 +37,7 @@ def by_harness(result: Result, name: str, most: int, say: Say) -> Ask:
     """A task of the harness.
 
     Raises:
-        AtollError: it is not installed, knows no such task, or cannot read its questions.
+        AtollError: it cannot read the task's questions, or ask them.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -47,7 +49,13 @@ def by_harness(result: Result, name: str, most: int, say: Say) -> Ask:
     def ask(count: Counting) -> Iterator[tuple[str, Mean]]:
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # all models see the same examples
-        found = evaluate(model, loaded, limit=most, bootstrap_iters=RESAMPLED, log_samples=False)
+        try:
+            found = evaluate(model, loaded, limit=most, bootstrap_iters=RESAMPLED, log_samples=False)
+        except Exception as error:  # of a task's own code, on records that are not as it thinks
+            raise AtollError(
+                "lm-eval cannot ask the task", where="tasks", found=f"{name}: {type(error).__name__}: {error}",
+                remedy="look at its records and at what it makes of them",
+            ) from error  # fmt: skip
         count.more(max(one["effective"] for one in found["n-samples"].values()))
         for task, measures in found["results"].items():
             counted = found["n-samples"].get(task, {}).get("effective", measures.get("sample_len", 0))
@@ -62,14 +70,9 @@ def load(name: str, say: Say) -> Any:
     from lm_eval.tasks import TaskManager
 
     asked = name.removeprefix(HARNESS)
-    own = asked.endswith((".yaml", ".yml"))
+    own = asked.endswith(YAML)
     say(f"{name}: looking for its questions")
     manager = TaskManager(include_defaults=not own)
-    if not own and asked not in manager.all_tasks:
-        raise AtollError(
-            "lm-eval knows no such task", where="tasks", found=name, allowed=f"{len(manager.all_tasks)} names; a YAML file",
-            remedy=closest(asked, manager.all_tasks) or "`lm-eval ls tasks` lists them",
-        )  # fmt: skip
     try:
         return manager.load([os.path.abspath(asked) if own else asked])
     except Exception as error:  # whatever a task's code and a hub that is out of reach come to
@@ -88,7 +91,7 @@ def means(measures: Mapping[str, Any], counted: int) -> Iterator[tuple[str, Mean
     """
     for key, value in measures.items():
         measure, _, kind = key.partition(",")
-        if kind and not measure.endswith("_stderr") and isinstance(value, int | float):
+        if kind and not measure.endswith("_stderr") and isinstance(value, int | float) and math.isfinite(value):
             error = measures.get(f"{measure}_stderr,{kind}")
             told = float(error) if isinstance(error, int | float) else None
             yield measure if kind == "none" else f"{measure}, {kind}", Mean(float(value), told, counted)

@@ -512,7 +512,7 @@ def refuse_idle_section(tree: Tree, found: Recipe) -> None:
         if stage in tree and stage not in {"finetune", *used}:
             raise AtollError(
                 "settings for a stage that is not run", where=stage, found=f"stages: {found.stages}",
-                remedy=f"stages: [{', '.join([*found.stages, stage])}], or leave `{stage}` out",
+                remedy=f"stages: [{', '.join(sorted([*found.stages, stage], key=EVALUATE.__eq__))}], or leave `{stage}` out",
             )  # fmt: skip
 
 

@@ -274,9 +274,8 @@ class Site:
         """Under masks the owner's minimum cohort is the site's own to keep: it gives no share for a sum of fewer."""
         if not isinstance(side, Party):
             return side
-        least = self.policy.minimum_cohort
-        terms = {kind: one._replace(survivors=max(one.survivors, least)) for kind, one in side.terms.items()}
-        return replace(side, terms=terms)
+        least = max(side.terms.survivors, self.policy.minimum_cohort)
+        return replace(side, terms=side.terms._replace(survivors=least))
 
 
 def for_one_who_was_asked(comes: Entry) -> Entry:

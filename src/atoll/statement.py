@@ -46,7 +46,7 @@ def server_sees(plan: Plan) -> str:
 
 
 EVALUATED = {
-    True: "of held-out losses and accuracies it hears sums over all clients",
+    True: "of held-out losses and accuracies it hears sums over the clients that have them, who may be few",
     False: "it also hears each client's held-out loss and accuracy",
 }
 

@@ -69,6 +69,9 @@ MASKS = "finetune.exchange={use: secure-aggregation, metrics: [%s]}"
 
 def test_under_masks_tables_are_of_everybody_unless_the_recipe_names_the_loss(edge):
     told = read_story(edge("baselines=[pooled]", MASKS % "loss, standard_error, samples"))
+    partly = read_story(edge("name=partly", MASKS % "loss"))
+    assert {*partly.replies[0].metrics} == {"loss"}, "of training"
+    assert [*partly.final.clients] == ["everybody"]
     assert set(told.final.clients["north"]) == {"loss", "standard_error", "samples"}
     folder = edge("name=hidden", "baselines=[pooled]", "evaluate.every=1", MASKS % "")
     hidden = read_story(folder)

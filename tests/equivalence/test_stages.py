@@ -78,6 +78,22 @@ def test_a_stage_begins_with_what_the_one_before_came_to(recipe: Path) -> None:
     assert find(folder.name).path == folder.path
 
 
+def test_under_masks_the_models_of_all_stages_are_in_one_table(recipe: Path) -> None:
+    folder = atoll.run(recipe, ["align.exchange={use: secure-aggregation, survivors: 2}", "baselines=[local]"])
+    story = read_story(folder)
+    table = accuracy_table(story)
+    assert table.columns == ["everybody"]
+    assert [name for name, _ in table.rows] == [
+        "chance", "base", "after finetune", "north alone", "south alone", "federated"
+    ]  # fmt: skip
+    each = story.before["finetune"].final.clients  # in the clear
+    alone = sum(one["accuracy"] * one["questions"] for one in each.values()) / sum(
+        one["questions"] for one in each.values()
+    )
+    assert dict(table.rows)["after finetune"][0][0] == pytest.approx(alone, abs=1e-6)
+    assert [model for model, *_ in accuracies(story, [])["everybody"]] == ["base", "after finetune", "federated"]
+
+
 @pytest.mark.parametrize("rounds", [1, 3], ids=["in the first stage", "in the second"])
 def test_a_run_that_is_stopped_in_a_stage_goes_on_to_the_same_result(
     recipe: Path, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -346,7 +362,7 @@ def test_the_stage_evaluate_asks_the_base_and_what_every_stage_came_to(recipe: P
     assert "| openbookqa | accuracy | 0.250 |" in folder.card.read_text()
     assert "![accuracy over stages](stages.svg)" in folder.card.read_text()
     lines = accuracies(read_story(folder), read_scores(folder))
-    assert [model for model, *_ in lines["openbookqa, public"]] == ["base", "after finetune", "federated"]
+    assert [model for model, *_ in lines["openbookqa accuracy, public"]] == ["base", "after finetune", "federated"]
     sites = {name: line for name, line in lines.items() if not name.endswith("public")}
     assert sites, "held-out questions, asked of all models"
     assert all([model for model, *_ in line] == ["base", "after finetune", "federated"] for line in sites.values())

@@ -74,6 +74,16 @@ def test_the_loss_of_a_question_is_that_of_its_answer_however_it_is_come_by(fami
     assert [right is None for right in found.right] == [False, True, False, False]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_long_question_beside_a_long_choice_does_not_leave_the_table_of_positions(family: str) -> None:
+    model = build(family).eval()
+    most = model.config.max_position_embeddings
+    together = [drawn(0, most - 8, (1, 2)), drawn(1, 4, (most - 8, 3))]
+    with torch.no_grad():
+        found, expected = log_likelihoods(model, together, no_media), [by_hand(model, one) for one in together]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def answered(sample: Sample, every: bool) -> Sample:
     """With its own answer in its tokens, and the loss on that; or on every token."""
     choices = choices_in(sample)

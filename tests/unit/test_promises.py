@@ -172,8 +172,7 @@ def test_a_sites_minimum_cohort_is_its_own_to_keep_under_masks(tmp_path: Path, s
     side = planned(tiny, masks(survivors=2)).side("north", Memory())
     careful = Site(sites / "north.jsonl", Policy(minimum_cohort=3), tmp_path / "state", lambda line: None).careful(side)
     assert isinstance(careful, Party)
-    for work in ("train", "evaluate"):
-        assert (side.terms[work].survivors, careful.terms[work].survivors) == (2, 3)
+    assert (side.terms.survivors, careful.terms.survivors) == (2, 3)
 
 
 def test_those_who_are_away_are_drawn_like_all_others() -> None:

@@ -67,11 +67,6 @@ def choices_in(sample: Any) -> Choices | None:
     return sample.choices if isinstance(sample, Sample) else None
 
 
-def tokens_in(sample: Any) -> int:
-    """How many tokens a sample has; 0 where it is of a kind of the user's own."""
-    return len(sample.ids) if isinstance(sample, Sample) else 0
-
-
 IGNORE = -100
 """The label of a position without loss, as in torch and transformers."""
 

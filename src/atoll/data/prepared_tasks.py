@@ -140,22 +140,44 @@ TASKS: dict[str, TaskSet] = {
 def refuse_unasked(names: Iterable[str], where: str) -> None:
     """Raises AtollError for a task that there is not, or that needs a package which is not installed."""
     for name in names:
-        if name not in TASKS and not name.startswith(HARNESS):
+        if name.startswith(HARNESS):
+            refuse_without("lm_eval", "harness", name, where)
+            refuse_unknown_to_harness(name, where)
+        elif name not in TASKS:
             raise AtollError(
                 "there is no such task", where=where, found=name, allowed=f"{', '.join(TASKS)}, {HARNESS}NAME",
                 remedy=closest(name, TASKS),
             )  # fmt: skip
-        file = Path(name.removeprefix(HARNESS))
-        if name.startswith(HARNESS) and file.suffix in (".yaml", ".yml") and not file.is_file():
-            raise AtollError(
-                "there is no such file", where=where, found=name, allowed="a task in YAML, as lm-eval reads them"
-            )
-        needed = "lm_eval" if name.startswith(HARNESS) else "rouge_score" if TASKS[name].written else None
-        if needed and find_spec(needed) is None:
-            extra = {"lm_eval": "harness", "rouge_score": "tasks"}[needed]
-            raise AtollError(
-                f"this task needs the package {needed}", where=where, found=name, remedy=f"pip install 'atoll[{extra}]'"
-            )
+        elif TASKS[name].written:
+            refuse_without("rouge_score", "tasks", name, where)
+
+
+def refuse_without(package: str, extra: str, name: str, where: str) -> None:
+    """Raises AtollError where a package is not installed."""
+    if find_spec(package) is None:
+        raise AtollError(
+            f"this task needs the package {package}", where=where, found=name, remedy=f"pip install 'atoll[{extra}]'"
+        )
+
+
+def refuse_unknown_to_harness(name: str, where: str) -> None:
+    """Raises AtollError for a name that lm-eval does not know, and for a file that is not there."""
+    asked = name.removeprefix(HARNESS)
+    if asked.endswith(YAML):
+        if not Path(asked).is_file():
+            raise AtollError("there is no such file", where=where, found=name, allowed="a task of lm-eval's, in YAML")
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    if asked not in known:
+        raise AtollError(
+            "lm-eval knows no such task", where=where, found=name, allowed=f"{len(known)} names, or a file in YAML",
+            remedy=closest(asked, known) or "`lm-eval ls tasks` lists them",
+        )  # fmt: skip
+
+
+YAML = (".yaml", ".yml")
 
 
 def task(name: str, say: Say = quiet) -> Source:

@@ -123,9 +123,11 @@ def after(questions: Batch, each: Sequence[Choices], sample_of: Tensor) -> Batch
     texts = [pair for one in each for pair in zip(one.rest, one.labeled, strict=True)]
     batch = pad([Sample(ids, np.where(labeled, ids, IGNORE)) for ids, labeled in texts], pad_id=0).to(sample_of.device)
     assert questions.mask is not None
-    mask = torch.cat([questions.mask[sample_of], torch.ones_like(batch.input_ids)], dim=1)
+    own = torch.tensor(batch.lengths, device=sample_of.device)[:, None]
+    mask = torch.cat([questions.mask[sample_of], (batch.position_ids < own).long()], dim=1)
     lengths = torch.tensor(questions.lengths, device=sample_of.device)[sample_of]
-    return replace(batch, mask=mask, position_ids=batch.position_ids + lengths[:, None])
+    positions = batch.position_ids.minimum(own - 1)  # padding stands at the last: a table of positions may end there
+    return replace(batch, mask=mask, position_ids=positions + lengths[:, None])
 
 
 def choices_of(sample: Sample) -> Choices:

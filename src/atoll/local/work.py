@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from atoll.aggregate.base import ALL, modality_of
-from atoll.data.collate import choices_in, media_in, tokens_in
+from atoll.data.collate import choices_in, media_in
 from atoll.data.sources import ClientData, holders
+from atoll.data.tokens import TokenDataset
 from atoll.exchange import Done, Task, WorkFailed
 from atoll.keys import rng
 from atoll.local.corrections import Correction, Start
@@ -251,15 +253,16 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
     write(local.space, local.model, local.whole(params, state)[UPDATE])
     local.model.eval()
     limit = int(task.data.get("samples", len(data.test))) or len(data.test)
-    held_out = (data.test[i] for i in range(min(limit, len(data.test))))
-    samples = sorted(held_out, key=tokens_in)  # those of a size together: little padding
-    starts = range(0, len(samples), EVALUATION_BATCH)
+    chosen: Sequence[int] = range(min(limit, len(data.test)))
+    if isinstance(data.test, TokenDataset):  # those of a size together: little padding
+        chosen = np.argsort(data.test.lengths[: len(chosen)], kind="stable").tolist()
+    starts = range(0, len(chosen), EVALUATION_BATCH)
     report = local.reporter(task, len(starts))
     each: list[Tensor] = []
     answers: list[Answered | None] = []
     with torch.no_grad():
         for at in starts:
-            batch = samples[at : at + EVALUATION_BATCH]
+            batch = [data.test[i] for i in chosen[at : at + EVALUATION_BATCH]]
             found = local.objective.measure(local.model, batch)
             each.append(found.losses.cpu())
             answers += answered(batch, found)
@@ -267,7 +270,7 @@ def evaluate(local: Local, params: Mapping[str, Params], data: ClientData, state
     losses = torch.cat(each).double()
     metrics = told(losses, answers)
     if local.objective.sees:
-        metrics |= by_modality(losses, answers, samples)
+        metrics |= by_modality(losses, answers, [data.test[i] for i in chosen])
     return Done({}, {}, metrics, {})
 
 

@@ -114,12 +114,9 @@ class SecureAggregation:
         exact = replace(self, bits=MOST_BITS - headroom(clients))
         return (exact.hide(EVALUATION, clients, public=lambda params: LARGEST_SUM),)
 
-    def party(self, name: str, cohort: int, clients: int, memory: Memory) -> Party:
-        """The client's side: of training, in which a cohort is asked, and of evaluations, in which all clients are."""
-        terms = {
-            kind: Terms(self.least(count), self.colluding) for kind, count in (("train", cohort), ("evaluate", clients))
-        }
-        return Party(name, terms, self.metrics, memory)
+    def party(self, name: str, cohort: int, memory: Memory) -> Party:
+        """The client's side, of training and of evaluations, which are held to the same terms."""
+        return Party(name, Terms(self.least(cohort), self.colluding), self.metrics, memory)
 
     def exchange(self, streams: Sequence[Stream], cohort: int) -> MakeExchange:
         """The server's side, of a round or of an evaluation."""

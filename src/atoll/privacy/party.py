@@ -100,7 +100,6 @@ class Attempt:
 
     kind: str
     """Of the work: train or evaluate."""
-    terms: Terms
 
     totals: dict[str, Params]
     """Per stream: what this client adds to the total."""
@@ -129,8 +128,7 @@ class Party:
     """See the module's text."""
 
     name: str
-    terms: Mapping[str, Terms]
-    """By the kind of the work."""
+    terms: Terms
     metrics: tuple[str, ...]
     """Its own, that may leave."""
     memory: Memory
@@ -156,7 +154,7 @@ class Party:
             )
         totals = {s.name: hidden(s).inner.alone(payloads[s.name].main, weights) for s in streams}
         sums = {sum: Secrets(new_key(), secrets.token_bytes(KEY_BYTES)) for sum in sums_of(streams)}
-        attempt = Attempt(task.kind, self.terms[task.kind], totals, received, task.key, streams, sums)
+        attempt = Attempt(task.kind, totals, received, task.key, streams, sums)
         self.memory.attempts = {task.variant: attempt}  # of any other nothing is needed, and nothing shall be known
         masks = {sum: one.mask.public for sum, one in sums.items()}
         seeds = {sum: commitment(one.seed) for sum, one in sums.items()}
@@ -181,7 +179,7 @@ class Party:
         self._check_roster(attempt, roster, int(task.data["clients"]))
         attempt.roster = roster
         points = {name: one.number for name, one in roster.items()}
-        needed = threshold(len(roster), attempt.terms.colluding)
+        needed = threshold(len(roster), self.terms.colluding)
         parts: dict[str, list[bytes]] = {name: [] for name in roster}
         for sum in attempt.sums:
             for secret in (attempt.sums[sum].seed, attempt.sums[sum].mask.private):
@@ -203,10 +201,10 @@ class Party:
             raise ValueError("the roster has a key or a number twice: somebody replays another's")
         if any(one.masks.keys() != own.keys() for one in roster.values()):
             raise ValueError(f"the roster lacks keys for {' or '.join(own)}")
-        if clients < attempt.terms.survivors or len(roster) != degree(clients) + 1:
+        if clients < self.terms.survivors or len(roster) != degree(clients) + 1:
             raise ValueError(
                 f"a roster of {len(roster)} among {clients} clients; I ask for {degree(clients) + 1} of at least"
-                f" {attempt.terms.survivors}"
+                f" {self.terms.survivors}"
             )
 
     def _seal(self, attempt: Attempt, to: str, shares: bytes) -> str:
@@ -240,11 +238,11 @@ class Party:
     def _check_peers(self, attempt: Attempt, own: Secrets, peers: frozenset[str], clients: int) -> None:
         if self.name not in peers or not peers <= own.held.keys():
             raise ValueError("masks are to be shared with clients whose shares I do not hold")
-        least = threshold(len(attempt.roster), attempt.terms.colluding)
-        if len(peers) < least or clients < attempt.terms.survivors:
+        least = threshold(len(attempt.roster), self.terms.colluding)
+        if len(peers) < least or clients < self.terms.survivors:
             raise ValueError(
                 f"{len(peers)} neighbors of {clients} clients are left; I ask for at least {least} of"
-                f" {attempt.terms.survivors}"
+                f" {self.terms.survivors}"
             )
 
     def _masked_ranges(self, attempt: Attempt, peers: Collection[str], clients: int) -> dict[str, Any]:
@@ -291,11 +289,11 @@ class Party:
             raise ValueError("both secrets of a client are asked for")
         if not own.peers or survivors | lost != own.peers or self.name not in survivors:
             raise ValueError("the list of survivors does not fit those with whom I share masks")
-        least = threshold(len(attempt.roster), attempt.terms.colluding)
-        if len(survivors) < least or int(task.data["clients"]) < attempt.terms.survivors:
+        least = threshold(len(attempt.roster), self.terms.colluding)
+        if len(survivors) < least or int(task.data["clients"]) < self.terms.survivors:
             raise ValueError(
                 f"a sum of {task.data['clients']} clients, {len(survivors)} of them my neighbors; I ask for at least"
-                f" {attempt.terms.survivors} and {least}"
+                f" {self.terms.survivors} and {least}"
             )
         own.opened = True
         given = {name: own.held[name][0 if name in survivors else 1] for name in own.peers}

@@ -29,7 +29,7 @@ def write_card(folder: RunFolder) -> None:
     scores = read_scores(folder)
     plot_losses(story, folder.path / "loss.svg")
     plot_bytes(story, folder.path / "bytes.svg")
-    plot_stages(accuracies(story, scores), folder.path / "stages.svg")
+    plot_stages(story, accuracies(story, scores), folder.path / "stages.svg")
     text = markdown(folder.name, story, read_findings(folder), scores)
     folder.card.write_text(text, encoding="utf-8")
 

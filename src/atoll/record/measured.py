@@ -102,7 +102,7 @@ def loss_table(story: Story) -> Table | None:
 
 def accuracy_table(story: Story, measure: Measure = ACCURACY) -> Table | None:
     """The same of the answers to questions that allow certain ones; None where there are none."""
-    each = [*(dict([*earlier(story), *models(story)]).items() if measure is ACCURACY else models(story))]
+    each = comparable([*earlier(story), *models(story)]) if measure is ACCURACY else models(story)
     told: dict[str, Mapping[str, float]] = {}
     for _, evaluated in each:
         for site, metrics in evaluated.clients.items():
@@ -142,9 +142,13 @@ def models(story: Story) -> list[tuple[str, Evaluated]]:
     named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
     named += [("federated", story.final)]
     named += [("pooled", s.final) for _, s in _of(story, "pooled")]
-    found = [(name, one) for name, one in named if one is not None]
-    sums_alone = any(EVERYBODY in one.clients for _, one in found)
-    return [(name, of_everybody(one) if sums_alone else one) for name, one in found]
+    return comparable([(name, one) for name, one in named if one is not None])
+
+
+def comparable(each: Sequence[tuple[str, Evaluated]]) -> list[tuple[str, Evaluated]]:
+    """Each model once; where sums alone are known of one, of all of them no more is told."""
+    sums_alone = any(EVERYBODY in one.clients for _, one in each)
+    return [(name, of_everybody(one) if sums_alone else one) for name, one in dict(each).items()]
 
 
 def of_everybody(evaluated: Evaluated) -> Evaluated:
@@ -169,7 +173,7 @@ def earlier(story: Story) -> list[tuple[str, Evaluated]]:
     first = next(iter(story.before.values()), None)
     each = [("base", first and first.base), *((f"after {name}", one.final) for name, one in story.before.items())]
     mine = first_of(story)
-    alike = [(name, one) for name, one in each if one and mine and guesses(one) == guesses(mine)]
+    alike = [(name, one) for name, one in each if one and mine and same_guesses(one, mine)]
     return alike if all(questions(one) == questions(story) for one in story.before.values()) else []
 
 
@@ -179,9 +183,17 @@ def questions(story: Story) -> tuple[object, ...]:
     return (started.data, started.recipe.get("finetune", {}).get("context"))
 
 
+def same_guesses(one: Evaluated, other: Evaluated) -> bool:
+    """Whether a guess comes to the same for both; sums are rounded, and may be all that is known of one."""
+    if EVERYBODY in {*one.clients, *other.clients}:
+        one, other = of_everybody(one), of_everybody(other)
+    found, expected = guesses(one), guesses(other)
+    return found.keys() == expected.keys() and all(math.isclose(found[n], expected[n], abs_tol=1e-4) for n in found)
+
+
 def guesses(evaluated: Evaluated) -> dict[str, float]:
     """What a guess comes to at each site: of other measures of an answer it is another."""
-    return {site: round(metrics[CHANCE], 6) for site, metrics in evaluated.clients.items() if CHANCE in metrics}
+    return {site: metrics[CHANCE] for site, metrics in evaluated.clients.items() if CHANCE in metrics}
 
 
 def over_clients(evaluated: Evaluated, modality: str, measure: Measure) -> Cell | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll.cache import home
-from atoll.record.measured import accuracy_table
+from atoll.record.measured import Cell, accuracy_table
 from atoll.record.story import Story
 from atoll.record.tasks import Score
 
@@ -45,30 +45,32 @@ SHARES = ("acc", "exact")
 def accuracies(story: Story, scores: Sequence[Score]) -> Lines:
     """Of the base, of what every stage came to, and of the result; of several stages, or of public tasks, or none."""
     table = accuracy_table(story) if story.before or scores else None
-    stages = ["base", *(f"after {name}" for name in story.before), "fused", "federated"]
-    found: dict[str, list[tuple[str, float, float]]] = {}
+    found: dict[str, dict[str, Cell]] = {}
     for name, row in table.rows if table else ():
-        if name in stages:
-            for site, cell in zip(table.columns, row, strict=True):  # type: ignore[union-attr]
-                found.setdefault(site, []).extend([(name, *cell)] if cell else [])
+        for site, cell in zip(table.columns, row, strict=True):  # type: ignore[union-attr]
+            if cell is not None:
+                found.setdefault(site, {})[name] = cell
     for one in scores:
         if one.measure.startswith(SHARES):
             model = "federated" if one.model == "tuned" else one.model
-            found.setdefault(one.task + PUBLIC, []).append((model, one.value, one.error or 0.0))
-    return {name: line for name, line in found.items() if len(line) > 1}
+            found.setdefault(f"{one.task} {one.measure}{PUBLIC}", {})[model] = (one.value, one.error or 0.0)
+    lines = {
+        name: [(model, *line[model]) for model in in_order(story) if model in line] for name, line in found.items()
+    }
+    return {name: line for name, line in lines.items() if len(line) > 1}
 
 
-def order(model: str) -> int:
-    """The base first, then stages as they come, what they are fused to, and the result: whoever lacks one of them."""
-    return {"base": 0, "fused": 2, "federated": 3}.get(model, 1)
+def in_order(story: Story) -> list[str]:
+    """The models that a run makes, as tables call them."""
+    return ["base", *(f"after {stage}" for stage in story.before), "fused", "federated"]
 
 
-def plot_stages(lines: Lines, path: Path) -> None:
+def plot_stages(story: Story, lines: Lines, path: Path) -> None:
     """Accuracy from model to model; no file where there is nothing to show."""
     if not lines:
         return
-    models = list(dict.fromkeys(model for line in lines.values() for model, *_ in line))
-    models.sort(key=order)
+    shown = {model for line in lines.values() for model, *_ in line}
+    models = [model for model in in_order(story) if model in shown]
     axes, save = _figure("", "accuracy")
     for name, line in lines.items():
         at, values, errors = zip(*((models.index(model), value, error) for model, value, error in line), strict=True)
