@@ -227,9 +227,12 @@ def worth_it(query: Tensor, key: Tensor, mask: Tensor) -> bool:
 def masked_by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The same two products of [B, H, T, d] with n keys, for a mask [B, 1, T, n] that says where queries may look.
 
-    A query that may look nowhere, which stands on padding, looks everywhere alike: its output is finite, and nobody's.
+    A query that may look nowhere, which stands on padding, looks everywhere alike: its output is finite, and nobody's. Keys
+    are padded to whole vectors: the backward pass of torch's softmax rounds a rest as the number of threads has it.
     """
-    output: Tensor = _Masked.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
+    rest = -key.shape[2] % (ROUND // 2)
+    key, value = (nn.functional.pad(x, (0, 0, 0, rest)) for x in (key, value))
+    output: Tensor = _Masked.apply(query, key, value, nn.functional.pad(mask, (0, rest)), scale)  # type: ignore[no-untyped-call]
     return output
 
 
