@@ -13,6 +13,7 @@ from atoll.aggregate.fuse import average, ties
 from atoll.cli import call
 from atoll.commands.compared import settings
 from atoll.data.prepared_tasks import task
+from atoll.data.read import Source
 from atoll.errors import AtollError, Interrupted
 from atoll.models.tiny import tiny
 from atoll.params import equal
@@ -472,15 +473,17 @@ def test_public_tasks_are_asked_again_of_what_went_on_and_not_of_another_space(r
 
 
 @pytest.mark.real
-def test_public_questions_that_were_trained_on_are_not_asked(recipe: Path, tmp_path: Path) -> None:
-    source = task("openbookqa")
-    lines = source.files[0][0].read_text().splitlines()
+def test_public_questions_that_were_trained_on_are_not_asked(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    lines = task("openbookqa").files[0][0].read_text().splitlines()[:60]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(line + "\n" for line in lines))
+    monkeypatch.setattr("atoll.tasks.task", lambda name, say: Source(tmp_path, ((few, "test"),), 0.0))
     first = [json.loads(line) for line in lines[:30]]
     rows = [{"prompt": one["prompt"], "chosen": one["choices"][0], "rejected": one["choices"][1]} for one in first]
     (tmp_path / "data" / "north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = atoll.run(recipe, ["baselines=[]", "finetune.context=512"])
     seen = trained_on(folder)
     assert 10 < len(seen & {one["prompt"] for one in first}) < 30, "those that are held out are not trained on"
-    assert evaluate_tasks(folder, ["openbookqa"], 400)[0].questions == 400
+    assert evaluate_tasks(folder, ["openbookqa"], 20)[0].questions == 20
     left = {json.loads(line)["prompt"] for line in lines} - seen
-    assert evaluate_tasks(folder, ["openbookqa"], 10_000)[0].questions == len(left)
+    assert evaluate_tasks(folder, ["openbookqa"], 1000)[0].questions == len(left)
