@@ -168,6 +168,7 @@ def shares(model: nn.Module) -> bool:
     from transformers import DynamicCache
 
     inner = language_model(model)
-    if getattr(inner, "_is_stateful", False) or (model.training and getattr(inner, "is_gradient_checkpointing", False)):
+    forgets = model.training and any(getattr(one, "gradient_checkpointing", False) for one in inner.modules())
+    if getattr(inner, "_is_stateful", False) or forgets:
         return False
     return all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=inner.config).layers)
