@@ -102,7 +102,7 @@ def _wanted(mistake: Mapping[str, Any]) -> str:
     first = str(mistake["type"]).partition("_")[0]
     if mistake["type"] == "string_pattern_mismatch":
         return "letters, digits, _, - and ., with a letter, digit or _ first; 100 at most"
-    return WANTED.get(first) or str(mistake["msg"]).removeprefix("Input should be ")
+    return WANTED.get(first) or str(mistake["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
 
 
 def mend(mistakes: Sequence[Mapping[str, Any]]) -> str:

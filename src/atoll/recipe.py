@@ -45,7 +45,7 @@ def in_order(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("each at most once")
     if EVALUATE in names[:-1] or names == [EVALUATE]:
-        raise ValueError("`evaluate` after all others")
+        raise ValueError("`evaluate` as the last, after one that trains or fuses")
     return names
 
 
@@ -436,7 +436,7 @@ def apply(tree: Tree, setting: str) -> Tree:
     path, equals, text = setting.partition("=")
     if not equals or not path.strip():
         raise AtollError("not a setting", found=setting, allowed="path.to.key=value", remedy="--set finetune.rounds=10")
-    return put(tree, path, parse(text, f"--set {path}"))
+    return put(tree, path, rooted(parse(text, f"--set {path}"), Path()))
 
 
 def put(tree: Tree, path: str, value: Any) -> Tree:

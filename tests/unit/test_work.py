@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from atoll.data.collate import Choices, Sample
 from atoll.data.sources import ClientData
 from atoll.exchange import Broadcast, Task, WorkFailed
 from atoll.local.corrections import CONTROL, l1, none, proximal, scaffold
 from atoll.local.optimizers import adamw, constant, cosine, linear, sgd
-from atoll.local.work import Local, Measured, Objective, draw, evaluate, train
+from atoll.local.work import Local, Measured, Objective, answered, draw, evaluate, train
 from atoll.models.spaces import full, read
 from atoll.params import equal, subtract, zeros_like
 from atoll.stream import UPDATE
@@ -236,3 +238,10 @@ def test_batches_are_permutations_drawn_by_key():
     other = [i for step in islice(draw(12, 4, 1, 8), 3) for batch in step for i in batch]
     assert sorted(first) == list(range(12))
     assert first == again != other
+
+
+def test_a_guess_is_right_as_often_as_the_objective_says() -> None:
+    choices = Choices(1, (np.array([1], np.int32), np.array([2], np.int32)), (np.ones(1, bool),) * 2, 0)
+    sample = Sample(np.array([0], np.int32), np.array([0], np.int32), (), choices)
+    for found, chance in ((Measured(torch.zeros(1), [1.0]), 0.5), (Measured(torch.zeros(1), [1.0], chance=0.0), 0.0)):
+        assert [one.chance for one in answered([sample], found) if one] == [chance], "what is written is not guessed"

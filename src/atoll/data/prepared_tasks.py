@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,7 +174,7 @@ def refuse_unknown_to_harness(name: str, where: str) -> None:
     if asked not in known:
         raise AtollError(
             "lm-eval knows no such task", where=where, found=name, allowed=f"{len(known)} names, or a file in YAML",
-            remedy=closest(asked, known) or "`lm-eval ls tasks` lists them",
+            remedy=closest(asked, known) if get_close_matches(asked, known) else "`lm-eval ls tasks` lists them",
         )  # fmt: skip
 
 

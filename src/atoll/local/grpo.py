@@ -171,7 +171,7 @@ class GRPO:
 
         def measure(model: nn.Module, samples: Sequence[Sample]) -> Measured:
             worth = judged.rewarded(samples, judged.completions(samples))[:, 0]
-            return Measured(WHOLE - worth, [float(one >= WHOLE) for one in worth])
+            return Measured(WHOLE - worth, [float(one >= WHOLE) for one in worth], chance=0.0)
 
         return Objective(drawing, loss, terms, measure, reference.take, features is not None, drawing.told.take)
 

@@ -68,8 +68,10 @@ class DPO:
             still = reference.same(model)  # then nothing has gained on itself, whatever rounding says
             found = list(batch.reference) if still else log_likelihoods(model, samples, reference.media)
             rewarded = rewards(found, batch)
-            best = ([share_of_best(*one) for one in zip(each, samples, strict=True)] for each in (found, rewarded))
-            return Measured(torch.stack(losses(rewarded, samples)), *best)
+            right, best = (
+                [share_of_best(*one) for one in zip(each, samples, strict=True)] for each in (found, rewarded)
+            )
+            return Measured(torch.stack(losses(rewarded, samples)), right, best)
 
         return Objective(collate, loss, lambda batch: len(batch.samples), measure, reference.take, features is not None)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.aggregate.base import ALL, modality_of
-from atoll.data.collate import choices_in, media_in
+from atoll.data.collate import Choices, choices_in, media_in
 from atoll.data.sources import ClientData, holders
 from atoll.data.tokens import TokenDataset
 from atoll.exchange import Done, Task, WorkFailed
@@ -42,6 +42,8 @@ class Measured(NamedTuple):
     share that a guess among them gets. None of the others; empty where there are no such samples."""
     rewarded: Sequence[float | None] = ()
     """The same of the answer with the greatest reward, where the objective has rewards."""
+    chance: float | None = None
+    """That a guess is right, where that is not one among the sample's choices: of what is written it is 0."""
 
 
 class Objective(NamedTuple):
@@ -289,9 +291,16 @@ def answered(samples: Sequence[Any], found: Measured) -> list[Answered | None]:
     """What came of each sample that allows certain answers."""
     right, rewarded = (list(each) or [None] * len(samples) for each in (found.right, found.rewarded))
     return [
-        None if share is None and reward is None else Answered(share, 1 / len(choices.rest) if choices else 0.0, reward)
+        None if share is None and reward is None else Answered(share, guessed(found, choices), reward)
         for share, reward, choices in zip(right, rewarded, map(choices_in, samples), strict=True)
     ]
+
+
+def guessed(found: Measured, choices: Choices | None) -> float:
+    """How often a guess is right."""
+    if found.chance is not None:
+        return found.chance
+    return 1 / len(choices.rest) if choices else 0.0
 
 
 def told(losses: Tensor, answers: Sequence[Answered | None], of: str = "") -> dict[str, float]:
