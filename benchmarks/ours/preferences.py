@@ -13,6 +13,7 @@ from atoll.assemble import assemble
 from atoll.build import build
 from atoll.data.answers import ends_of
 from atoll.data.prepared_tasks import task
+from atoll.data.sources import ClientData
 from atoll.data.tokenize import prepare as tokenize
 from atoll.exchange import Broadcast, Task
 from atoll.local.choices import in_full, log_likelihoods
@@ -23,7 +24,7 @@ from atoll.models.fast import accelerate
 from atoll.models.load import load_model
 from atoll.recipe import validate
 from atoll.stream import UPDATE
-from benchmarks.ours.parts import KEY
+from benchmarks.ours.parts import KEY, in_order
 from benchmarks.ours.training import save_start
 from benchmarks.samples import inputs_folder
 from benchmarks.worker import Measure, serve
@@ -75,6 +76,7 @@ def one_task(config: Mapping[str, Any], objective: dict[str, Any]) -> Callable[[
     things = assemble(plan)
     save_start(config, things)
     (data,) = things.data.values()
+    data = ClientData(in_order(list(data.train), config["batch"]), data.test)
     asked = Task("train", "one", plan.hash, Broadcast(0, {}), KEY)
     return lambda: (train(things.local, {UPDATE: things.start}, data, {}, asked).metrics, len(data.train))
 
