@@ -436,7 +436,8 @@ def apply(tree: Tree, setting: str) -> Tree:
     path, equals, text = setting.partition("=")
     if not equals or not path.strip():
         raise AtollError("not a setting", found=setting, allowed="path.to.key=value", remedy="--set finetune.rounds=10")
-    return put(tree, path, rooted(parse(text, f"--set {path}"), Path()))
+    value = parse(text, f"--set {path}")
+    return put(tree, path, rooted(value, Path()) if HARNESS in text else value)  # a run may go on from elsewhere
 
 
 def put(tree: Tree, path: str, value: Any) -> Tree:
