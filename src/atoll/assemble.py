@@ -100,8 +100,8 @@ def check_data(plan: Plan) -> list[str]:
     Raises:
         AtollError: all that is wrong.
     """
-    unheard = sources.check(plan.sources, labels_of(plan), takes(plan))
-    return [f"{name} has {what}, which the model does not take: they are left out" for name, what in unheard.items()]
+    unfit = sources.check(plan.sources, labels_of(plan), takes(plan))
+    return [f"{name} has {what}: they are left out" for name, what in unfit.items()]
 
 
 def takes(plan: Plan) -> Collection[str] | None:

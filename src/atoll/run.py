@@ -36,7 +36,7 @@ from atoll.record.events import (
     Sink,
 )
 from atoll.record.folder import RunFolder, create, find
-from atoll.record.story import read_story
+from atoll.record.story import read_story, refuse_fruitless
 from atoll.record.tasks import not_asked
 from atoll.stage import done_before, run_stage
 from atoll.stream import REFERENCE, UPDATE
@@ -319,6 +319,8 @@ def execute(
             if not folder.stage(stage).card.exists():  # which is written last
                 say(f"stage {stage}")
                 whole_stage(one, folder.stage(stage), sinks, say, report)
+            if story := read_story(folder.stage(stage)):
+                refuse_fruitless(folder.stage(stage), story)  # the next would begin with nothing learned
         whole_stage(ready, folder, sinks, say, report)
         ask_tasks(ready, folder, say)
     return folder

@@ -67,6 +67,8 @@ class Progress:
     record_bytes: int = 0
     seconds: float = 0.0
     ended: str = ""
+    refused: int = 0
+    """Rounds up to now, one after the other, of which every reply was refused."""
     start: str = ""
     """The model and the params before the first round, by content."""
 
@@ -122,8 +124,9 @@ def drive(at: Stage, state: State, progress: Progress) -> State:
             break
         stop_if_asked(at.outer)
         enter(at, state.round)
-        state = whole_round(at, state)
-        progress = checkpoint(at, state, progress)
+        state, told = whole_round(at, state)
+        refused = told.refused and not (told.accepted or told.dropped)
+        progress = checkpoint(at, state, replace(progress, refused=progress.refused + 1 if refused else 0))
     progress = measure(at, state, progress, final=True)
     at.record(RunEnded(state.round, reason, at.seconds))
     checkpoint(at, state, replace(progress, ended=reason))
@@ -328,6 +331,10 @@ def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progres
     return replace(progress, without_better=progress.without_better + 1)
 
 
+HOPELESS = 3
+"""Rounds in a row of which every reply was refused: what each client finds wrong three times it will find again."""
+
+
 def why_end(ready: Plan, round: int, progress: Progress) -> str:
     """Why the stage is over; empty while it is not."""
     if round >= ready.recipe.finetune.rounds:
@@ -335,6 +342,8 @@ def why_end(ready: Plan, round: int, progress: Progress) -> str:
     patience = ready.recipe.evaluate.patience
     if patience is not None and progress.without_better >= patience:
         return f"no better held-out loss in {patience} evaluations"
+    if progress.refused >= HOPELESS:
+        return f"every reply was refused, {HOPELESS} rounds in a row"
     return ""
 
 
@@ -395,8 +404,8 @@ def stop_if_asked(folder: RunFolder) -> None:
         )
 
 
-def whole_round(at: Stage, state: State) -> State:
-    """One round, and its events."""
+def whole_round(at: Stage, state: State) -> tuple[State, RoundEnded]:
+    """One round, and its events; the last of them sums it up."""
     started = time.perf_counter()
     heard: list[Verdict] = []
 
@@ -405,8 +414,9 @@ def whole_round(at: Stage, state: State) -> State:
         at.record(event_of(state.round, verdict))
 
     after = run_round(at.ready.rounds, state, at.fleet, observe)
-    at.record(sum_up(state, after, heard, time.perf_counter() - started, at.fleet.lanes()))
-    return after
+    told = sum_up(state, after, heard, time.perf_counter() - started, at.fleet.lanes())
+    at.record(told)
+    return after, told
 
 
 def without_tensors(verdict: Verdict) -> Verdict:

@@ -35,7 +35,7 @@ from atoll.params import Params
 from atoll.recipe import HARNESS
 from atoll.record.card import write_card
 from atoll.record.folder import RunFolder
-from atoll.record.tasks import Mean, Score, write_scores
+from atoll.record.tasks import TUNED, Mean, Score, write_scores
 from atoll.result import Result, load_result, tuned_params
 
 CONTEXT = 1024
@@ -79,7 +79,7 @@ def models(folder: RunFolder, result: Result) -> dict[str, Params]:
         stage for stage in folder.earlier() if space_of(stage) == result.space
     ]  # another's params are not this one's
     between = {f"after {stage.path.name}": {**result.base, **tuned_params(stage)[0]} for stage in same}
-    return {"base": result.base, **between, "tuned": {**result.base, **result.tuned}}
+    return {"base": result.base, **between, TUNED: {**result.base, **result.tuned}}
 
 
 def trained_on(folder: RunFolder) -> set[str]:

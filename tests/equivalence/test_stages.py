@@ -10,6 +10,7 @@ import pytest
 
 import atoll
 from atoll.aggregate.fuse import average, ties
+from atoll.assemble import check_data
 from atoll.cli import call
 from atoll.commands.compared import settings
 from atoll.data.prepared_tasks import task
@@ -259,14 +260,38 @@ def test_the_plan_has_every_stage_and_is_made_again_from_the_folder(recipe: Path
         (["stages=[train]"], "stages", "wrong value"),
         (["stages=[finetune]"], "align", "a stage that is not run"),
         (["align.data={use: folders, path: nowhere}"], "path", "no such folder"),
+        (["align.data={use: folders, path: {chats}}"], "align.objective", "nobody's records have answers to compare"),
+        (["align.objective={use: grpo, reward: 'nowhere:at_all'}"], "align.objective.reward", "cannot be made"),
     ],
 )
 def test_what_is_wrong_in_a_stage_is_told_with_its_section(
     recipe: Path, settings: list[str], where: str, what: str
 ) -> None:
+    (recipe.parent / "chats").mkdir()
+    for site in ("north", "south"):
+        (recipe.parent / "chats" / f"{site}.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
     with pytest.raises(AtollError, match=what) as caught:
-        plan(recipe, settings)
+        plan(recipe, [one.replace("{chats}", str(recipe.parent / "chats")) for one in settings])
     assert where in caught.value.details["where"]
+
+
+def test_a_client_without_answers_to_compare_is_warned_of(recipe: Path) -> None:
+    with (recipe.parent / "data" / "north.jsonl").open("a") as file:
+        file.write('{"prompt": "What is 1?", "chosen": "It is 1.", "rejected": ""}\n')
+    (recipe.parent / "data" / "west.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
+    assert check_data(plan(recipe)) == [
+        "west has no answer to compare with in 1 of its first 1 records: they are left out"
+    ]
+
+
+def test_the_next_stage_does_not_begin_with_nothing_learned(recipe: Path) -> None:
+    with pytest.raises(AtollError, match="nothing was learned") as caught:
+        atoll.run(recipe, ["finetune.optimizer.lr=1e30"])
+    assert "4 replies refused" in caught.value.details["found"]
+    folder = find("both-1")
+    assert read_story(folder) is None
+    assert summarize(folder).state == "failed"
+    assert "nothing was learned" in folder.stage("finetune").card.read_text()
 
 
 def test_settings_of_a_stage_are_laid_over_those_of_fine_tuning(recipe: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from atoll.commands.ending import not_counted, refuse_fruitless
+from atoll.commands.ending import not_counted
 from atoll.errors import AtollError
 from atoll.record.events import ClientLeftOut, Missing, Record
 from atoll.record.folder import RunFolder
-from atoll.record.story import read_story
+from atoll.record.story import read_story, refuse_fruitless
 from support import Atoll
 
 

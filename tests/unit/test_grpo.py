@@ -23,6 +23,7 @@ from atoll.local.rewards import OwnReward, exact, number
 from atoll.models.tiny import byte_tokenizer, tiny
 from atoll.record.card import markdown
 from atoll.record.story import read_story
+from atoll.record.views import summarize
 
 
 def asked(questions: list[str], answer: str = "yes") -> list[Sample]:
@@ -182,6 +183,24 @@ def test_what_cannot_be_rewarded_is_refused() -> None:
         grpo().bind(build("mamba"), byte_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nowhere:at_all", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("mine:missing", "AttributeError: module 'mine' has no attribute 'missing'"),
+        ("mine:needy", "TypeError: needy.. missing 1 required positional argument: 'what'"),
+        ("mine:number", "TypeError: the factory gave float, which cannot be called"),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_refused_with_the_plan(mine: None, name: str, why: str) -> None:
+    with Path("mine.py").open("a") as file:
+        file.write("def needy(what): pass\ndef number(): return 1.0\n")
+    with pytest.raises(AtollError, match=f"the reward {name} cannot be made: {why}") as caught:
+        grpo(name)
+    assert caught.value.details["where"] == "finetune.objective.reward"
+    grpo("mine:raising")  # what it does with completions is found when it has some
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / "runs"))
@@ -244,7 +263,9 @@ def test_under_private_gradients_nothing_is_told_of_rewards(recipe: Path) -> Non
 
 def test_a_reward_that_fails_costs_its_client_the_round_and_nothing_else(recipe: Path) -> None:
     (recipe.parent / "letters.py").write_text("def a(): return lambda said, right: 1 / 0\n")
-    story = read_story(atoll.run(recipe, ["finetune.rounds=1"]))
-    assert story.ended.reason == "finished"
+    folder = atoll.run(recipe, ["finetune.rounds=5"])
+    story = read_story(folder)
+    assert (len(story.rounds), story.ended.reason) == (3, "every reply was refused, 3 rounds in a row")
+    assert summarize(folder).state == "failed"
     assert all("the reward letters:a failed: ZeroDivisionError" in one.reason for one in story.missing)
     assert {one.client for one in story.missing} >= {"north", "south"}

@@ -193,7 +193,8 @@ def test_run_that_accepted_no_update_fails_and_the_rounds_go_on(atoll: Atoll, ti
     assert "6 replies refused, the first north's: the loss is nan" in said.err
     assert "--set finetune.optimizer.lr" in said.err
     data = json.loads(said.out)
-    assert (data["state"], data["round"]) == ("finished", 2)
+    assert (data["state"], data["round"]) == ("failed", 2)
+    assert "nothing was learned" in (Path(data["path"]) / "card.md").read_text()
     assert {(one["round"], one["client"]) for one in data["missing"]} == {
         (number, client) for number in (1, 2) for client in ("north", "south", "west")
     }

@@ -147,3 +147,16 @@ def test_a_client_without_a_usable_record_is_called_so(tmp_path: Path, rows: lis
     lines = [" ".join(line.split()) for line in printed.get().splitlines()]
     assert "length -" in lines
     assert "usable no: a run leaves this client out" in lines
+
+
+def test_a_preference_shows_both_its_sides(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"prompt": "How much?", "chosen": "seven", "rejected": "a lot"}])
+    found = preview(tmp_path, byte_tokenizer(), 128)
+    assert found.shown_choices == (("a lot",),)
+    assert found.as_dict()["shown_choices"] == (("a lot",),)
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(found))
+    text = console.export_text(styles=True)
+    assert "green is chosen, red is not" in text
+    assert "\x1b[1;32mseven" in text
+    assert "\x1b[31mor: a lot" in text

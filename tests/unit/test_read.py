@@ -358,3 +358,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
     tracemalloc.stop()
     assert count == 10_000
     assert peak < 8e6
+
+
+def test_a_record_that_lacks_a_column_is_left_out_wherever_it_stands(tmp_path: Path) -> None:
+    whole = {"prompt": "How much?", "chosen": "seven", "rejected": "a lot"}
+    half = {"prompt": "How much?", "chosen": "seven"}
+    for rows in ([half, whole], [whole, half]):
+        write_jsonl(tmp_path / "a.jsonl", rows)
+        report = Report()
+        [one] = records(open_source(tmp_path / "a.jsonl"), report)
+        assert one.choices == ("seven", "a lot")
+        assert (report.read, report.left_out) == (2, {"no rejected answer": (1, f"a.jsonl:{rows.index(half) + 1}")})

@@ -28,6 +28,7 @@ from atoll.record.events import (
 )
 from atoll.record.folder import RunFolder
 from atoll.record.sinks import scalars
+from atoll.record.tasks import TUNED, Score, write_scores
 from atoll.terminal import console
 from support import Atoll
 
@@ -288,6 +289,27 @@ def test_comparison_shows_only_what_differs(tmp_path: Path) -> None:
     text = shown(tables.comparison(data))
     assert "0.003" in text
     assert "rounds: 4" not in text
+
+
+def test_accuracies_and_tasks_are_compared_and_shown(tmp_path: Path) -> None:
+    said = {"loss": 1.0, "standard_error": 0.1, "samples": 9.0}
+    sure = said | {"accuracy": 0.75, "accuracy_error": 0.125, "questions": 9.0, "chance": 0.5}
+    one, two = (
+        written(tmp_path / name, [started(), ended_round(0), Evaluated(1, True, {"clinic": each}, 1.0, 1.0, 1.0)])
+        for name, each in (("one", sure), ("two", said))
+    )
+    write_scores(
+        one, [Score("boolq", "accuracy", model, value, 0.05, 100) for model, value in (("base", 0.4), (TUNED, 0.6))]
+    )
+    data = views.compare([one, two]) | {"settings": {}}
+    assert [score["value"] for score in data["tasks"]["one"]] == [0.6]
+    lines = {line.split("  ")[0]: line.split()[-4:] for line in shown(tables.comparison(data)).splitlines()}
+    assert lines["accuracy clinic"] == ["0.750", "±", "0.125", "-"]
+    assert lines["boolq, accuracy"] == ["0.600", "±", "0.050", "-"]
+    assert "reward accuracy clinic" not in lines
+    text = shown(tables.details(views.details(one)))
+    assert "boolq  accuracy" in text
+    assert "0.400 ± 0.050" in text
 
 
 def test_names_from_data_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ from itertools import groupby
 
 from atoll import recipe
 from atoll.commands.output import say, show, show_json
-from atoll.errors import AtollError
 from atoll.record import tables, views
 from atoll.record.card import human_bytes
 from atoll.record.events import Missing
 from atoll.record.folder import RunFolder
 from atoll.record.measured import measured
-from atoll.record.story import Story
+from atoll.record.story import Story, refuse_fruitless
 from atoll.record.tasks import not_asked
 from atoll.terminal import counted
 
@@ -66,26 +65,6 @@ def not_counted(story: Story) -> Iterator[str]:
         happened = "refused" if refused else "dropped"
         times = counted(len(lost), "reply").replace("replys", "replies")
         yield f"{client}: {times} {happened}, first in round {lost[0].round + 1}: {lost[0].reason}"
-
-
-def refuse_fruitless(folder: RunFolder, story: Story) -> None:
-    """A run whose every update was lost has not learned, whatever its table says."""
-    if not story.rounds or story.replies or not story.missing:
-        return
-    refused = [one for one in story.missing if one.refused]
-    first = (refused or [*story.missing])[0]
-    remedy = (
-        "a lower learning rate: --set finetune.optimizer.lr=..."
-        if "loss is" in first.reason
-        else f"`atoll show {folder.name}` tells every reply's fate"
-    )
-    count = f"{len(refused)} replies refused" if refused else f"{len(story.missing)} replies dropped"
-    raise AtollError(
-        "nothing was learned: no update was ever accepted",
-        where=str(folder.path),
-        found=f"{count}, the first {first.client}'s: {first.reason}",
-        remedy=remedy,
-    )
 
 
 def told_if_finished(folder: RunFolder, as_json: bool) -> bool:

@@ -36,10 +36,6 @@ def evaluate(
     if as_json:
         show_json({"run": folder.name, "scores": [asdict(one) for one in scores]})
         return
-    from atoll.record.tables import plain_table
-    from atoll.record.tasks import columns, rows
+    from atoll.record.tables import scores as as_table
 
-    table = plain_table(*columns(scores))
-    for row in rows(scores):
-        table.add_row(*row)
-    show(table)
+    show(as_table(scores))

@@ -17,8 +17,8 @@ import numpy as np
 
 from atoll.cache import Say, quiet, watched
 from atoll.data.media import MODALITIES, Medium, Senses
-from atoll.data.read import LABELS, Labels, Report, open_source, records
-from atoll.data.tokenize import NO_SENSES, Encoded, encode, fit
+from atoll.data.read import LABELS, Labels, Record, Report, open_source, records
+from atoll.data.tokenize import COMPARING, NO_SENSES, Encoded, encode, fit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,6 +69,8 @@ class Preview:
     labeled_tokens: int
     shown: tuple[tuple[Token, ...], ...]
     shown_media: tuple[tuple[str, ...], ...] = ()
+    shown_choices: tuple[tuple[str, ...], ...] = ()
+    """Of each shown sample the other answers that its question allows: of a preference the rejected one."""
     media: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -116,6 +118,7 @@ def preview(
     samples, lengths, totals = {"train": 0, "test": 0}, array("q"), np.zeros(2, np.int64)
     shown: list[tuple[Token, ...]] = []
     shown_media: list[tuple[str, ...]] = []
+    shown_choices: list[tuple[str, ...]] = []
     media: Counter[str] = Counter()
     for encoded in encode(chain(first, found), tokenizer, objective, report, senses, context):
         lengths.append(len(encoded.ids))
@@ -126,6 +129,7 @@ def preview(
             if len(shown) < show:
                 shown.append(tuple(_once(_tokens(encoded, start, stop, tokenizer))))
                 shown_media.append(tuple(_named(one, source.path.parent) for one in encoded.record.media))
+                shown_choices.append(_others(encoded.record))
     return Preview(
         path=str(path),
         files={str(file.relative_to(source.path.parent)): split or "" for file, split in source.files},
@@ -138,12 +142,18 @@ def preview(
         labeled_tokens=int(totals[1]),
         shown=tuple(shown),
         shown_media=tuple(shown_media),
+        shown_choices=tuple(shown_choices),
         media=dict(media),
     )
 
 
 def _named(medium: Medium, root: Path) -> str:
     return f"{medium.modality}: {medium.path.relative_to(root) if medium.path else 'missing'}"
+
+
+def _others(record: Record) -> tuple[str, ...]:
+    """The answers that a record's question allows beside its own."""
+    return tuple(one for one in record.choices if one != record.messages[-1]["content"])
 
 
 def _once(tokens: Iterable[Token]) -> Iterator[Token]:
@@ -177,13 +187,19 @@ def render(preview: Preview) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, value in _facts(preview):
         table.add_row(name, value)
+    shown = preview.shown, preview.shown_media, preview.shown_choices
     return Group(
         table,
         *(
-            Panel(_marked(sample, media), title=f"sample {number}: the loss is on the green part", title_align="left")
-            for number, (sample, media) in enumerate(zip(preview.shown, preview.shown_media, strict=True), 1)
+            Panel(_marked(*sample), title=f"sample {number}: {_meaning(preview.objective)}", title_align="left")
+            for number, sample in enumerate(zip(*shown, strict=True), 1)
         ),
     )
+
+
+def _meaning(objective: Labels) -> str:
+    """What the colors of a sample say."""
+    return "green is chosen, red is not" if objective in COMPARING else "the loss is on the green part"
 
 
 def _facts(preview: Preview) -> list[tuple[str, str]]:
@@ -210,10 +226,12 @@ def _none_held_out(preview: Preview) -> str:
     return ": none is held out, so nothing is measured here; raise held_out, or name a file test.jsonl" if none else ""
 
 
-def _marked(sample: tuple[Token, ...], media: tuple[str, ...]) -> Text:
+def _marked(sample: tuple[Token, ...], media: tuple[str, ...], others: tuple[str, ...]) -> Text:
     from rich.text import Text
 
     marked = Text("".join(f"{one}\n" for one in media), style="cyan")
     for labeled, run in groupby(sample, key=lambda token: token.labeled):
         marked.append("".join(token.text for token in run), style="bold green" if labeled else "dim")
+    for one in others:
+        marked.append(f"\nor: {one}", style="red")
     return marked

@@ -251,7 +251,7 @@ def records(source: Source, report: Report, first: int | None = None) -> Iterato
     held_out: set[int] = set()
     for path, named in source.files:
         for place, row in islice(rows(path), first):
-            form = form or _recognize(row, place, report)
+            form = form or _recognize(path, row, place, report)
             report.see(row)
             report.read += 1
             where = place.removeprefix(f"{source.path.parent}/")  # a report holds for a copy of the data elsewhere
@@ -334,8 +334,9 @@ def column(source: Source, name: str) -> list[Any]:
     return values
 
 
-def _recognize(row: Row, place: str, report: Report) -> Form:
-    form = _form(row)
+def _recognize(path: Path, row: Row, place: str, report: Report) -> Form:
+    """The format of a file whose first row this is: that of the first of its rows which has one."""
+    form = next((form for _, one in islice(rows(path), LOOKED_AT) if (form := _form(one))), None)
     if form is None:
         raise AtollError(
             "the format of the records is not recognized",
@@ -346,6 +347,10 @@ def _recognize(row: Row, place: str, report: Report) -> Form:
         )
     report.form = form
     return form
+
+
+LOOKED_AT = 100
+"""Rows that are looked at for a format: a record that lacks a column is left out wherever it stands."""
 
 
 def _form(row: Row) -> Form | None:

@@ -189,15 +189,23 @@ FIRST = 100
 """Rows of each file that `check` reads: a plan of a hundred files still answers at once."""
 
 
-class Unheard(NamedTuple):
-    """Of a client's first records, those that the model does not take."""
+class First(NamedTuple):
+    """What was seen of a client's first records."""
 
     records: int
-    of: int
+    unheard: int
+    """Those with media that the model does not take."""
     modalities: tuple[str, ...]
+    """Of these."""
+    alone: int
+    """Those with one answer alone, where answers are compared."""
 
     def __str__(self) -> str:
-        return f"{' and '.join(self.modalities)} in {self.records} of its first {self.of} records"
+        """What will be left out of them; empty for nothing."""
+        media = f"{' and '.join(self.modalities)}, which the model does not take, in {self.unheard}"
+        alone = f"no answer to compare with in {self.alone}"
+        found = [what for what, count in ((media, self.unheard), (alone, self.alone)) if count]
+        return f"{', and '.join(found)} of its first {self.records} records" if found else ""
 
 
 def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | None) -> dict[str, str]:
@@ -209,31 +217,45 @@ def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | N
         takes: the modalities that the model takes beside text; None: unknown.
 
     Returns:
-        By client, what the model does not take of its first records.
+        By client, what of its first records neither the model nor the objective can use.
 
     Raises:
-        AtollError: what is wrong, for all clients; or the model takes nobody's records.
+        AtollError: what is wrong, for all clients; or nobody's records can be used.
     """
-    from atoll.data.tokenize import refuse_plain_text
+    from atoll.data.tokenize import COMPARING, refuse_plain_text
 
-    def read(source: Source) -> Unheard:
-        report, unknown, modalities = Report(), 0, set[str]()
+    def read(source: Source) -> First:
+        report, unheard, alone, modalities = Report(), 0, 0, set[str]()
         for record in records(source, report, FIRST):
             refuse_plain_text(record, labels)
             lacks = {medium.modality for medium in record.media} - set(MODALITIES if takes is None else takes)
-            unknown, modalities = unknown + bool(lacks), modalities | lacks
-        return Unheard(unknown, report.kept, tuple(sorted(modalities)))
+            unheard, modalities = unheard + bool(lacks), modalities | lacks
+            alone += labels in COMPARING and not record.choices
+        return First(report.kept, unheard, tuple(sorted(modalities)), alone)
 
     found = _each(sources, read)
     each = {name: found[one.source] for name, one in sources.items() if isinstance(one, ClientSource)}
-    told = {name: str(one) for name, one in each.items() if one.records}
-    if told and len(told) == len(sources) and all(one.records == one.of for one in each.values()):
+    told = {name: str(one) for name, one in each.items() if str(one)}
+    if told and len(told) == len(sources):
+        refuse_unusable(each, told, takes)
+    return told
+
+
+def refuse_unusable(each: Mapping[str, First], told: Mapping[str, str], takes: Collection[str] | None) -> None:
+    """Raises AtollError where none of anybody's first records can be used."""
+    found = one_a_line(f"{name}: {why}" for name, why in told.items())
+    if all(one.unheard == one.records for one in each.values()):
         raise AtollError(
-            "the model takes nobody's records", where="model", found=one_a_line(f"{n}: {why}" for n, why in told.items()),
+            "the model takes nobody's records", where="model", found=found,
             allowed=", ".join(["text", *(takes or ())]),
             remedy="`model: {use: assembled, ...}` is one that sees and hears; `atoll init --data FOLDER` writes it",
         )  # fmt: skip
-    return told
+    if all(one.alone == one.records for one in each.values()):
+        raise AtollError(
+            "nobody's records have answers to compare", where="finetune.objective", found=found,
+            allowed="prompt, chosen and rejected; or messages, or prompt and completion, with choices",
+            remedy="--set finetune.objective=sft learns from the answers alone",
+        )  # fmt: skip
 
 
 def _each(sources: Mapping[str, Any], do: Callable[[Source], T]) -> dict[Source, T]:

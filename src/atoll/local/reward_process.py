@@ -13,6 +13,8 @@ from typing import Any
 def serve(name: str) -> None:
     """A line of [number, completions, answers] in; a line of [number, rewards], or of the kind of error, out.
 
+    Asked about null, it makes the reward and says null; of an error it then tells the text, too, which knows no data.
+
     Whatever the reward and those whom it starts read and print has nothing to do with it: the two ends are moved away.
     """
     asked, said = (os.fdopen(os.dup(end), mode, encoding="utf-8") for end, mode in ((0, "r"), (1, "w")))
@@ -22,15 +24,23 @@ def serve(name: str) -> None:
     for line in asked:
         number, completions, answers = json.loads(line)
         try:
-            if reward is None:
-                module, _, factory = name.partition(":")
-                reward = getattr(importlib.import_module(module), factory)()
-            found: Any = [plain(one) for one in reward(completions, answers)]
+            reward = reward or made(name)
+            found: Any = None if completions is None else [plain(one) for one in reward(completions, answers)]
         except Exception as error:
-            traceback.print_exc()
-            found = type(error).__name__
+            if completions is not None:
+                traceback.print_exc()
+            found = type(error).__name__ + (f": {error}" if completions is None else "")
         said.write(json.dumps([number, found]) + "\n")
         said.flush()
+
+
+def made(name: str) -> Any:
+    """The reward that a factory gives."""
+    module, _, factory = name.partition(":")
+    reward = getattr(importlib.import_module(module), factory)()
+    if not callable(reward):
+        raise TypeError(f"the factory gave {type(reward).__name__}, which cannot be called")
+    return reward
 
 
 def plain(value: Any) -> float | None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from atoll.errors import AtollError, closest
@@ -88,19 +89,29 @@ class OwnReward:
 
         What an error says may quote data, so no more than its kind is told; the rest is in the log of who runs this.
         """
+        said = self._said(list(completions), list(answers))
+        if isinstance(said, str):
+            raise WorkFailed(f"the reward {self.name} failed: {said}")
+        return checked(said, len(completions), self.name)
+
+    def make(self) -> None:
+        """Has the process make the reward, and asks it nothing. Raises WorkFailed."""
+        if said := self._said(None, None):
+            raise WorkFailed(f"the reward {self.name} cannot be made: {said}")
+
+    def _said(self, completions: list[str] | None, answers: list[str] | None) -> Any:
+        """The process' answer. Raises WorkFailed where it gives none."""
         self.asked += 1
         try:
-            said = json.loads(self._ask(json.dumps([self.asked, list(completions), list(answers)])))
-            assert said[0] == self.asked
+            number, said = json.loads(self._ask(json.dumps([self.asked, completions, answers])))
+            assert number == self.asked
         except (ValueError, TypeError, LookupError, AssertionError):
             self.close()  # whatever it writes from now on answers nothing
             raise WorkFailed(f"the reward {self.name} ended without an answer") from None
         except BaseException:
             self.close()
             raise
-        if isinstance(said[1], str):
-            raise WorkFailed(f"the reward {self.name} failed: {said[1]}")
-        return checked(said[1], len(completions), self.name)
+        return said
 
     def _ask(self, line: str) -> str:
         """A line for a line. Raises WorkFailed where none comes in time."""
@@ -161,9 +172,26 @@ def checked(found: Any, count: int, name: str) -> list[float]:
     return [float(one) for one in found]
 
 
+@cache
+def refuse_unmade(name: str, seconds: float, folder: str) -> None:
+    """Raises AtollError for a reward of the user's own that cannot be made in this folder. Each is tried once."""
+    reward = OwnReward(name, seconds)
+    try:
+        reward.make()
+    except WorkFailed as error:
+        raise AtollError(
+            str(error), where="finetune.objective.reward", found=name,
+            allowed="module:factory, of a module in the current folder or an installed package; the factory takes no "
+            "arguments, and gives a function (completions, answers) -> numbers",
+        ) from None  # fmt: skip
+    finally:
+        reward.close()
+
+
 def reward_of(name: str, seconds: float) -> Reward:
     """A shipped reward by its name, or the user's own. Raises AtollError for one that there is not."""
     if ":" in name:
+        refuse_unmade(name, seconds, os.getcwd())
         return OwnReward(name, seconds)
     if name not in SHIPPED:
         raise AtollError(

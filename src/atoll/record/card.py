@@ -263,7 +263,8 @@ STAGES_NOTE = "Accuracy by site, and on public tasks (dashed), of every model th
 
 
 def _faults_section(story: Story) -> list[str]:
-    lines = [f"- {one.client}: no usable data ({one.report.splitlines()[0]})" for one in story.left_out]
+    lines = ["- **nothing was learned: no update was ever accepted**"] if story.fruitless else []
+    lines += [f"- {one.client}: no usable data ({one.report.splitlines()[0]})" for one in story.left_out]
     lines += [f"- {records_in_words(one)}" for one in story.records]
     lines += [
         f"- round {m.round + 1}, {m.client}: {'refused' if m.refused else 'dropped'}: {m.reason}"

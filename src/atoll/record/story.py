@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
+from atoll.errors import AtollError
 from atoll.record.events import (
     ClientLeftOut,
     Evaluated,
@@ -50,6 +51,11 @@ class Story:
         return next(ends, None)
 
     @property
+    def fruitless(self) -> bool:
+        """Whether rounds were run, and every reply was lost: it has not learned, whatever its tables say."""
+        return bool(self.rounds and self.missing and not self.replies)
+
+    @property
     def bytes_up(self) -> int:
         """All that clients sent."""
         return sum(r.bytes_up for r in self.rounds)
@@ -63,6 +69,26 @@ class Story:
     def bytes_to_evaluate(self) -> int:
         """All that the server sent so that clients evaluate."""
         return sum(e.bytes_down for e in self.evaluations)
+
+
+def refuse_fruitless(folder: RunFolder, story: Story) -> None:
+    """Raises AtollError for a run that has learned nothing, with the reason."""
+    if not story.fruitless:
+        return
+    refused = [one for one in story.missing if one.refused]
+    first = (refused or [*story.missing])[0]
+    remedy = (
+        "a lower learning rate: --set finetune.optimizer.lr=..."
+        if "loss is" in first.reason
+        else f"`atoll show {folder.name}` tells every reply's fate"
+    )
+    count = f"{len(refused)} replies refused" if refused else f"{len(story.missing)} replies dropped"
+    raise AtollError(
+        "nothing was learned: no update was ever accepted",
+        where=str(folder.path),
+        found=f"{count}, the first {first.client}'s: {first.reason}",
+        remedy=remedy,
+    )
 
 
 def read_story(folder: RunFolder) -> Story | None:

@@ -13,8 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from atoll.record.card import format_cell, human_bytes
-from atoll.record.measured import Cell, Measure, cell
+from atoll.record.measured import ACCURACY, LOSS, REWARD_ACCURACY, Cell, Measure, cell
 from atoll.record.measured import Table as Compared
+from atoll.record.tasks import Score
+from atoll.record.tasks import cell as score_cell
+from atoll.record.tasks import columns as score_columns
+from atoll.record.tasks import rows as score_rows
 from atoll.record.views import Summary
 
 if TYPE_CHECKING:
@@ -153,7 +157,20 @@ def details(data: Mapping[str, Any], *measured: Compared) -> RenderableType:
     facts.add_column(overflow="fold")
     for name, value in _facts(data):
         facts.add_row(name, value)
-    return Group(facts, *(part for table in measured for part in ("", compared(table))))
+    asked = [Score(**one) for one in data["tasks"]]
+    return Group(
+        facts,
+        *(part for table in measured for part in ("", compared(table))),
+        *(["", scores(asked)] if asked else []),
+    )
+
+
+def scores(each: Sequence[Score]) -> RenderableType:
+    """What public tasks said of a run's models."""
+    table = plain_table(*score_columns(each))
+    for row in score_rows(each):
+        table.add_row(*row)
+    return table
 
 
 def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -205,14 +222,28 @@ def comparison(data: Mapping[str, Any]) -> RenderableType:
         table.add_row(path, *(str(values[name]) for name in names))
     table.add_section()
     sites = dict.fromkeys(site for each in data["losses"].values() for site in each)
-    for site in sites:
-        table.add_row(f"loss {site}", *(format_cell(cell(data["losses"][name], site)) for name in names))
+    for label, measure in _MEASURES.items():
+        for site in sites:
+            told = [cell(data["losses"][name], site, measure) for name in names]
+            if measure is LOSS or any(told):
+                table.add_row(f"{label} {site}", *map(format_cell, told))
+    for label, cells in _asked([data["tasks"][name] for name in names]):
+        table.add_row(label, *cells)
     for label, show in _COSTS.items():
         table.add_row(label, *(show(run) for run in data["runs"]))
     measured = {tuple(data["losses"][name]) for name in names if data["losses"][name]}
     uneven = "the means are over different sites: compare the sites' own rows"
     return Group(table, *([uneven] if len(measured) > 1 else []))
 
+
+def _asked(each: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[tuple[str, list[str]]]:
+    """A row for each measure of each task that any of the runs' results was asked."""
+    runs = [{(one["task"], one["measure"]): Score(**one) for one in run} for run in each]
+    for task, measure in dict.fromkeys(asked for run in runs for asked in run):
+        yield f"{task}, {measure}", [score_cell(run[task, measure]) if (task, measure) in run else "-" for run in runs]
+
+
+_MEASURES = {"loss": LOSS, "accuracy": ACCURACY, "reward accuracy": REWARD_ACCURACY}
 
 _COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "loss, mean": lambda run: loss_cell(run["loss"]),

@@ -12,6 +12,9 @@ from atoll.recipe import Recipe
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story
 
+TUNED = "tuned"
+"""What a run's result is called among its models."""
+
 
 class Mean(NamedTuple):
     """Over questions, with its standard error; None where nobody knows it."""

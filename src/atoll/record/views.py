@@ -16,6 +16,7 @@ from atoll.record.events import Evaluated
 from atoll.record.folder import RunFolder
 from atoll.record.measured import Cell, Table, measured
 from atoll.record.story import Story, read_story
+from atoll.record.tasks import TUNED, read_scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Summary:
     name: str
     path: str
     state: str
-    """running, finished, stopped (it can go on), empty (it ended before its first event), or damaged (its record is)."""
+    """running, finished, failed (it ended, and no update was ever accepted), stopped (it can go on), empty (it ended before
+    its first event), or damaged (its record is)."""
     round: int
     rounds: int
     clients: int
@@ -55,17 +57,20 @@ def summarize(folder: RunFolder) -> Summary:
     if story is None:
         at_work = [replace(summarize(stage), name=folder.name, path=str(folder.path)) for stage in folder.stages()]
         begun = [one for one in at_work if one.rounds]  # of several stages the one that is at work
-        state = "running" if running else "stopped" if begun else "empty"
-        return replace(begun[-1], state=state) if begun else _without_story(folder, state)
+        if not begun:
+            return _without_story(folder, "running" if running else "empty")
+        failed = begun[-1].state == "failed"  # then the next has not begun
+        return replace(begun[-1], state="running" if running else "failed" if failed else "stopped")
     inside = _baselines(story, running)
     stages = [*story.before.values(), story]
     spent = [one for stage in stages for one in stage.spent[-1:]]
     last = spent[-1] if spent else None
     done = story.ended is not None and all(state == "finished" for state in inside.values())
+    ended = "failed" if story.fruitless else "finished"
     return Summary(
         name=folder.name,
         path=str(folder.path),
-        state="running" if running else "finished" if done else "stopped",
+        state="running" if running else ended if done else "stopped",
         round=len(story.rounds),
         rounds=story.started.rounds,
         clients=len(story.started.clients),
@@ -144,6 +149,7 @@ def details(folder: RunFolder) -> dict[str, Any]:
         "accuracies": as_data(found.accuracy),
         "reward_accuracies": as_data(found.reward_accuracy),
         "accuracies_by_modality": as_data(found.accuracy_by_modality),
+        "tasks": [asdict(one) for one in read_scores(folder)],
         "evaluations": [{"round": e.round, "mean": e.mean, "worst": e.worst} for e in story.evaluations],
         "spans": spans,
         "left_out": {one.client: one.report for one in story.left_out},
@@ -173,12 +179,15 @@ def as_data(table: Table | None) -> list[dict[str, Any]]:
 
 
 def compare(folders: Sequence[RunFolder]) -> dict[str, Any]:
-    """Runs side by side: the settings in which they differ, their last held-out losses, their costs."""
+    """Runs side by side: settings in which they differ, what was measured last of each, by site and on tasks, and costs."""
     stories = {folder.name: need_story(folder) for folder in folders}
     return {
         "settings": differing({folder.name: dict(flat(read_tree(folder))) for folder in folders}),
         "runs": [asdict(summarize(folder)) for folder in folders],
         "losses": {name: _sites(story) for name, story in stories.items()},
+        "tasks": {
+            folder.name: [asdict(one) for one in read_scores(folder) if one.model == TUNED] for folder in folders
+        },
     }
 
 
