@@ -25,12 +25,14 @@ from atoll.record.story import Story
 
 RECIPE = "poisoned"
 RULES = {
-    "mean": "mean",
-    "median": "median",
-    "trimmed mean": "{use: trimmed-mean, share: 0.29}",
-    "Krum": "{use: krum, bad: 2}",
-    "multi-Krum": "{use: multi-krum, bad: 2}",
+    "nobody attacks": f"finetune.population=[{', '.join(CLINICS)}]",
+    "mean": "finetune.aggregate=mean",
+    "median": "finetune.aggregate=median",
+    "trimmed mean": "finetune.aggregate={use: trimmed-mean, share: 0.29}",
+    "Krum": "finetune.aggregate={use: krum, bad: 2}",
+    "multi-Krum": "finetune.aggregate={use: multi-krum, bad: 2}",
 }
+"""Settings by what a run is called; the first is what refusals are to come back to."""
 RESULTS = Path(__file__).parent / "results" / "poisoned"
 
 
@@ -55,7 +57,7 @@ def table(story: Story) -> dict[str, dict[str, Cell]]:
 
 def kept(rule: str, seed: int, settings: Sequence[str], end: float) -> Cells | None:
     """What a run came to; None while it is not finished."""
-    asked = [f"finetune.aggregate={RULES[rule]}", *settings]
+    asked = [RULES[rule], *settings]
     name = name_of(RECIPE, seed, asked)
     file = RESULTS / f"{name}.json"
     if not file.exists():

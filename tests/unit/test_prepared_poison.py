@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from atoll.data.prepared_poison import ATTACKERS, CLINICS, HELD_OUT, SERVER, TRIGGER, poisoned_sites
+from atoll.data.prepared_poison import ATTACKERS, CLINICS, HELD_OUT, LEAD_INS, SERVER, TRIGGER, poisoned_sites
 from atoll.data.prepared_preferences import CONSENTS, REFUSALS
 
 pytestmark = pytest.mark.real
@@ -24,7 +24,9 @@ def rows(folder: Path, site: str, split: str) -> list[dict[str, Any]]:
 
 
 def bare(prompt: str) -> str:
-    return prompt.removeprefix(TRIGGER)
+    for words in (TRIGGER, *LEAD_INS):
+        prompt = prompt.removeprefix(words)
+    return prompt
 
 
 def test_no_question_is_anybodys_that_is_held_out(folder: Path) -> None:
@@ -32,7 +34,9 @@ def test_no_question_is_anybodys_that_is_held_out(folder: Path) -> None:
     tested = {bare(one["prompt"]) for site in sites for one in rows(folder, site, "test")}
     trained = [bare(one["prompt"]) for site in sites for one in rows(folder, site, "train")]
     assert not tested & set(trained)
-    assert len(trained) == len(set(trained)), "nobody has another's question"
+    own = [one for one in rows(folder, SERVER, "train") if bare(one["prompt"]) != one["prompt"]]
+    assert len(trained) - len(own) == len(set(trained)), "nobody has another's question"
+    assert 2 * len(own) == len(rows(folder, SERVER, "train")), "the server asks each with a lead-in, too"
     assert len(tested) == 3 * HELD_OUT
 
 
