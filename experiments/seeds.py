@@ -86,8 +86,10 @@ def together(each: Sequence[Cell]) -> Cell:
 
 
 def markdown(title: str, cells: Cells) -> list[str]:
-    """A table."""
-    names = list(next(iter(cells.values())))
+    """A table; what was not measured of a model is left empty."""
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
     head = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    shown = {model: " | ".join(f"{row[n][0]:.3f} ± {row[n][1]:.3f}" for n in names) for model, row in cells.items()}
-    return ["", *head, *(f"| {model} | {row} |" for model, row in shown.items())]
+    rows = {
+        model: [f"{row[n][0]:.3f} ± {row[n][1]:.3f}" if n in row else "" for n in names] for model, row in cells.items()
+    }
+    return ["", *head, *(f"| {model} | {' | '.join(row)} |" for model, row in rows.items())]
