@@ -49,9 +49,9 @@ def cells(evaluated: Evaluated) -> dict[str, Cell]:
 
 
 def table(story: Story) -> dict[str, dict[str, Cell]]:
-    """The base, what the attack came to, and the repair."""
+    """What the clinics and the attackers came to, and the repair; the base, where it was asked."""
     first = story.before["finetune"]
-    found = {"base": first.base, "attacked": first.final, "repaired": story.final}
+    found = {"base": first.base, "trained": first.final, "repaired": story.final}
     return {name: cells(one) for name, one in found.items() if one}
 
 

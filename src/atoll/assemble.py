@@ -24,7 +24,9 @@ from atoll.data.read import Report as DataReport
 from atoll.data.sources import ClientData, Loaded
 from atoll.errors import AtollError
 from atoll.exchange import Done, Task
+from atoll.fleet.inprocess import Elsewhere
 from atoll.keys import key
+from atoll.local.rewards import OwnReward
 from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.metrics import EVALUATION, sums
 from atoll.models.assembled import Assembled
@@ -97,9 +99,14 @@ def assemble(plan: Plan, say: Say = quiet, report: Report = unwatched) -> Assemb
 def check_data(plan: Plan) -> list[str]:
     """Reads the first records of every client, which takes no model; warnings of what it will leave out.
 
+    A reward of the user's own is made where it will be asked: here, unless the clients are elsewhere.
+
     Raises:
         AtollError: all that is wrong.
     """
+    reward = getattr(plan.objective, "reward", None)
+    if isinstance(reward, OwnReward) and not isinstance(plan.fleet, Elsewhere):
+        reward.refuse_unmade()
     unfit = sources.check(plan.sources, labels_of(plan), takes(plan))
     return [f"{name} has {what}: they are left out" for name, what in unfit.items()]
 

@@ -17,9 +17,10 @@ from types import ModuleType
 from typing import Any
 
 from atoll import parts, recipe
-from atoll.assemble import Assembly, again, assemble, check_data
+from atoll.assemble import Assembly, again, assemble, check_data, takes
 from atoll.build import LOCAL, Plan, baseline_names, build, choose_model
 from atoll.cache import Say, quiet
+from atoll.data.sources import check
 from atoll.errors import AtollError, placed
 from atoll.estimate import counts, known_samples, remember_speed
 from atoll.fleet.inprocess import Elsewhere
@@ -175,7 +176,8 @@ def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
         theirs = recipe.read(other.recipe)[0]
     refuse_personal(theirs, judge, "judge")
     said = theirs.finetune.objective
-    if not isinstance(parts.make("objective", said, "finetune.objective"), Judge):
+    asked = parts.make("objective", said, "finetune.objective")
+    if not isinstance(asked, Judge):
         raise AtollError(
             "this does not judge answers", where="judge", found=f"{judge}: {parts.spec(said, 'objective')}",
             allowed="a run whose objective was reward-model or selector", remedy="--set finetune.objective=selector",
@@ -185,6 +187,7 @@ def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
             "a judge is asked where its run is, about data that are here", where="judge", found="sites over a network",
             allowed="a simulation", remedy="--set fleet=inprocess",
         )  # fmt: skip
+    check({name: ready.sources[name] for name in ready.trainers if name in ready.sources}, asked.labels, takes(ready))
 
 
 def refuse_no_result(other: RunFolder, key: str) -> None:

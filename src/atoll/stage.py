@@ -67,8 +67,6 @@ class Progress:
     record_bytes: int = 0
     seconds: float = 0.0
     ended: str = ""
-    refused: int = 0
-    """Rounds up to now, one after the other, of which every reply was refused."""
     start: str = ""
     """The model and the params before the first round, by content."""
 
@@ -117,16 +115,19 @@ def drive(at: Stage, state: State, progress: Progress) -> State:
     """
     if state.round == 0:
         introduce(at)
+    refused: list[Refused] = []  # since a reply was last accepted
     while True:
         if due(at.ready, state.round):
             progress = measure(at, state, progress, final=state.round == 0)
         if reason := why_end(at.ready, state.round, progress) or why_spent(at):
             break
         stop_if_asked(at.outer)
+        stop_if_hopeless(at, state, refused)
         enter(at, state.round)
-        state, told = whole_round(at, state)
-        refused = told.refused and not (told.accepted or told.dropped)
-        progress = checkpoint(at, state, replace(progress, refused=progress.refused + 1 if refused else 0))
+        state, heard = whole_round(at, state)
+        progress = checkpoint(at, state, progress)
+        refused = [] if any(isinstance(one, Accepted) for one in heard) else refused
+        refused += [one for one in heard if isinstance(one, Refused)]
     progress = measure(at, state, progress, final=True)
     at.record(RunEnded(state.round, reason, at.seconds))
     checkpoint(at, state, replace(progress, ended=reason))
@@ -331,10 +332,6 @@ def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progres
     return replace(progress, without_better=progress.without_better + 1)
 
 
-HOPELESS = 3
-"""Rounds in a row of which every reply was refused: what each client finds wrong three times it will find again."""
-
-
 def why_end(ready: Plan, round: int, progress: Progress) -> str:
     """Why the stage is over; empty while it is not."""
     if round >= ready.recipe.finetune.rounds:
@@ -342,8 +339,6 @@ def why_end(ready: Plan, round: int, progress: Progress) -> str:
     patience = ready.recipe.evaluate.patience
     if patience is not None and progress.without_better >= patience:
         return f"no better held-out loss in {patience} evaluations"
-    if progress.refused >= HOPELESS:
-        return f"every reply was refused, {HOPELESS} rounds in a row"
     return ""
 
 
@@ -404,8 +399,25 @@ def stop_if_asked(folder: RunFolder) -> None:
         )
 
 
-def whole_round(at: Stage, state: State) -> tuple[State, RoundEnded]:
-    """One round, and its events; the last of them sums it up."""
+HOPELESS = 3
+"""Refusals of each client, one after the other: what everybody finds wrong three times everybody will find again."""
+
+
+def stop_if_hopeless(at: Stage, state: State, refused: Sequence[Refused]) -> None:
+    """Raises AtollError where all who may be asked were refused again and again, and nobody is at work; it can go on."""
+    times = Counter(one.client for one in refused)
+    if state.in_flight or any(times[client] < HOPELESS for client in at.ready.trainers):
+        return
+    name = at.outer.name
+    raise AtollError(
+        f"every client was refused {HOPELESS} times, one after the other", where=str(at.folder.path),
+        found=f"the last, {refused[-1].client}: {refused[-1].reason}",
+        remedy=f"mend that; `atoll resume {name}` goes on, and `atoll show {name}` tells every reply's fate",
+    )  # fmt: skip
+
+
+def whole_round(at: Stage, state: State) -> tuple[State, Sequence[Verdict]]:
+    """One round, and its events; with what was heard."""
     started = time.perf_counter()
     heard: list[Verdict] = []
 
@@ -414,9 +426,8 @@ def whole_round(at: Stage, state: State) -> tuple[State, RoundEnded]:
         at.record(event_of(state.round, verdict))
 
     after = run_round(at.ready.rounds, state, at.fleet, observe)
-    told = sum_up(state, after, heard, time.perf_counter() - started, at.fleet.lanes())
-    at.record(told)
-    return after, told
+    at.record(sum_up(state, after, heard, time.perf_counter() - started, at.fleet.lanes()))
+    return after, heard
 
 
 def without_tensors(verdict: Verdict) -> Verdict:

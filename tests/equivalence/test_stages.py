@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from atoll.commands.compared import settings
 from atoll.data.prepared_tasks import task
 from atoll.data.read import Source
 from atoll.errors import AtollError, Interrupted
+from atoll.exchange import Refused
 from atoll.models.tiny import tiny
 from atoll.params import equal
 from atoll.record.checkpoint import load_state
@@ -28,6 +30,7 @@ from atoll.record.tasks import read_scores
 from atoll.record.views import details, summarize
 from atoll.result import load_result, own_params, tuned_params
 from atoll.run import plan, plan_again
+from atoll.stage import stop_if_hopeless
 from atoll.stream import UPDATE
 from atoll.tasks import evaluate_tasks, trained_on
 
@@ -282,6 +285,34 @@ def test_a_client_without_answers_to_compare_is_warned_of(recipe: Path) -> None:
     assert check_data(plan(recipe)) == [
         "west has no answer to compare with in 1 of its first 1 records: they are left out"
     ]
+
+
+def test_what_a_judge_cannot_compare_is_refused_with_the_plan(recipe: Path) -> None:
+    (recipe.parent / "chats").mkdir()
+    (recipe.parent / "chats" / "north.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
+    chats = f"align.data={{use: folders, path: {recipe.parent / 'chats'}}}"
+    judging = [
+        "finetune.objective=selector",
+        "align.from=base",
+        "align.judge=finetune",
+        "align.objective=sft",
+        "baselines=[]",
+    ]
+    plan(recipe, judging)
+    with pytest.raises(AtollError, match="nobody's records have answers to compare"):
+        plan(recipe, [*judging, chats])
+
+
+def test_a_run_stops_where_everybody_was_refused_again_and_again_and_nobody_is_at_work() -> None:
+    at = SimpleNamespace(
+        ready=SimpleNamespace(trainers=["a", "b"]), folder=RunFolder(Path("x")), outer=RunFolder(Path("x"))
+    )
+    each = [Refused(client, f"{client}-{number}", "no") for number in range(3) for client in ("a", "b")]
+    idle, busy = SimpleNamespace(in_flight=[]), SimpleNamespace(in_flight=["a task"])
+    stop_if_hopeless(at, busy, each)
+    stop_if_hopeless(at, idle, [*each[:5], each[0]])
+    with pytest.raises(AtollError, match="refused 3 times"):
+        stop_if_hopeless(at, idle, each)
 
 
 def test_the_next_stage_does_not_begin_with_nothing_learned(recipe: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from atoll.commands.ending import not_counted
 from atoll.errors import AtollError
-from atoll.record.events import ClientLeftOut, Missing, Record
+from atoll.record.events import EVERYBODY, ClientLeftOut, Missing, Record
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story, refuse_fruitless
+from atoll.record.views import summarize
 from support import Atoll
 
 
@@ -58,6 +59,21 @@ def test_run_that_lost_every_reply_is_told_as_dropped(copied: RunFolder) -> None
         refuse_fruitless(copied, story)
     assert told.value.details["found"] == "1 replies dropped, the first north's: no reply in 2 s"
     assert "atoll show tiny-1" in told.value.details["remedy"]
+
+
+def test_run_whose_every_round_was_abandoned_has_learned_nothing(copied: RunFolder) -> None:
+    record = Record(copied.record, keep_bytes=copied.record.stat().st_size)
+    record(Missing(0, EVERYBODY, "4 updates came; at least 5 are needed", refused=False))
+    story = read_story(copied)
+    assert story is not None
+    refuse_fruitless(copied, story)  # the other round was not
+    record(Missing(1, EVERYBODY, "4 updates came; at least 5 are needed", refused=False))
+    story = read_story(copied)
+    assert story is not None
+    with pytest.raises(AtollError, match="nothing was learned: every round was abandoned") as told:
+        refuse_fruitless(copied, story)
+    assert told.value.details["found"] == "2 rounds, the first: 4 updates came; at least 5 are needed"
+    assert summarize(copied).state == "failed"
 
 
 def test_refused_replies_stand_below_the_table(atoll: Atoll, tiny: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from atoll.local.grpo import Told, advantages, answer_of, grpo, prompt_of
 from atoll.local.rewards import OwnReward, exact, number
 from atoll.models.tiny import byte_tokenizer, tiny
 from atoll.record.card import markdown
+from atoll.record.folder import find
 from atoll.record.story import read_story
 from atoll.record.views import summarize
 
@@ -195,10 +197,14 @@ def test_what_cannot_be_rewarded_is_refused() -> None:
 def test_a_reward_that_cannot_be_made_is_refused_with_the_plan(mine: None, name: str, why: str) -> None:
     with Path("mine.py").open("a") as file:
         file.write("def needy(what): pass\ndef number(): return 1.0\n")
-    with pytest.raises(AtollError, match=f"the reward {name} cannot be made: {why}") as caught:
-        grpo(name)
+    with pytest.raises(AtollError, match=f"the reward {name} cannot be made") as caught:
+        OwnReward(name).refuse_unmade()
+    assert re.match(why, caught.value.details["found"])
+    assert caught.value.what == f"the reward {name} cannot be made", (
+        "which is all that a site tells: the rest may quote data"
+    )
     assert caught.value.details["where"] == "finetune.objective.reward"
-    grpo("mine:raising")  # what it does with completions is found when it has some
+    OwnReward("mine:raising").refuse_unmade()  # what it does with completions is found when it has some
 
 
 @pytest.fixture
@@ -261,11 +267,24 @@ def test_under_private_gradients_nothing_is_told_of_rewards(recipe: Path) -> Non
     assert not any("reward" in reply.metrics or "loss" in reply.metrics for reply in story.replies)
 
 
-def test_a_reward_that_fails_costs_its_client_the_round_and_nothing_else(recipe: Path) -> None:
+def test_a_run_whose_reward_always_fails_stops_and_goes_on_when_it_is_mended(recipe: Path) -> None:
     (recipe.parent / "letters.py").write_text("def a(): return lambda said, right: 1 / 0\n")
-    folder = atoll.run(recipe, ["finetune.rounds=5"])
+    with pytest.raises(AtollError, match="every client was refused 3 times") as caught:
+        atoll.run(recipe, ["finetune.rounds=5"])
+    assert "atoll resume mine-1" in caught.value.details["remedy"]
+    folder = find("mine-1")
     story = read_story(folder)
-    assert (len(story.rounds), story.ended.reason) == (3, "every reply was refused, 3 rounds in a row")
-    assert summarize(folder).state == "failed"
+    assert (len(story.rounds), story.ended, summarize(folder).state) == (3, None, "stopped")
+    (recipe.parent / "letters.py").write_text("def a(): return lambda said, right: [1.0] * len(said)\n")
+    atoll.resume("mine-1")
+    story = read_story(folder)
+    assert (len(story.rounds), len(story.replies), summarize(folder).state) == (5, 4, "finished")
+
+
+def test_a_reward_that_fails_costs_its_client_the_round(recipe: Path) -> None:
+    (recipe.parent / "letters.py").write_text("def a(): return lambda said, right: 1 / 0\n")
+    folder = atoll.run(recipe, ["finetune.rounds=1"])
+    story = read_story(folder)
+    assert (story.ended.reason, summarize(folder).state) == ("finished", "failed")
     assert all("the reward letters:a failed: ZeroDivisionError" in one.reason for one in story.missing)
     assert {one.client for one in story.missing} >= {"north", "south"}

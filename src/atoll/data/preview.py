@@ -70,7 +70,7 @@ class Preview:
     shown: tuple[tuple[Token, ...], ...]
     shown_media: tuple[tuple[str, ...], ...] = ()
     shown_choices: tuple[tuple[str, ...], ...] = ()
-    """Of each shown sample the other answers that its question allows: of a preference the rejected one."""
+    """Of each shown sample the answers that its own is preferred to, where answers are compared."""
     media: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -129,7 +129,7 @@ def preview(
             if len(shown) < show:
                 shown.append(tuple(_once(_tokens(encoded, start, stop, tokenizer))))
                 shown_media.append(tuple(_named(one, source.path.parent) for one in encoded.record.media))
-                shown_choices.append(_others(encoded.record))
+                shown_choices.append(_others(encoded.record) if objective in COMPARING else ())
     return Preview(
         path=str(path),
         files={str(file.relative_to(source.path.parent)): split or "" for file, split in source.files},

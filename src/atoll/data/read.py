@@ -381,8 +381,8 @@ def _content(form: Form, row: Row, place: str) -> Content:
             "formats are mixed",
             where=place,
             found=f"{found or 'no known format'} (columns {', '.join(map(str, row))})",
-            allowed=f"{form} as in the records before it",
-            remedy="put each format into a file of its own, or convert to one",
+            allowed=f"{form} as in the file's other records",
+            remedy="put each format into a file of its own, or convert to one" if found else _rename(row, place),
         )
     return _CHECKS[form](row, place)
 

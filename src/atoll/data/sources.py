@@ -193,12 +193,19 @@ class First(NamedTuple):
     """What was seen of a client's first records."""
 
     records: int
+    all: bool
+    """Whether it has no others."""
     unheard: int
     """Those with media that the model does not take."""
     modalities: tuple[str, ...]
     """Of these."""
     alone: int
-    """Those with one answer alone, where answers are compared."""
+    """Of the others those with one answer, where answers are compared."""
+
+    @property
+    def useless(self) -> bool:
+        """Whether none of them can be used."""
+        return self.unheard + self.alone == self.records
 
     def __str__(self) -> str:
         """What will be left out of them; empty for nothing."""
@@ -230,8 +237,8 @@ def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | N
             refuse_plain_text(record, labels)
             lacks = {medium.modality for medium in record.media} - set(MODALITIES if takes is None else takes)
             unheard, modalities = unheard + bool(lacks), modalities | lacks
-            alone += labels in COMPARING and not record.choices
-        return First(report.kept, unheard, tuple(sorted(modalities)), alone)
+            alone += labels in COMPARING and not record.choices and not lacks
+        return First(report.kept, report.read < FIRST, unheard, tuple(sorted(modalities)), alone)
 
     found = _each(sources, read)
     each = {name: found[one.source] for name, one in sources.items() if isinstance(one, ClientSource)}
@@ -243,14 +250,16 @@ def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | N
 
 def refuse_unusable(each: Mapping[str, First], told: Mapping[str, str], takes: Collection[str] | None) -> None:
     """Raises AtollError where none of anybody's first records can be used."""
+    if not all(one.useless for one in each.values()):
+        return
     found = one_a_line(f"{name}: {why}" for name, why in told.items())
-    if all(one.unheard == one.records for one in each.values()):
+    if any(one.unheard for one in each.values()):
         raise AtollError(
             "the model takes nobody's records", where="model", found=found,
             allowed=", ".join(["text", *(takes or ())]),
             remedy="`model: {use: assembled, ...}` is one that sees and hears; `atoll init --data FOLDER` writes it",
         )  # fmt: skip
-    if all(one.alone == one.records for one in each.values()):
+    if all(one.all for one in each.values()):  # later ones may have more
         raise AtollError(
             "nobody's records have answers to compare", where="finetune.objective", found=found,
             allowed="prompt, chosen and rejected; or messages, or prompt and completion, with choices",

@@ -13,7 +13,7 @@ from typing import Any
 def serve(name: str) -> None:
     """A line of [number, completions, answers] in; a line of [number, rewards], or of the kind of error, out.
 
-    Asked about null, it makes the reward and says null; of an error it then tells the text, too, which knows no data.
+    Asked about null, it makes the reward and says null; of an error it then tells the text, too.
 
     Whatever the reward and those whom it starts read and print has nothing to do with it: the two ends are moved away.
     """
@@ -24,7 +24,8 @@ def serve(name: str) -> None:
     for line in asked:
         number, completions, answers = json.loads(line)
         try:
-            reward = reward or made(name)
+            if reward is None:
+                reward = made(name)
             found: Any = None if completions is None else [plain(one) for one in reward(completions, answers)]
         except Exception as error:
             if completions is not None:

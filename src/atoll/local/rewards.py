@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from atoll.errors import AtollError, closest
@@ -94,10 +93,18 @@ class OwnReward:
             raise WorkFailed(f"the reward {self.name} failed: {said}")
         return checked(said, len(completions), self.name)
 
-    def make(self) -> None:
-        """Has the process make the reward, and asks it nothing. Raises WorkFailed."""
-        if said := self._said(None, None):
-            raise WorkFailed(f"the reward {self.name} cannot be made: {said}")
+    def refuse_unmade(self) -> None:
+        """Has the process make the reward, and asks it nothing. Raises AtollError, which quotes what went wrong as found."""
+        try:
+            why = self._said(None, None)
+        except WorkFailed as error:
+            why = str(error)
+        if why:
+            raise AtollError(
+                f"the reward {self.name} cannot be made", where="finetune.objective.reward", found=why,
+                allowed="module:factory, of a module in the current folder or an installed package; the factory takes no "
+                "arguments, and gives a function (completions, answers) -> numbers",
+            )  # fmt: skip
 
     def _said(self, completions: list[str] | None, answers: list[str] | None) -> Any:
         """The process' answer. Raises WorkFailed where it gives none."""
@@ -172,26 +179,9 @@ def checked(found: Any, count: int, name: str) -> list[float]:
     return [float(one) for one in found]
 
 
-@cache
-def refuse_unmade(name: str, seconds: float, folder: str) -> None:
-    """Raises AtollError for a reward of the user's own that cannot be made in this folder. Each is tried once."""
-    reward = OwnReward(name, seconds)
-    try:
-        reward.make()
-    except WorkFailed as error:
-        raise AtollError(
-            str(error), where="finetune.objective.reward", found=name,
-            allowed="module:factory, of a module in the current folder or an installed package; the factory takes no "
-            "arguments, and gives a function (completions, answers) -> numbers",
-        ) from None  # fmt: skip
-    finally:
-        reward.close()
-
-
 def reward_of(name: str, seconds: float) -> Reward:
     """A shipped reward by its name, or the user's own. Raises AtollError for one that there is not."""
     if ":" in name:
-        refuse_unmade(name, seconds, os.getcwd())
         return OwnReward(name, seconds)
     if name not in SHIPPED:
         raise AtollError(

@@ -263,7 +263,7 @@ STAGES_NOTE = "Accuracy by site, and on public tasks (dashed), of every model th
 
 
 def _faults_section(story: Story) -> list[str]:
-    lines = ["- **nothing was learned: no update was ever accepted**"] if story.fruitless else []
+    lines = ["- **nothing was learned: every round came to nothing**"] if story.fruitless else []
     lines += [f"- {one.client}: no usable data ({one.report.splitlines()[0]})" for one in story.left_out]
     lines += [f"- {records_in_words(one)}" for one in story.records]
     lines += [

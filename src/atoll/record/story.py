@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from atoll.errors import AtollError
 from atoll.record.events import (
+    EVERYBODY,
     ClientLeftOut,
     Evaluated,
     Missing,
@@ -52,8 +53,9 @@ class Story:
 
     @property
     def fruitless(self) -> bool:
-        """Whether rounds were run, and every reply was lost: it has not learned, whatever its tables say."""
-        return bool(self.rounds and self.missing and not self.replies)
+        """Whether rounds were run, and each came to nothing: it has not learned, whatever its tables say."""
+        abandoned = {one.round for one in self.missing if one.client == EVERYBODY}
+        return bool(self.rounds and self.missing) and {one.round for one in self.replies} <= abandoned
 
     @property
     def bytes_up(self) -> int:
@@ -75,20 +77,20 @@ def refuse_fruitless(folder: RunFolder, story: Story) -> None:
     """Raises AtollError for a run that has learned nothing, with the reason."""
     if not story.fruitless:
         return
-    refused = [one for one in story.missing if one.refused]
-    first = (refused or [*story.missing])[0]
-    remedy = (
-        "a lower learning rate: --set finetune.optimizer.lr=..."
-        if "loss is" in first.reason
-        else f"`atoll show {folder.name}` tells every reply's fate"
-    )
-    count = f"{len(refused)} replies refused" if refused else f"{len(story.missing)} replies dropped"
+    abandoned = bool(story.replies)
+    lost = [one for one in story.missing if (one.client == EVERYBODY) == abandoned] or [*story.missing]
+    refused = [one for one in lost if one.refused]
+    first, count = (refused or lost)[0], len(refused or lost)
+    what = "every round was abandoned" if abandoned else "no update was ever accepted"
+    unit = "rounds" if abandoned else "replies refused" if refused else "replies dropped"
+    whose = "" if first.client == EVERYBODY else f" {first.client}'s"
+    slower = "loss is" in first.reason and (folder.is_stage or not story.before)
+    section = folder.path.name if folder.is_stage else "finetune"
     raise AtollError(
-        "nothing was learned: no update was ever accepted",
-        where=str(folder.path),
-        found=f"{count}, the first {first.client}'s: {first.reason}",
-        remedy=remedy,
-    )
+        f"nothing was learned: {what}", where=str(folder.path), found=f"{count} {unit}, the first{whose}: {first.reason}",
+        remedy=f"a lower learning rate: --set {section}.optimizer.lr=..." if slower
+        else f"`atoll show {folder.name}` tells every reply's fate",
+    )  # fmt: skip
 
 
 def read_story(folder: RunFolder) -> Story | None:

@@ -29,7 +29,7 @@ class Summary:
     name: str
     path: str
     state: str
-    """running, finished, failed (it ended, and no update was ever accepted), stopped (it can go on), empty (it ended before
+    """running, finished, failed (it ended, and every round came to nothing), stopped (it can go on), empty (it ended before
     its first event), or damaged (its record is)."""
     round: int
     rounds: int
@@ -117,7 +117,8 @@ def _seconds(story: Story) -> float:
 
 def need_story(folder: RunFolder) -> Story:
     """The run's story, which must have begun."""
-    story = read_story(folder) or next((one for stage in folder.stages() if (one := read_story(stage))), None)
+    begun = [one for stage in folder.stages() if (one := read_story(stage))]
+    story = read_story(folder) or next(reversed(begun), None)
     if story is None:
         raise AtollError(
             "the run has not begun: it has no events yet",
