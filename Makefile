@@ -26,7 +26,7 @@ demo-network: $(READY)
 	$(BIN)/python examples/network.py
 
 test: $(READY) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2  # models so small that a second thread only waits
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal  # models so small that a second thread only waits
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks docs examples experiments
