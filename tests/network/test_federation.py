@@ -134,7 +134,16 @@ def test_nothing_of_the_keys_is_in_logs_records_or_what_left(federation):
 def test_nothing_is_written_but_in_the_folders_that_were_named(federation):
     assert not list((federation.folder / "home").rglob("*"))
     left = {path.name for path in federation.folder.iterdir() if path.suffix not in (".log", ".yaml")}
-    assert left == {"cache", "certs", "data", "home", "runs", "state", "stranger"}
+    assert left <= {
+        "cache",
+        "certs",
+        "data",
+        "home",
+        "runs",
+        "state",
+        "stranger",
+    }  # which of them: by what was run before
+    assert {"certs", "data", "state"} <= left
 
 
 def test_without_tls_it_stays_on_this_machine(bare, tmp_path):
