@@ -12,12 +12,11 @@ Owner: the maintainers of src/atoll/local. Expires with the first release.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seeds import Cells, asked_for, carry_on, code, done, markdown, name_of, over_seeds
+from seeds import Cells, asked_for, brought, code, every, markdown, name_of, over_seeds
 
 from atoll.record.measured import ACCURACY, REWARD_ACCURACY, Measure, accuracy_table
 from atoll.record.story import Story
@@ -29,9 +28,9 @@ MEASURES = (REWARD_ACCURACY, ACCURACY)
 ALL_PAIRS = "evaluate.final_samples=500"
 
 
-def variants(seed: int, settings: Sequence[str]) -> dict[str, list[str]]:
+def variants(settings: Sequence[str]) -> dict[str, list[str]]:
     """The runs of a seed, by what its federated model is called."""
-    common = [ALL_PAIRS, *settings, f"seed={seed}"]
+    common = [ALL_PAIRS, *settings]
     return {FEDERATED: common, PERSONAL: [*common, "align.personal=[lora_A]", "baselines=[]"]}
 
 
@@ -51,12 +50,7 @@ def kept(seed: int, settings: Sequence[str], end: float) -> dict[str, Any] | Non
     file = RESULTS / f"{name_of(RECIPE, seed, settings)}.json"
     if file.exists():
         return dict(json.loads(file.read_text()))
-    stories = {}
-    for model, asked in variants(seed, settings).items():
-        name = name_of(RECIPE, seed, asked)
-        if done(name) is None and time.monotonic() < end:
-            carry_on(RECIPE, name, asked, (end - time.monotonic()) / 60)
-        stories[model] = done(name)
+    stories = {model: brought(RECIPE, seed, asked, end) for model, asked in variants(settings).items()}
     plain, personal = stories[FEDERATED], stories[PERSONAL]
     if plain is None or personal is None:
         return None
@@ -84,10 +78,7 @@ def claims(found: Cells) -> list[str]:
 def main() -> None:
     """Runs what is missing, then prints the tables."""
     chosen = asked_for(__doc__).parse_args()
-    end = time.monotonic() + 60 * chosen.minutes
-    found = [one for seed in chosen.seeds if (one := kept(seed, chosen.settings, end))]
-    if not found:
-        raise SystemExit("no run is finished yet: call it again")
+    found = every(chosen, kept)
     print(f"over {len(found)} seeds, of the code at {', '.join(sorted({one['commit'] for one in found}))}")
     for measure in MEASURES:
         table = over_seeds([one[measure.value] for one in found])

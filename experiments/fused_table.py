@@ -13,11 +13,10 @@ Owner: the maintainers of src/atoll/aggregate. Expires with the first release.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from seeds import Cells, asked_for, carry_on, code, done, markdown, name_of, over_seeds
+from seeds import Cells, asked_for, brought, code, every, markdown, name_of, over_seeds
 
 from atoll.record.events import Evaluated
 from atoll.record.measured import LOSS, REWARD_ACCURACY, Cell, Measure, numbers
@@ -59,13 +58,7 @@ def kept(seed: int, settings: Sequence[str], end: float) -> Cells | None:
     """What a seed's runs came to; None while they are not finished."""
     file = RESULTS / f"{name_of(RECIPE, seed, settings)}.json"
     if not file.exists():
-        stories = {}
-        for measure, objective in OBJECTIVES.items():
-            asked = [objective, *settings, f"seed={seed}"]
-            name = name_of(RECIPE, seed, asked)
-            if done(name) is None and time.monotonic() < end:
-                carry_on(RECIPE, name, asked, (end - time.monotonic()) / 60)
-            stories[measure] = done(name)
+        stories = {one: brought(RECIPE, seed, [objective, *settings], end) for one, objective in OBJECTIVES.items()}
         by_dpo, by_loss = stories[REWARD_ACCURACY], stories[LOSS]
         if by_dpo is None or by_loss is None:
             return None
@@ -85,10 +78,7 @@ def claim(found: Cells, measure: Measure, made: str) -> str:
 def main() -> None:
     """Runs what is missing, then prints the table."""
     chosen = asked_for(__doc__).parse_args()
-    end = time.monotonic() + 60 * chosen.minutes
-    found = [one for seed in chosen.seeds if (one := kept(seed, chosen.settings, end))]
-    if not found:
-        raise SystemExit("no run is finished yet: call it again")
+    found = every(chosen, kept)
     over = over_seeds(found)
     print("\n".join(markdown(f"{len(found)} seeds", over)))
     print(f"\n{claim(over, LOSS, TUNED)}\n{claim(over, REWARD_ACCURACY, ALIGNED)}")

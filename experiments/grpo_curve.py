@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from seeds import asked_for, carry_on, code, done, name_of, together
+from seeds import asked_for, carry_on, code, done, every, name_of, together
 
 from atoll.data.answers import ends_of
 from atoll.data.prepared_arithmetic import arithmetic_sites
@@ -95,10 +95,7 @@ def kept(seed: int, settings: Sequence[str], end: float) -> Curve | None:
 def main() -> None:
     """Runs what is missing, then prints the curve."""
     chosen = asked_for(__doc__).parse_args()
-    end = time.monotonic() + 60 * chosen.minutes
-    found = [one for seed in chosen.seeds if (one := kept(seed, chosen.settings, end))]
-    if not found:
-        raise SystemExit("no run is finished yet: call it again")
+    found = every(chosen, kept)
     rounds, sites = list(found[0]), list(next(iter(found[0].values())))
     means = {
         at: {site: together([one[at][site] for one in found]) for site in sites if site in found[0][at]}

@@ -13,8 +13,10 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from atoll.record.folder import RunFolder, root
 from atoll.record.measured import Cell
@@ -61,6 +63,27 @@ def carry_on(recipe: str, name: str, settings: Sequence[str], minutes: float) ->
         return
     if failed:
         raise SystemExit(f"{name} failed, with the reason above")
+
+
+def brought(recipe: str, seed: int, settings: Sequence[str], end: float) -> Story | None:
+    """A seed's run, begun or gone on with until the `end` (of time.monotonic); None while it is not finished."""
+    asked = [*settings, f"seed={seed}"]
+    name = name_of(recipe, seed, asked)
+    if done(name) is None and time.monotonic() < end:
+        carry_on(recipe, name, asked, (end - time.monotonic()) / 60)
+    return done(name)
+
+
+T = TypeVar("T")
+
+
+def every(chosen: argparse.Namespace, kept: Callable[[int, Sequence[str], float], T | None]) -> list[T]:
+    """What the seeds that were asked for came to, as far as they are finished; ends where none is."""
+    end = time.monotonic() + 60 * chosen.minutes
+    found = [one for seed in chosen.seeds if (one := kept(seed, chosen.settings, end))]
+    if not found:
+        raise SystemExit("no run is finished yet: call it again")
+    return found
 
 
 def code() -> str:

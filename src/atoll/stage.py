@@ -406,7 +406,7 @@ HOPELESS = 3
 def stop_if_hopeless(at: Stage, state: State, refused: Sequence[Refused]) -> None:
     """Raises AtollError where all who may be asked were refused again and again, and nobody is at work; it can go on."""
     times = Counter(one.client for one in refused)
-    if state.in_flight or any(times[client] < HOPELESS for client in at.ready.trainers):
+    if not refused or state.in_flight or any(times[client] < HOPELESS for client in at.ready.trainers):
         return
     name = at.outer.name
     raise AtollError(
