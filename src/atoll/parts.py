@@ -257,8 +257,14 @@ def check(factory: Callable[..., Any], part: Spec, where: str, named: bool = Tru
 
 
 def no_such_argument(use: str, name: str, where: str, known: Collection[str]) -> AtollError:
-    """Of a part that takes `known` ones."""
+    """Of a part that takes `known` ones.
+
+    >>> no_such_argument("dpo", "use:grpo", "align.objective", ["beta"]).details["remedy"]
+    "'use: grpo', with a space after the colon"
+    """
     remedy = closest(name, known) if known else "leave it out"
+    if ":" in name:
+        remedy = f"'{name.replace(':', ': ', 1)}', with a space after the colon"
     return AtollError(f"'{use}' has no such argument", where=where, found=name, remedy=remedy)
 
 

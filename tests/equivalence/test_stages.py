@@ -16,6 +16,7 @@ from atoll.cli import call
 from atoll.commands.compared import settings
 from atoll.data.prepared_tasks import task
 from atoll.data.read import Source
+from atoll.data.sources import FIRST
 from atoll.errors import AtollError, Interrupted
 from atoll.exchange import Refused
 from atoll.models.tiny import tiny
@@ -272,7 +273,8 @@ def test_what_is_wrong_in_a_stage_is_told_with_its_section(
 ) -> None:
     (recipe.parent / "chats").mkdir()
     for site in ("north", "south"):
-        (recipe.parent / "chats" / f"{site}.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
+        chat = '{"prompt": "What is 1?", "completion": "It is 1."}\n'
+        (recipe.parent / "chats" / f"{site}.jsonl").write_text(chat * (FIRST + 1))
     with pytest.raises(AtollError, match=what) as caught:
         plan(recipe, [one.replace("{chats}", str(recipe.parent / "chats")) for one in settings])
     assert where in caught.value.details["where"]
@@ -313,6 +315,19 @@ def test_a_run_stops_where_everybody_was_refused_again_and_again_and_nobody_is_a
     stop_if_hopeless(at, idle, [*each[:5], each[0]])
     with pytest.raises(AtollError, match="refused 3 times"):
         stop_if_hopeless(at, idle, each)
+
+
+def test_answers_to_compare_may_come_late_in_a_file(recipe: Path) -> None:
+    for site in ("north", "south"):
+        rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(FIRST + 1)]
+        rows[-1]["choices"] = [rows[-1]["completion"], "No."]
+        (recipe.parent / "data" / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(check_data(plan(recipe))) == 2
+    for site in ("north", "south"):
+        path = recipe.parent / "data" / f"{site}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(AtollError, match="nobody's records have answers to compare"):
+        plan(recipe)
 
 
 def test_the_next_stage_does_not_begin_with_nothing_learned(recipe: Path) -> None:

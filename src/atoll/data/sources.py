@@ -194,7 +194,7 @@ class First(NamedTuple):
 
     records: int
     all: bool
-    """Whether it has no others."""
+    """Whether later ones cannot be used either: looked at only where none of the first can."""
     unheard: int
     """Those with media that the model does not take."""
     modalities: tuple[str, ...]
@@ -238,7 +238,8 @@ def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | N
             lacks = {medium.modality for medium in record.media} - set(MODALITIES if takes is None else takes)
             unheard, modalities = unheard + bool(lacks), modalities | lacks
             alone += labels in COMPARING and not record.choices and not lacks
-        return First(report.kept, report.read < FIRST, unheard, tuple(sorted(modalities)), alone)
+        none = alone == report.kept and not any(one.choices for one in records(source, Report()))
+        return First(report.kept, none, unheard, tuple(sorted(modalities)), alone)
 
     found = _each(sources, read)
     each = {name: found[one.source] for name, one in sources.items() if isinstance(one, ClientSource)}
@@ -259,7 +260,7 @@ def refuse_unusable(each: Mapping[str, First], told: Mapping[str, str], takes: C
             allowed=", ".join(["text", *(takes or ())]),
             remedy="`model: {use: assembled, ...}` is one that sees and hears; `atoll init --data FOLDER` writes it",
         )  # fmt: skip
-    if all(one.all for one in each.values()):  # later ones may have more
+    if all(one.all for one in each.values()):
         raise AtollError(
             "nobody's records have answers to compare", where="finetune.objective", found=found,
             allowed="prompt, chosen and rejected; or messages, or prompt and completion, with choices",
