@@ -25,8 +25,10 @@ quickstart: $(READY)
 demo-network: $(READY)
 	$(BIN)/python examples/network.py
 
+# A file's tests stay together and in order, for a federation's build on each other; models are so small that a second thread
+# only waits.
 test: $(READY) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal  # models so small that a second thread only waits
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks docs examples experiments
