@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -107,8 +107,20 @@ def check_data(plan: Plan) -> list[str]:
     reward = getattr(plan.objective, "reward", None)
     if isinstance(reward, OwnReward) and not isinstance(plan.fleet, Elsewhere):
         reward.refuse_unmade()
-    unfit = sources.check(plan.sources, labels_of(plan), takes(plan))
-    return [f"{name} has {what}: they are left out" for name, what in unfit.items()]
+    owners: dict[str, list[str]] = {}  # simulated clients are dealt the records of one source, and lack the same
+    for name, what in sources.check(plan.sources, labels_of(plan), takes(plan)).items():
+        owners.setdefault(what, []).append(name)
+    return [f"{first_few(names)}: {what}: they are left out" for what, names in owners.items()]
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Names that a line has room for.
+
+    >>> first_few(["a", "b"]), first_few(["a", "b", "c", "d", "e"])
+    ('a, b', 'a, b, c and 2 more')
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def takes(plan: Plan) -> Collection[str] | None:

@@ -280,12 +280,13 @@ def test_what_is_wrong_in_a_stage_is_told_with_its_section(
     assert where in caught.value.details["where"]
 
 
-def test_a_client_without_answers_to_compare_is_warned_of(recipe: Path) -> None:
+def test_clients_without_answers_to_compare_are_warned_of_together(recipe: Path) -> None:
     with (recipe.parent / "data" / "north.jsonl").open("a") as file:
         file.write('{"prompt": "What is 1?", "chosen": "It is 1.", "rejected": ""}\n')
-    (recipe.parent / "data" / "west.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
+    for site in ("east", "west"):
+        (recipe.parent / "data" / f"{site}.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
     assert check_data(plan(recipe)) == [
-        "west has no answer to compare with in 1 of its first 1 records: they are left out"
+        "east, west: no answer to compare with in 1 of the first 1 records: they are left out"
     ]
 
 
@@ -322,7 +323,7 @@ def test_answers_to_compare_may_come_late_in_a_file(recipe: Path) -> None:
         rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(FIRST + 1)]
         rows[-1]["choices"] = [rows[-1]["completion"], "No."]
         (recipe.parent / "data" / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(check_data(plan(recipe))) == 2
+    assert len(check_data(plan(recipe))) == 1
     for site in ("north", "south"):
         path = recipe.parent / "data" / f"{site}.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))

@@ -212,7 +212,7 @@ class First(NamedTuple):
         media = f"{' and '.join(self.modalities)}, which the model does not take, in {self.unheard}"
         alone = f"no answer to compare with in {self.alone}"
         found = [what for what, count in ((media, self.unheard), (alone, self.alone)) if count]
-        return f"{', and '.join(found)} of its first {self.records} records" if found else ""
+        return f"{', and '.join(found)} of the first {self.records} records" if found else ""
 
 
 def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | None) -> dict[str, str]:
