@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -29,6 +29,8 @@ PartAsWritten = str | dict[str, Any]
 Count = Annotated[int, Ge(1)]
 POOLED = "pooled"
 """The client of a pooled run: it holds everybody's samples."""
+LOCAL = "local-"
+"""Before the client's name in that of its baseline."""
 
 NAME = r"^\w[\w.-]{0,99}$"
 """A run's name becomes a folder's: no separator, and nothing that a shell or a listing passes over."""
@@ -135,6 +137,37 @@ BASE = "base"
 """In a stage's `from`: the model before any stage."""
 
 
+class Origin(NamedTuple):
+    """What `from` or `judge` names, whose result is begun with or asked: another run, or a stage before this one."""
+
+    run: str
+    """By its name or path; empty for a stage."""
+    stage: str
+
+    @property
+    def name(self) -> str:
+        """Without where it lies, which is nobody's business."""
+        return self.stage or self.run.rpartition("/")[2]
+
+    @property
+    def written(self) -> str:
+        """As a run's tree has it."""
+        return STAGE + self.stage if self.stage else self.run
+
+    def __str__(self) -> str:
+        return f"the stage {self.stage}" if self.stage else self.name
+
+
+def origin(written: str) -> Origin:
+    """A name as a run's tree has it.
+
+    >>> str(origin("stage:finetune")), str(origin("/home/ann/runs/align-1"))
+    ('the stage finetune', 'align-1')
+    """
+    is_stage = written.startswith(STAGE)
+    return Origin("" if is_stage else written, written.removeprefix(STAGE) if is_stage else "")
+
+
 class Evaluate(Section):
     """Held-out loss at the clients, and public tasks."""
 
@@ -208,9 +241,24 @@ class Recipe(Section):
         return self.evaluate.tasks if EVALUATE in self.stages else []
 
     @property
-    def starts(self) -> list[str]:
+    def starts(self) -> list[Origin]:
         """All runs or stages with whose results it begins."""
-        return [self.start] if isinstance(self.start, str) else self.start or []
+        return list(map(origin, [self.start] if isinstance(self.start, str) else self.start or []))
+
+    @property
+    def judged_by(self) -> Origin | None:
+        """The run or stage whose choices it learns."""
+        return origin(self.judge) if self.judge else None
+
+    @property
+    def stands_on(self) -> list[Origin]:
+        """All runs and stages without which it would be another run."""
+        return [*self.starts, *([self.judged_by] if self.judged_by else [])]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether it begins with several results."""
+        return isinstance(self.start, list)
 
 
 Tree = dict[str, Any]
@@ -508,7 +556,7 @@ def refuse_idle_section(tree: Tree, found: Recipe) -> None:
             "public tasks are asked in a stage of their own", where="evaluate", found=f"stages: {found.stages}",
             remedy=f"stages: [{', '.join([*found.stages, EVALUATE])}]",
         )  # fmt: skip
-    used = {*found.stages, *(["fuse"] if isinstance(found.start, list) else [])}
+    used = {*found.stages, *(["fuse"] if found.fuses else [])}
     for stage in STAGES:
         if stage in tree and stage not in {"finetune", *used}:
             raise AtollError(
@@ -531,7 +579,7 @@ def refuse_unknown_starts(found: Recipe) -> None:
                     "no such stage before this one", where=f"{stage}.{key}", found=odd, allowed=", ".join(allowed),
                     remedy=closest(odd, allowed),
                 )  # fmt: skip
-        if stage == "fuse" and (isinstance(said, str) or (not known and not isinstance(found.start, list))):
+        if stage == "fuse" and (isinstance(said, str) or (not known and not found.fuses)):
             raise AtollError(
                 "there are no results to fuse", where="fuse.from", found=said or "nothing before it",
                 allowed="several stages before it", remedy="stages: [finetune, align, fuse], or from: [RUN, RUN]",

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from atoll import recipe
-from atoll.assemble import Assembly, again, assemble
-from atoll.build import Plan, build
+from atoll.assemble import Assembly, again
+from atoll.build import Plan
 from atoll.cache import Say, content_hash, quiet, write_file
 from atoll.data.sources import digest
 from atoll.errors import AtollError
+from atoll.handover import starting_from
 from atoll.keys import rng
 from atoll.local.work import Report, unwatched
 from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, root
 from atoll.record.story import read_story
-from atoll.run import write_recipe
+from atoll.run import planned, prepared, without, write_recipe
 from atoll.stage import run_stage
 
 Settings = Mapping[str, Any]
@@ -48,7 +49,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Tried:
     """What became of a trial. Losses are held out: the mean over clients, and the worst client's."""
 
     method: str
@@ -168,7 +169,7 @@ def sweep(
     sinks: Sequence[Sink] = (),
     say: Say = quiet,
     report: Report = unwatched,
-) -> tuple[Path, list[Outcome]]:
+) -> tuple[Path, list[Tried]]:
     """Runs every trial that has not finished yet. Returns the sweep's folder and its outcomes, the best first.
 
     Raises:
@@ -182,7 +183,7 @@ def sweep(
     name = content_hash(*(plan.hash for _, plan in chosen), json.dumps(held, sort_keys=True))[:8]
     folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{name}"
     warm: dict[str, Assembly] = {}
-    outcomes: list[Outcome] = []
+    outcomes: list[Tried] = []
     for number, (trial, plan) in enumerate(chosen, 1):
         inner = RunFolder(folder / trial.name)
         say(f"trial {number} of {len(chosen)}: {trial.method} {json.dumps(trial.settings)}")
@@ -201,8 +202,7 @@ def plan_of(name_or_path: str, trial: Trial) -> Plan:
             "a sweep tunes one stage", where="stages", found=", ".join(stages), allowed="one",
             remedy="a copy of the recipe with `stages: [align]`, and `from` a run that was fine-tuned",
         )  # fmt: skip
-    (tree,) = stages.values()
-    return build(recipe.validate(tree, f"{name_or_path} with {trial.method}"), tree)
+    return planned(starting_from(recipe.validate(tree, f"{name_or_path} with {trial.method}"), tree))
 
 
 def run_trial(
@@ -215,15 +215,15 @@ def run_trial(
             return
         write_recipe(folder, plan)
         work = plan.recipe.finetune
-        kind = json.dumps(
-            [plan.recipe.model, plan.recipe.data, repr(plan.space), work.objective, work.context, plan.recipe.seed],
-            sort_keys=True,
-        )
+        of_tree = [plan.tree.get(key) for key in ("model", "data", "judge", "seed")]
+        kind = json.dumps([*of_tree, repr(plan.space), work.objective, work.context], sort_keys=True)
         if kind not in warm:
             warm.clear()  # one model in memory at a time
-            warm[kind] = assemble(plan, say, report)
-        refuse_nothing_held_out(warm[kind])
-        run_stage(plan, again(warm[kind], plan), folder, folder, sinks)
+            _, warm[kind] = prepared(plan, folder, say, report)
+        things = warm[kind]
+        refuse_nothing_held_out(things)
+        ready = without(plan, things.left_out)
+        run_stage(ready, again(things, ready), folder, folder, sinks)
 
 
 def refuse_nothing_held_out(things: Assembly) -> None:
@@ -235,13 +235,13 @@ def refuse_nothing_held_out(things: Assembly) -> None:
         )  # fmt: skip
 
 
-def outcome(trial: Trial, folder: RunFolder) -> Outcome:
+def outcome(trial: Trial, folder: RunFolder) -> Tried:
     """What the record says of a finished trial."""
     story = read_story(folder)
     assert story is not None
     assert story.ended is not None
     last = story.final or story.evaluations[-1]
-    return Outcome(
+    return Tried(
         method=trial.method,
         settings=trial.settings,
         loss=last.mean,
@@ -253,11 +253,11 @@ def outcome(trial: Trial, folder: RunFolder) -> Outcome:
     )
 
 
-def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def ranked(outcomes: Sequence[Tried]) -> list[Tried]:
     """The lowest mean loss first; what is not a number last."""
     return sorted(outcomes, key=lambda one: (math.isnan(one.loss), one.loss))
 
 
-def save(folder: Path, outcomes: Sequence[Outcome]) -> None:
+def save(folder: Path, outcomes: Sequence[Tried]) -> None:
     """sweep.json: all outcomes so far, the best first."""
     write_file(folder / "sweep.json", json.dumps([asdict(one) for one in ranked(outcomes)], indent=1).encode())

@@ -20,6 +20,7 @@ from atoll.data.sources import FIRST
 from atoll.errors import AtollError, Interrupted
 from atoll.exchange import Refused
 from atoll.models.tiny import tiny
+from atoll.outcome import outcome
 from atoll.params import equal
 from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded, RunStarted
@@ -29,7 +30,7 @@ from atoll.record.plots import accuracies
 from atoll.record.story import read_story
 from atoll.record.tasks import read_scores
 from atoll.record.views import details, summarize
-from atoll.result import load_result, own_params, tuned_params
+from atoll.result import load_result
 from atoll.run import plan, plan_again
 from atoll.stage import stop_if_hopeless
 from atoll.stream import UPDATE
@@ -129,12 +130,12 @@ def test_what_is_personal_in_a_later_stage_begins_with_what_all_shared(recipe: P
     assert all(one["reward_accuracy"] == 0.5 for one in story.base.clients.values())
     before = read_story(folder.stage("finetune")).final
     assert [one["accuracy"] for one in story.base.clients.values()] == [o["accuracy"] for o in before.clients.values()]
-    own = [own_params(folder, name) for name in ("north", "south")]
+    own = [outcome(folder).own(name) for name in ("north", "south")]
     assert all(".lora_A." in name for name in own[0])
     assert not equal(*own)
     drift = [max(float((one[name] - begun[name]).abs().max()) for name in one) for one in own]
     assert 0 < max(drift) < 0.2, "three rounds from what fine-tuning came to, not from anywhere else"
-    kept = tuned_params(folder)[0]
+    kept = outcome(folder).params
     assert equal({name: x for name, x in kept.items() if ".lora_A." in name}, {n: begun[n] for n in own[0]})
 
 

@@ -57,6 +57,7 @@ def data(
     say(f"loading the tokenizer of {named}")
     from atoll.data.preview import preview, render
     from atoll.errors import placed
+    from atoll.local.work import needs_of
     from atoll.models.load import load_senses, load_tokenizer
     from atoll.parts import make
 
@@ -65,7 +66,7 @@ def data(
         whose, of_recipe = model_of(named)
         context = context or (of_recipe.context if of_recipe else CONTEXT)
         if wanted is None and of_recipe:
-            wanted = getattr(make("objective", of_recipe.objective, "finetune.objective"), "labels", None)
+            wanted = needs_of(make("objective", of_recipe.objective, "finetune.objective")).labels
         tokenizer, senses = load_tokenizer(whose, say), load_senses(whose, say)
     seen = preview(path, tokenizer, context, samples, wanted, senses, say)
     if as_json:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -303,6 +303,20 @@ def _encode(
         labeled = np.ones(len(ids), bool) if objective == "causal_lm" else _in_spans(offsets, spans)
         ids, labeled = _close(ids, labeled, tokenizer.eos_token_id) if closed else (ids, labeled)
         yield Encoded(np.asarray(ids, np.int32), labeled, record)
+
+
+def prompting(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Sample]:
+    """A question -> its tokens up to where the answer begins, as those of a prompt that is trained on."""
+    chat, templated = ChatFormat(tokenizer), bool(tokenizer.chat_template)
+
+    def prompt(question: str) -> Sample:
+        text = chat.render([{"role": "user", "content": question}], prompt=True) if templated else question
+        tokens: Any = tokenizer(text, add_special_tokens=not templated)
+        ids = tokens["input_ids"]
+        ids = ids[:-1] if not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        return Sample(np.array(ids, np.int32), np.full(len(ids), IGNORE, np.int32))
+
+    return prompt
 
 
 def _written(

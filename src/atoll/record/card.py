@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atoll.recipe import HARNESS
+from atoll.recipe import HARNESS, origin
 from atoll.record.events import RecordsLeftOut
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
@@ -139,7 +139,7 @@ def named(references: Any) -> str:
     'finetune, align-1'
     """
     each = references if isinstance(references, list) else [references] if references else []
-    return ", ".join(one.rpartition("/")[2].removeprefix("stage:") for one in each)
+    return ", ".join(origin(one).name for one in each)
 
 
 def in_words(value: Any) -> str:

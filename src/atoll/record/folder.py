@@ -125,7 +125,9 @@ class RunFolder:
 
         A copy that was cut off counts for nothing.
         """
-        shutil.copytree(other.adapter, self.adapter, dirs_exist_ok=True)
+        for folder in (other.adapter, other.clients):
+            if folder.exists():
+                shutil.copytree(folder, self.path / folder.name, dirs_exist_ok=True)
         for file in (other.record, other.ledger, other.checkpoint):
             if file.exists():
                 partial = self.path / f"{file.name}.partial"
@@ -134,7 +136,12 @@ class RunFolder:
 
     def client(self, name: str) -> Path:
         """A client's state. Names come from data: quoted, none leaves the folder and no two share a file."""
-        return self.path / "clients" / f"{quote(name, safe='')}.safetensors"
+        return self.clients / f"{quote(name, safe='')}.safetensors"
+
+    @property
+    def clients(self) -> Path:
+        """Client state, a file each."""
+        return self.path / "clients"
 
     def baseline(self, name: str) -> RunFolder:
         """The run of a baseline."""
