@@ -480,12 +480,14 @@ def parse(text: str, where: str) -> Any:
 
 
 def apply(tree: Tree, setting: str) -> Tree:
-    """`finetune.rounds=10` -> the tree with that value. The path's end may be new, or an argument of a part."""
+    """`finetune.rounds=10` -> the tree with that value. The path's end may be new, or an argument of a part.
+
+    Paths that begin with `./` or `../` are read from the current folder: a run may go on from elsewhere.
+    """
     path, equals, text = setting.partition("=")
     if not equals or not path.strip():
         raise AtollError("not a setting", found=setting, allowed="path.to.key=value", remedy="--set finetune.rounds=10")
-    value = parse(text, f"--set {path}")
-    return put(tree, path, rooted(value, Path()) if HARNESS in text else value)  # a run may go on from elsewhere
+    return put(tree, path, rooted(parse(text, f"--set {path}"), Path()))
 
 
 def put(tree: Tree, path: str, value: Any) -> Tree:

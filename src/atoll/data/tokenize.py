@@ -42,6 +42,7 @@ VERSION = 11
 TOO_LONG = "longer than the context"
 TOO_SHORT = "a single token"
 NO_OTHER_ANSWER = "no other answer to prefer its own to"
+TOO_MANY_ANSWERS = "more answers than there are letters to show them under"
 HIDDEN_ANSWER = "an answer that cannot be told from the rest in what the chat template writes"
 
 MISPLACED = "places for pictures or sounds among its words that are not its media's"
@@ -176,7 +177,7 @@ def encode(
         )
     chat = ChatFormat(tokenizer)
     if objective == "selector":
-        found = (lettered(one) for one in found)
+        found = (lettered(one) for one in found if enough_letters(one, report))
     for batch in _batches(placed for one in found if (placed := _with_places(one, senses, report))):
         written = [
             (record, *text) for record in batch if (text := _written(record, tokenizer, chat, objective, report))
@@ -205,9 +206,16 @@ COMPARING: tuple[Labels, ...] = ("preference", "selector")
 LETTERS = string.ascii_uppercase
 
 
+def enough_letters(record: Record, report: Report) -> bool:
+    """Whether each of a record's choices can have a letter of its own; counted in `report` if not."""
+    if len(record.choices) > len(LETTERS):
+        report.leave_out(TOO_MANY_ANSWERS, record.place)
+    return len(record.choices) <= len(LETTERS)
+
+
 def lettered(record: Record) -> Record:
     """The record as a question which of its answers is the best, shown under letters in the order of their hashes."""
-    if not (2 <= len(record.choices) <= len(LETTERS) and len(record.messages) > 1):
+    if len(record.choices) < 2 or len(record.messages) < 2:
         return record._replace(choices=())
     *before, asked, answer = record.messages
     shown = shown_answers(record)
