@@ -1,6 +1,6 @@
 """The card: what a finished run says of itself, in Markdown with plots.
 
-Reads the record, what tests of leakage found, and nothing else.
+Reads the record, what public tasks said, what tests of leakage found, and nothing else.
 """
 
 from __future__ import annotations
