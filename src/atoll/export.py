@@ -26,7 +26,7 @@ from atoll.errors import AtollError
 from atoll.models.assembled import Assembled, assembled
 from atoll.models.presets import PRESETS, no_progress_bars
 from atoll.models.spaces import LoRA, split
-from atoll.outcome import Outcome, outcome
+from atoll.outcome import Outcome, outcome, space_of
 from atoll.params import Params, equal
 from atoll.record.card import human_bytes, markdown_table, privacy_section
 from atoll.record.folder import RunFolder
@@ -93,7 +93,7 @@ def export_merged(folder: RunFolder, out: Path, say: Say = quiet, client: str | 
 def adapted(folder: RunFolder) -> LoRA:
     """A run's space. Raises AtollError where that is no adapter's."""
     written, _ = recipe.read(str(folder.recipe))
-    space = parts.make("space", written.finetune.space, "finetune.space")
+    space = space_of(written)
     if not isinstance(space, LoRA):
         raise AtollError(
             "the run trained no adapter", where=folder.name, found=f"space {parts.spec(written.finetune.space, '')}",
@@ -163,8 +163,14 @@ def check(path: Path, expected: Params, space: LoRA, personal: Sequence[str]) ->
 
 
 def hub_id(model: str) -> str:
-    """Where others find the base model: a preset's original on the hub, else the name itself."""
-    return PRESETS[model].hub_id if model in PRESETS else model
+    """Where others find the base model: a preset's original on the hub, else the name itself, without its commit."""
+    return PRESETS[model].hub_id if model in PRESETS else model.removesuffix(f"@{commit_of(model)}")
+
+
+def commit_of(model: str) -> str:
+    """The commit or tag by which a model of a hub is named; empty for others."""
+    found = re.fullmatch(r"\w[\w.-]*/[\w.-]+@(\w[\w.-]*)", model)
+    return found[1] if found else ""
 
 
 def bases(model: str | Assembled) -> list[str]:
@@ -181,8 +187,9 @@ def point_to_base(config: Path, base: str | Assembled) -> None:
     One that was put together has none: the card says how it is made.
     """
     written = json.loads(config.read_text(encoding="utf-8"))
-    name = hub_id(base) if isinstance(base, str) else None
-    config.write_text(json.dumps(written | {"base_model_name_or_path": name}, indent=2), encoding="utf-8")
+    name, commit = (hub_id(base), commit_of(base) or None) if isinstance(base, str) else (None, None)
+    named = {"base_model_name_or_path": name, "revision": commit}
+    config.write_text(json.dumps(written | named, indent=2), encoding="utf-8")
 
 
 def loads(written: recipe.Recipe) -> list[str]:
@@ -197,10 +204,11 @@ def loads(written: recipe.Recipe) -> list[str]:
         ]  # fmt: skip
     if name.startswith("tiny:"):
         return ["from atoll.models.load import load_model", "", f'base, tokenizer = load_model("{name}")']
+    pinned = f', revision="{commit}"' if (commit := commit_of(name)) else ""
     return [
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{hub_id(name)}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{hub_id(name)}"{pinned})',
     ]
 
 

@@ -23,7 +23,10 @@ from atoll.errors import AtollError, placed
 from atoll.estimate import counts, known_samples
 from atoll.fleet.inprocess import Elsewhere
 from atoll.local.judges import Judge
-from atoll.outcome import Outcome, Progress, base_of, outcome, place
+from atoll.models.presets import PRESETS
+from atoll.models.ref import resolve
+from atoll.models.spaces import draws
+from atoll.outcome import Outcome, Progress, base_of, outcome, place, space_of
 from atoll.params import Params
 from atoll.privacy.protection import entry, epsilon_of
 from atoll.recipe import Origin
@@ -51,6 +54,19 @@ def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> recipe.Tree:
         if written.judged_by:
             found["judge"] = located(written.judged_by)
     return {**tree, **found}
+
+
+def pinned(written: recipe.Recipe, tree: recipe.Tree) -> recipe.Tree:
+    """A recipe's tree with the commit of a model that a hub has: its `main` is another one some day."""
+    model = choose_model(written.model)
+    if model.own_factory or not isinstance(model.name, str):
+        return tree
+    with placed("model"):
+        ref = resolve(model.name)
+    if ref.kind != "hub" or ref.name in PRESETS or "@" in ref.name:
+        return tree
+    use = f"{ref.name}@{ref.revision}"
+    return {**tree, "model": {**tree["model"], "use": use} if isinstance(tree["model"], dict) else use}
 
 
 def located(one: Origin) -> str:
@@ -116,12 +132,12 @@ def refuse_learning(came: Outcome, key: str) -> None:
 
 def refuse_start(ready: Plan, theirs: Giver) -> None:
     """What is begun with must be of the same model and space, and of the same seed where that draws what does not travel."""
-    model, space = choose_model(theirs.recipe.model), made_space(theirs.recipe)
+    model, space = choose_model(theirs.recipe.model), space_of(theirs.recipe)
     same: dict[str, tuple[object, object]] = {
         "model": (model.name, ready.model.name),
         "finetune.space": (space, ready.space),
     }
-    if space.draws:
+    if draws(space):
         same["seed"] = (theirs.recipe.seed, ready.recipe.seed)
     for key, (found, mine) in same.items():
         if found != mine:
@@ -130,11 +146,6 @@ def refuse_start(ready: Plan, theirs: Giver) -> None:
                 f"the run has another {what}", where="from", found=f"{theirs.name}: {said(theirs.recipe, key)}",
                 allowed=said(ready.recipe, key), remedy=f"use the {key} of that run",
             )  # fmt: skip
-
-
-def made_space(written: recipe.Recipe) -> Any:
-    """In which a recipe trains."""
-    return parts.make("space", written.finetune.space, "finetune.space")
 
 
 def said(written: recipe.Recipe, key: str) -> str:
@@ -223,6 +234,7 @@ def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
     if not given:
         return things.start
     for one in given:
+        refuse_learning(one, "from")
         refuse_unlike(one, things.start, base(ready))
     results = [{name: x.to(things.start[name].device) for name, x in one.params.items()} for one in given]
     if not ready.recipe.fuses:
@@ -234,7 +246,12 @@ def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
 
 def base(ready: Plan) -> str:
     """What a plan's params are laid on, by content."""
-    return base_of(ready.shapes.identity if ready.shapes else "", ready.space, ready.recipe.seed)
+    return base_of(identity(ready), ready.space, ready.recipe.seed)
+
+
+def identity(ready: Plan) -> str:
+    """The model's; empty for one of the user's own factory."""
+    return ready.shapes.identity if ready.shapes else ""
 
 
 def refuse_unlike(given: Outcome, mine: Params, base: str) -> None:
@@ -260,11 +277,10 @@ def refuse_another_start(given: list[Outcome], mine: str) -> None:
 
 def before_first(ready: Plan, things: Assembly, start: Params) -> Progress:
     """What decides the result of a stage, and nothing done."""
-    identity = ready.shapes.identity if ready.shapes else ""
     return Progress(
         ready.hash,
         things.digests,
-        start=content_hash(identity, content(start)),
+        start=content_hash(identity(ready), content(start)),
         base=base(ready),
         beside={"fleet": str(parts.spec(ready.recipe.fleet, "fleet")), "code": code(), **versions()},
     )

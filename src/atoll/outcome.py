@@ -15,7 +15,7 @@ from atoll.cache import content_hash
 from atoll.client import FileStore
 from atoll.errors import AtollError, closest
 from atoll.local.work import PERSONAL
-from atoll.models.spaces import Space
+from atoll.models.spaces import Space, draws
 from atoll.params import Params, under
 from atoll.record.checkpoint import load_state, read_head
 from atoll.record.folder import RunFolder, find
@@ -62,8 +62,7 @@ class Outcome:
     @property
     def space(self) -> Space:
         """In which it trained."""
-        space: Space = parts.make("space", self.recipe.finetune.space, "finetune.space")
-        return space
+        return space_of(self.recipe)
 
     @property
     def is_learning(self) -> bool:
@@ -76,7 +75,7 @@ class Outcome:
         story = read_story(self.folder)
         if story is None or story.ended:
             return ""
-        state = "running" if self.folder.is_running() else "stopped"
+        state = "running" if self.folder.outermost.is_running() else "stopped"
         return f"after round {self.rounds} of {story.started.rounds}, {state}"
 
     def own(self, client: str) -> Params:
@@ -101,7 +100,22 @@ def place(one: recipe.Origin, inside: RunFolder) -> RunFolder:
 
 def base_of(identity: str, space: Space, seed: int) -> str:
     """What params are laid on, by content: the model's `identity`, and what the space draws by `seed` and keeps."""
-    return content_hash(identity, str(seed) if space.draws else "")
+    return content_hash(identity, str(seed) if draws(space) else "")
+
+
+def space_of(written: recipe.Recipe) -> Space:
+    """In which a recipe trains."""
+    space: Space = parts.make("space", written.finetune.space, "finetune.space")
+    return space
+
+
+def refuse_other_base(progress: Progress, base: str, where: str, model: object) -> None:
+    """Raises AtollError where the model is no longer what params were trained on: its folder holds something else."""
+    if progress.base != base:
+        raise AtollError(
+            "the model has changed since the run began", where=where, found=parts.spec(model, "model").use,
+            allowed="what it was then", remedy="put its files back, or train again",
+        )  # fmt: skip
 
 
 def outcome(folder: RunFolder) -> Outcome:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Len
@@ -146,8 +146,12 @@ class Origin(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Without where it lies, which is nobody's business."""
-        return self.stage or self.run.rpartition("/")[2]
+        """Without where it lies, which is nobody's business: `align-1`, or `align-1/finetune` for a stage of it."""
+        path = PurePath(self.run)
+        if self.stage or not path.is_absolute():
+            return self.stage or self.run
+        inside = path.parent.name in ("stages", "baselines")
+        return f"{path.parts[-3]}/{path.name}" if inside else path.name
 
     @property
     def written(self) -> str:
@@ -161,8 +165,8 @@ class Origin(NamedTuple):
 def origin(written: str) -> Origin:
     """A name as a run's tree has it.
 
-    >>> str(origin("stage:finetune")), str(origin("/home/ann/runs/align-1"))
-    ('the stage finetune', 'align-1')
+    >>> str(origin("stage:finetune")), str(origin("/home/ann/runs/align-1")), origin("/runs/align-1/stages/finetune").name
+    ('the stage finetune', 'align-1', 'align-1/finetune')
     """
     is_stage = written.startswith(STAGE)
     return Origin("" if is_stage else written, written.removeprefix(STAGE) if is_stage else "")
@@ -480,20 +484,20 @@ def parse(text: str, where: str) -> Any:
 
 
 def apply(tree: Tree, setting: str) -> Tree:
-    """`finetune.rounds=10` -> the tree with that value. The path's end may be new, or an argument of a part.
-
-    Paths that begin with `./` or `../` are read from the current folder: a run may go on from elsewhere.
-    """
+    """`finetune.rounds=10` -> the tree with that value. The path's end may be new, or an argument of a part."""
     path, equals, text = setting.partition("=")
     if not equals or not path.strip():
         raise AtollError("not a setting", found=setting, allowed="path.to.key=value", remedy="--set finetune.rounds=10")
-    return put(tree, path, rooted(parse(text, f"--set {path}"), Path()))
+    return put(tree, path, parse(text, f"--set {path}"))
 
 
 def put(tree: Tree, path: str, value: Any) -> Tree:
-    """The tree with `value` at the dotted `path`. An argument for a part that the tree leaves out is its default's."""
+    """The tree with `value` at the dotted `path`. An argument for a part that the tree leaves out is its default's.
+
+    Paths that begin with `./` or `../` are read from the current folder: a run may go on from elsewhere.
+    """
     keys = path.strip().split(".")
-    return _under_default(tree, keys, nest(keys, value))
+    return _under_default(tree, keys, nest(keys, rooted(value, Path())))
 
 
 def nest(keys: Sequence[str], value: Any) -> Any:

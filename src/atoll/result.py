@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from atoll import parts
 from atoll.build import choose_model
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
 from atoll.keys import key
 from atoll.models.shapes import shapes
 from atoll.models.spaces import Space, read, write
-from atoll.outcome import Outcome, base_of, outcome
+from atoll.outcome import Outcome, base_of, outcome, refuse_other_base
 from atoll.params import Params
 from atoll.record.folder import RunFolder
 
@@ -52,16 +51,6 @@ def processor_of(model: Any, tokenizer: Any) -> MultimodalProcessor | None:
     return MultimodalProcessor(tokenizer, inner.config) if isinstance(inner, MultimodalModel) else None
 
 
-def refuse_other_base(found: Outcome, identity: str) -> None:
-    """Raises AtollError where the model is no longer what the params were trained on: its folder holds something else."""
-    if base_of(identity, found.space, found.recipe.seed) != found.progress.base:
-        raise AtollError(
-            "the model has changed since the run began", where=f"{found.folder.name}: model",
-            found=parts.spec(found.recipe.model, "model").use, allowed="what the folder held then",
-            remedy="put its files back, or train again",
-        )  # fmt: skip
-
-
 def load_result(folder: RunFolder, say: Say = quiet, client: str | None = None) -> Result:
     """Loads the run's model, prepared in the run's space, with the tuned params in it; of a client, with its own parts.
 
@@ -80,11 +69,12 @@ def load_result(folder: RunFolder, say: Say = quiet, client: str | None = None) 
     from atoll.models.load import load_model
 
     say(f"loading {choice.name}")
-    refuse_other_base(found, shapes(choice.name).identity)
+    base = base_of(shapes(choice.name).identity, found.space, written.seed)
+    refuse_other_base(found.progress, base, f"{folder.name}: model", written.model)
     model, tokenizer = load_model(choice.name, **choice.options, say=say)
     space = found.space
     prepared = space.prepare(model, key(written.seed, "init"))
-    base = {name: x.clone() for name, x in read(space, prepared).items()}
-    result = Result(prepared.eval(), tokenizer, space, found, base, tuned, processor_of(model, tokenizer))
+    before = {name: x.clone() for name, x in read(space, prepared).items()}
+    result = Result(prepared.eval(), tokenizer, space, found, before, tuned, processor_of(model, tokenizer))
     result.use(base=False)
     return result

@@ -22,7 +22,7 @@ from atoll.build import Plan, baseline_names, build
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
 from atoll.estimate import remember_speed
-from atoll.handover import done_before, refuse_handover, starting_from
+from atoll.handover import done_before, pinned, refuse_handover, starting_from
 from atoll.judged import judged
 from atoll.local.work import Report, unwatched
 from atoll.models.presets import no_progress_bars
@@ -46,14 +46,15 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
     2
     """
     with recipe.blamed(str(name_or_path), settings), quiet_libraries():
-        return planned(starting_from(*recipe.read(name_or_path, settings)))
+        written, tree = recipe.read(name_or_path, settings)
+        return planned(pinned(written, starting_from(written, tree)))
 
 
 def planned(tree: recipe.Tree) -> Plan:
     """The plan of a merged tree: each of its stages is checked beside those before it."""
     ready: dict[str, Plan] = {}
     for stage, one in recipe.staged(tree).items():
-        with told_of(stage, tree):
+        with told_of(stage, {key for key in ("from", "judge") if one.get(key) == tree.get(key)}):
             found = build(recipe.validate(one), one)
             refuse_handover(found, ready)
             check_data(found)
@@ -62,15 +63,15 @@ def planned(tree: recipe.Tree) -> Plan:
 
 
 @contextmanager
-def told_of(stage: str, tree: recipe.Tree) -> Iterator[None]:
-    """A mistake in a stage's settings is told with its section, or at the top of the tree, where it stands there."""
+def told_of(stage: str, shared: Collection[str]) -> Iterator[None]:
+    """A mistake in a stage's settings is told with its section, but for keys whose values the whole recipe has `shared`."""
     try:
         yield
     except AtollError as error:
         where = error.details["where"]
         if where.partition(".")[0] == "finetune":
             error.details["where"] = stage + where.removeprefix("finetune")
-        elif where in ("from", "judge") and stage != "finetune" and where not in tree:
+        elif where in ("from", "judge") and stage != "finetune" and where not in shared:
             error.details["where"] = f"{stage}.{where}"
         error.details["remedy"] = error.details["remedy"].replace("--set finetune.", f"--set {stage}.")
         raise

@@ -13,9 +13,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
-from atoll import parts, recipe
+from safetensors.torch import load_file
+
+from atoll import parts
 from atoll.assemble import Assembly, Rebuild, clients
 from atoll.build import Plan, baseline_names, samples
+from atoll.cache import replace_tensors
 from atoll.data.read import Report
 from atoll.data.sources import one_a_line
 from atoll.errors import AtollError, Interrupted
@@ -23,9 +26,9 @@ from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdict
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
-from atoll.handover import before_first, start_of, versions
+from atoll.handover import base, before_first, start_of, versions
 from atoll.models.spaces import split
-from atoll.outcome import Progress
+from atoll.outcome import Progress, refuse_other_base
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
@@ -124,6 +127,7 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
                 "the recipe has changed since the run began", where=str(folder.recipe), found=f"plan {ready.hash}",
                 allowed=f"plan {progress.plan}", remedy="start a new run; `from:` lets it go on from this one's result",
             )  # fmt: skip
+        refuse_other_base(progress, base(ready), str(folder.path), ready.recipe.model)
         now = things.digests
         if isinstance(ready.fleet, Elsewhere):  # sites come and go: those that are here shall hold what they held
             now = {**progress.data, **{name: held for name, held in now.items() if name in progress.data}}
@@ -132,12 +136,9 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
         if accounted(ready):
             refuse_short_ledger(state.round, folder)
         return state, progress
-    start = start_of(ready, things, folder)
-    progress = before_first(ready, things, start)
-    if folder.is_baseline:
-        refuse_moved_start(progress, folder.outermost)
+    start = kept_start(ready, things, folder)
     travels, _ = split(start, ready.recipe.finetune.personal)
-    return initial(ready.rounds, travels, fixed=sent_along(ready, start)), progress
+    return initial(ready.rounds, travels, fixed=sent_along(ready, start)), before_first(ready, things, start)
 
 
 def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
@@ -145,13 +146,15 @@ def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
     return {REFERENCE: start} if ready.sends_start else {}
 
 
-def refuse_moved_start(mine: Progress, run: RunFolder) -> None:
-    """A baseline begins with what its run began with: that may have learned on since."""
-    if read_head(run.checkpoint).extra["start"] != mine.start:
-        raise AtollError(
-            "what the run began with is no longer what it was, so its baselines cannot be compared", where=str(run.path),
-            found=", ".join(map(str, recipe.read(run.recipe)[0].starts)), remedy="run again, `from` a run that is at rest",
-        )  # fmt: skip
+def kept_start(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
+    """All that trains, before the first round: of a baseline what its run began with, whatever became of that since."""
+    run = folder.outermost if folder.is_baseline else folder
+    if run.start.exists():
+        return {name: x.to(things.start[name].device) for name, x in load_file(run.start).items()}
+    start = start_of(ready, things, folder)
+    if ready.recipe.starts and ready.recipe.baselines:
+        replace_tensors(run.start, start, {})
+    return start
 
 
 def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folder: RunFolder) -> None:

@@ -170,7 +170,7 @@ def sweep(
     say: Say = quiet,
     report: Report = unwatched,
 ) -> tuple[Path, list[Tried]]:
-    """Runs every trial that has not finished yet. Returns the sweep's folder and its outcomes, the best first.
+    """Runs every trial that has not finished yet. Returns the sweep's folder and what became of the trials, the best first.
 
     Raises:
         AtollError: a trial cannot be planned; this is found before the first one runs.
@@ -183,14 +183,14 @@ def sweep(
     name = content_hash(*(plan.hash for _, plan in chosen), json.dumps(held, sort_keys=True))[:8]
     folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{name}"
     warm: dict[str, Assembly] = {}
-    outcomes: list[Tried] = []
+    found: list[Tried] = []
     for number, (trial, plan) in enumerate(chosen, 1):
         inner = RunFolder(folder / trial.name)
         say(f"trial {number} of {len(chosen)}: {trial.method} {json.dumps(trial.settings)}")
         run_trial(plan, inner, warm, sinks, say, report)
-        outcomes.append(outcome(trial, inner))
-        save(folder, outcomes)
-    return folder, ranked(outcomes)
+        found.append(tried(trial, inner))
+        save(folder, found)
+    return folder, ranked(found)
 
 
 def plan_of(name_or_path: str, trial: Trial) -> Plan:
@@ -215,15 +215,15 @@ def run_trial(
             return
         write_recipe(folder, plan)
         work = plan.recipe.finetune
-        of_tree = [plan.tree.get(key) for key in ("model", "data", "judge", "seed")]
+        of_tree = [plan.tree.get(key) for key in ("model", "data", "seed")]
         kind = json.dumps([*of_tree, repr(plan.space), work.objective, work.context], sort_keys=True)
-        if kind not in warm:
+        if plan.recipe.judge or kind not in warm:  # a judge's choices are the trial's own, and lie in its folder
             warm.clear()  # one model in memory at a time
-            _, warm[kind] = prepared(plan, folder, say, report)
-        things = warm[kind]
-        refuse_nothing_held_out(things)
-        ready = without(plan, things.left_out)
-        run_stage(ready, again(things, ready), folder, folder, sinks)
+            ready, warm[kind] = prepared(plan, folder, say, report)
+        else:
+            ready = without(plan, warm[kind].left_out)
+        refuse_nothing_held_out(warm[kind])
+        run_stage(ready, again(warm[kind], ready), folder, folder, sinks)
 
 
 def refuse_nothing_held_out(things: Assembly) -> None:
@@ -235,7 +235,7 @@ def refuse_nothing_held_out(things: Assembly) -> None:
         )  # fmt: skip
 
 
-def outcome(trial: Trial, folder: RunFolder) -> Tried:
+def tried(trial: Trial, folder: RunFolder) -> Tried:
     """What the record says of a finished trial."""
     story = read_story(folder)
     assert story is not None
@@ -253,11 +253,11 @@ def outcome(trial: Trial, folder: RunFolder) -> Tried:
     )
 
 
-def ranked(outcomes: Sequence[Tried]) -> list[Tried]:
+def ranked(each: Sequence[Tried]) -> list[Tried]:
     """The lowest mean loss first; what is not a number last."""
-    return sorted(outcomes, key=lambda one: (math.isnan(one.loss), one.loss))
+    return sorted(each, key=lambda one: (math.isnan(one.loss), one.loss))
 
 
-def save(folder: Path, outcomes: Sequence[Tried]) -> None:
-    """sweep.json: all outcomes so far, the best first."""
-    write_file(folder / "sweep.json", json.dumps([asdict(one) for one in ranked(outcomes)], indent=1).encode())
+def save(folder: Path, each: Sequence[Tried]) -> None:
+    """sweep.json: what became of the trials so far, the best first."""
+    write_file(folder / "sweep.json", json.dumps([asdict(one) for one in ranked(each)], indent=1).encode())

@@ -26,6 +26,7 @@ from atoll.data.read import Report, records
 from atoll.data.sources import ClientSource
 from atoll.data.tokenize import prepare, prompting
 from atoll.errors import AtollError
+from atoll.exchange import WorkFailed
 from atoll.harness import Ask, by_harness
 from atoll.local.language import sft
 from atoll.local.rollouts import Sampling, completed
@@ -67,7 +68,7 @@ def evaluate_tasks(
     if not names:
         raise AtollError("no task is named", where=where, allowed=", ".join(TASKS), remedy="boolq,openbookqa")
     refuse_unasked(names, where)
-    result, seen = load_result(folder, say), trained_on(folder)
+    result, seen = load_result(folder, say), trained_on(folder, say)
     found = []
     for name in names:
         measured = scores(result, models(folder, result), name, most, seen, say)
@@ -86,16 +87,18 @@ def models(folder: RunFolder, result: Result) -> dict[str, Params]:
     return {"base": result.base, **between, TUNED: {**result.base, **result.tuned}}
 
 
-def trained_on(folder: RunFolder) -> set[str]:
+def trained_on(folder: RunFolder, say: Say = quiet) -> set[str]:
     """What the run, its stages and the runs it stands on were asked in training: public sets are trained on, too."""
     found: set[str] = set()
     for one in beneath(folder):
-        with suppress(AtollError):  # its data are elsewhere, or no longer what they were
+        try:
             sources = sources_of(recipe.read(str(one.recipe))[0])
             here = {source.source for source in sources.values() if isinstance(source, ClientSource)}
-            each = (record for source in here for record in records(source, Report()) if record.split == "train")
-            for record in each:
-                found |= {message["content"] for message in record.messages if message.get("role") == "user"}
+            for record in (record for source in here for record in records(source, Report())):
+                if record.split == "train":
+                    found |= {message["content"] for message in record.messages if message.get("role") == "user"}
+        except AtollError as error:  # elsewhere, or no longer what they were
+            say(f"{one.name}: what it was trained on cannot be read, and may be among the questions ({error.what})")
     return found
 
 
@@ -108,8 +111,9 @@ def beneath(folder: RunFolder) -> list[RunFolder]:
             continue
         found.append(one)
         open_ += one.earlier()
-        with suppress(AtollError):  # a run that is gone
-            open_ += [place(other, one) for other in recipe.read(str(one.recipe))[0].stands_on]
+        for other in recipe.read(str(one.recipe))[0].stands_on:
+            with suppress(AtollError):  # a run that is gone
+                open_.append(place(other, one))
     return found
 
 
@@ -125,10 +129,14 @@ def scores(
     for model, params in each.items():
         write(result.space, result.model, params)
         say(f"{name}, {model}")
-        found += [
-            Score(name, measure, model, *mean, result.outcome.rounds, most)
-            for measure, mean in of(Counting(say, f"{name}, {model}", most))
-        ]
+        try:
+            told = [*of(Counting(say, f"{name}, {model}", most))]
+        except WorkFailed as error:
+            raise AtollError(
+                "the model cannot answer", where=f"{result.outcome.folder.name}: {name}", found=f"{model}: {error}",
+                remedy="a smaller rate, and finetune.clip_norm, keep a model from diverging",
+            ) from error  # fmt: skip
+        found += [Score(name, measure, model, *mean, result.outcome.rounds, most) for measure, mean in told]
     result.use(base=False)
     return found
 

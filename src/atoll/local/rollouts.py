@@ -101,7 +101,7 @@ def alone(model: nn.Module, prompt: Sample, how: Sampling) -> NDArray[np.int32]:
 def drawn(logits: Tensor, temperature: float) -> Tensor:
     """A token of each row of `logits` [rows, V]: long [rows]. Raises WorkFailed where there is nothing to choose by."""
     if not (logits < torch.inf).all():
-        raise WorkFailed("the loss is not a number: the model's logits are none")
+        raise WorkFailed("the loss is not a number, and neither are the model's logits")
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1)[:, 0]

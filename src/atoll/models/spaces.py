@@ -55,6 +55,11 @@ class Space(Protocol):
         ...
 
 
+def draws(space: Space) -> bool:
+    """Whether a space draws what stays as it is; one of the user's own that does not say does not."""
+    return getattr(space, "draws", False)
+
+
 def read(space: Space, model: nn.Module) -> Params:
     """The values of the coordinates. They are the model's own tensors: clone what must outlive the next `write`."""
     return {name: parameter.detach() for name, parameter in space.trainable(model).items()}

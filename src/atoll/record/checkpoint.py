@@ -22,7 +22,7 @@ from atoll.exchange import Broadcast, Task
 from atoll.params import Params, nested, under
 from atoll.round import State
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) -> None:
