@@ -129,6 +129,11 @@ class Fuse(Staged):
 
 STAGES: dict[str, type[Finetune]] = {"finetune": Finetune, "align": Align, "fuse": Fuse}
 """What a run may do one after the other, each with a section of the recipe; after them, `evaluate`."""
+BESIDE = sorted(
+    {field.alias or name for one in STAGES.values() for name, field in one.model_fields.items()}
+    - Finetune.model_fields.keys()
+)
+"""What a stage's section says of the stage, and not of its rounds."""
 StageName = Literal["finetune", "align", "fuse", "evaluate"]
 EVALUATE = "evaluate"
 HARNESS = "lm-eval:"
@@ -373,7 +378,7 @@ def staged(tree: Tree) -> dict[str, Tree]:
     found: dict[str, Tree] = {}
     for at, name in enumerate(names):
         section = section_of(tree, name)
-        beside = {key: section.pop(key, None) for key in ("from", "data", "by", "judge")}
+        beside = {key: section.pop(key, None) for key in BESIDE}
         one = {**common, **({"finetune": section} if section or "finetune" in tree else {})}
         if begins := begins_with(beside["from"], names[:at], all_of_them=name == "fuse"):
             one["from"] = begins
