@@ -33,8 +33,8 @@ from atoll.models.features import Features, features_of
 from atoll.models.spaces import read, split, write
 from atoll.params import Params
 from atoll.privacy.party import Memory
-from atoll.recipe import POOLED, Tree, validate
 from atoll.record.folder import RunFolder
+from atoll.schema import POOLED, Tree, validate
 
 MayLeave = Callable[[Mapping[str, float]], Mapping[str, float]]
 """The metrics that a client's owner lets out."""

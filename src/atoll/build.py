@@ -54,9 +54,9 @@ from atoll.privacy.masks import SecureAggregation
 from atoll.privacy.mechanisms import Cohorts, OfClients, in_a_ring, protect
 from atoll.privacy.party import Memory
 from atoll.privacy.protection import Mechanism, Protection, Samples
-from atoll.recipe import LOCAL, POOLED, Finetune, Recipe, Tree
 from atoll.round import RoundPlan
 from atoll.schedule import Sample, Schedule, cohort_sizes
+from atoll.schema import LOCAL, POOLED, Finetune, Recipe, Tree
 from atoll.stream import Stream
 from atoll.transforms.chain import Chain
 

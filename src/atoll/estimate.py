@@ -25,8 +25,8 @@ from atoll.data.sources import ClientSource, planted_in
 from atoll.models.spaces import PlannedShapes, frozen
 from atoll.params import numel
 from atoll.privacy.hidden import Hidden
-from atoll.recipe import Recipe
 from atoll.record.story import Story
+from atoll.schema import Recipe
 from atoll.statement import statement
 from atoll.stream import Stream
 from atoll.transforms.chain import Chain

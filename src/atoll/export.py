@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from atoll import parts, recipe
+from atoll import parts, recipe, schema
 from atoll.build import choose_model
 from atoll.cache import Say, quiet
 from atoll.data.answers import ChatFormat
@@ -192,7 +192,7 @@ def point_to_base(config: Path, base: str | Assembled) -> None:
     config.write_text(json.dumps(written | named, indent=2), encoding="utf-8")
 
 
-def loads(written: recipe.Recipe) -> list[str]:
+def loads(written: schema.Recipe) -> list[str]:
     """The lines of Python that load the base model. What Atoll makes or puts together lies nowhere else."""
     name = choose_model(written.model).name
     if isinstance(name, Assembled):
@@ -212,7 +212,7 @@ def loads(written: recipe.Recipe) -> list[str]:
     ]
 
 
-def spec_of(written: recipe.Recipe) -> dict[str, Any]:
+def spec_of(written: schema.Recipe) -> dict[str, Any]:
     """What a recipe says of its model beside its kind."""
     return dict(parts.spec(written.model, "model").arguments)
 
@@ -226,7 +226,7 @@ class Use(NamedTuple):
     code: list[str]
 
 
-def adapter_use(written: recipe.Recipe) -> Use:
+def adapter_use(written: schema.Recipe) -> Use:
     """See `readme`."""
     code = [
         "from peft import PeftModel",
@@ -237,7 +237,7 @@ def adapter_use(written: recipe.Recipe) -> Use:
     return Use("peft", "[lora, federated]", "A LoRA adapter for", code)
 
 
-def merged_use(written: recipe.Recipe) -> Use:
+def merged_use(written: schema.Recipe) -> Use:
     """See `readme`."""
     ours = isinstance(choose_model(written.model).name, Assembled)
     code = [

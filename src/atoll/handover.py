@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atoll import parts, recipe
+from atoll import parts, schema
 from atoll.assemble import Assembly, takes
 from atoll.build import Plan, choose_model
 from atoll.cache import content_hash
@@ -29,9 +29,9 @@ from atoll.models.spaces import draws
 from atoll.outcome import Outcome, Progress, base_of, outcome, place, space_of
 from atoll.params import Params
 from atoll.privacy.protection import entry, epsilon_of
-from atoll.recipe import Origin
 from atoll.record.checkpoint import read_head
 from atoll.record.folder import CHECKPOINT, RunFolder, find, root
+from atoll.schema import Origin
 from atoll.wire import content
 
 Before = Mapping[str, Plan]
@@ -41,7 +41,7 @@ Before = Mapping[str, Plan]
 # With the plan.
 
 
-def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> recipe.Tree:
+def starting_from(written: schema.Recipe, tree: schema.Tree) -> schema.Tree:
     """A recipe's tree with the runs that it starts `from`, or has as judge, by their paths.
 
     `latest` is another one as soon as this run is there.
@@ -56,7 +56,7 @@ def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> recipe.Tree:
     return {**tree, **found}
 
 
-def pinned(written: recipe.Recipe, tree: recipe.Tree) -> recipe.Tree:
+def pinned(written: schema.Recipe, tree: schema.Tree) -> schema.Tree:
     """A recipe's tree with the commit of a model that a hub has: its `main` is another one some day."""
     model = choose_model(written.model)
     if model.own_factory or not isinstance(model.name, str):
@@ -90,7 +90,7 @@ class Giver(NamedTuple):
     """Whose result is handed over, as it is known with the plan."""
 
     name: str
-    recipe: recipe.Recipe
+    recipe: schema.Recipe
 
 
 def giver(one: Origin, key: str, before: Before) -> Giver:
@@ -148,7 +148,7 @@ def refuse_start(ready: Plan, theirs: Giver) -> None:
             )  # fmt: skip
 
 
-def said(written: recipe.Recipe, key: str) -> str:
+def said(written: schema.Recipe, key: str) -> str:
     """What a recipe says at a key, as people read it."""
     values = {"model": written.model, "finetune.space": written.finetune.space}
     return str(parts.spec(values[key], key)) if key in values else str(written.seed)

@@ -28,9 +28,9 @@ from atoll.errors import AtollError
 from atoll.local.judges import Judge
 from atoll.local.work import EVALUATION_BATCH
 from atoll.outcome import place
-from atoll.recipe import validate
 from atoll.record.folder import RunFolder
 from atoll.result import Result, load_result
+from atoll.schema import validate
 
 
 def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:

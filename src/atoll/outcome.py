@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from atoll import parts, recipe
+from atoll import parts, recipe, schema
 from atoll.cache import content_hash
 from atoll.client import FileStore
 from atoll.errors import AtollError, closest
@@ -48,7 +48,7 @@ class Outcome:
     """Of a run that has a checkpoint."""
 
     folder: RunFolder
-    recipe: recipe.Recipe
+    recipe: schema.Recipe
     rounds: int
     """That the params have behind them."""
     progress: Progress
@@ -93,7 +93,7 @@ class Outcome:
         return own
 
 
-def place(one: recipe.Origin, inside: RunFolder) -> RunFolder:
+def place(one: schema.Origin, inside: RunFolder) -> RunFolder:
     """The folder of another run, or of another stage of the run `inside` whose folder somebody asks."""
     return inside.outermost.stage(one.stage) if one.stage else find(one.run)
 
@@ -103,7 +103,7 @@ def base_of(identity: str, space: Space, seed: int) -> str:
     return content_hash(identity, str(seed) if draws(space) else "")
 
 
-def space_of(written: recipe.Recipe) -> Space:
+def space_of(written: schema.Recipe) -> Space:
     """In which a recipe trains."""
     space: Space = parts.make("space", written.finetune.space, "finetune.space")
     return space

@@ -24,7 +24,8 @@ from atoll import parts
 from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.privacy.mechanisms import LEAST_DELTA
-from atoll.recipe import Recipe, load
+from atoll.recipe import load
+from atoll.schema import Recipe
 
 NEEDED = frozenset({"seconds_in_steps", "samples"})
 """Metrics by which rounds are counted: none of what the data are like."""

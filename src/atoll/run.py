@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from atoll import parts, recipe
+from atoll import parts, recipe, schema
 from atoll.assemble import Assembly, again, assemble, check_data
 from atoll.build import Plan, baseline_names, build
 from atoll.cache import Say, quiet
@@ -28,12 +28,12 @@ from atoll.local.work import Report, unwatched
 from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
 from atoll.params import Params
-from atoll.recipe import LOCAL, POOLED
 from atoll.record.card import write_card
 from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, create, find
 from atoll.record.story import read_story, refuse_fruitless
 from atoll.record.tasks import not_asked
+from atoll.schema import LOCAL, POOLED
 from atoll.stage import run_stage
 from atoll.stream import REFERENCE, UPDATE
 from atoll.tasks import evaluate_tasks
@@ -50,12 +50,12 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
         return planned(pinned(written, starting_from(written, tree)))
 
 
-def planned(tree: recipe.Tree) -> Plan:
+def planned(tree: schema.Tree) -> Plan:
     """The plan of a merged tree: each of its stages is checked beside those before it."""
     ready: dict[str, Plan] = {}
     for stage, one in recipe.staged(tree).items():
         with told_of(stage, {key for key in ("from", "judge") if one.get(key) == tree.get(key)}):
-            found = build(recipe.validate(one), one)
+            found = build(schema.validate(one), one)
             refuse_handover(found, ready)
             check_data(found)
             ready[stage] = replace(found, before=dict(ready), whole=tree)
@@ -146,7 +146,7 @@ def write_recipe(folder: RunFolder, ready: Plan) -> None:
     write_tree(folder.recipe, ready.tree)
 
 
-def write_tree(path: Path, tree: recipe.Tree) -> None:
+def write_tree(path: Path, tree: schema.Tree) -> None:
     """As YAML."""
     from ruamel.yaml import YAML
 
@@ -254,7 +254,7 @@ def variant(ready: Plan, finetune: dict[str, Any]) -> Plan:
         "fleet": "inprocess",
     }
     left_out = set(parts.make("data", ready.recipe.data, "data")) - set(ready.sources)
-    return build(recipe.validate(tree, ready.recipe.name), tree, left_out)
+    return build(schema.validate(tree, ready.recipe.name), tree, left_out)
 
 
 def save_adapter(ready: Plan, things: Assembly, params: Params, folder: RunFolder) -> None:

@@ -32,7 +32,6 @@ from atoll.outcome import Progress, refuse_other_base
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
-from atoll.recipe import POOLED
 from atoll.record.checkpoint import load_state, read_head, save_state
 from atoll.record.events import (
     EVERYBODY,
@@ -51,6 +50,7 @@ from atoll.record.events import (
 )
 from atoll.record.folder import RunFolder
 from atoll.round import State, initial, run_round
+from atoll.schema import POOLED
 from atoll.statement import statement
 from atoll.stream import REFERENCE
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll import recipe
+from atoll import recipe, schema
 from atoll.assemble import Assembly, again
 from atoll.build import Plan
 from atoll.cache import Say, content_hash, quiet, write_file
@@ -152,7 +152,7 @@ def untried(grid: Grid, methods: Sequence[str], trials: Sequence[Trial]) -> dict
     return {key: left for key, values in keys.items() if (left := [one for one in values if one not in tried[key]])}
 
 
-def tree_of(name_or_path: str, trial: Trial) -> recipe.Tree:
+def tree_of(name_or_path: str, trial: Trial) -> schema.Tree:
     """The recipe with the trial's method laid over it, then the trial's settings; without baselines."""
     tree = recipe.with_method(recipe.resolve(name_or_path), trial.method)
     for path, value in trial.settings.items():
@@ -202,7 +202,7 @@ def plan_of(name_or_path: str, trial: Trial) -> Plan:
             "a sweep tunes one stage", where="stages", found=", ".join(stages), allowed="one",
             remedy="a copy of the recipe with `stages: [align]`, and `from` a run that was fine-tuned",
         )  # fmt: skip
-    return planned(starting_from(recipe.validate(tree, f"{name_or_path} with {trial.method}"), tree))
+    return planned(starting_from(schema.validate(tree, f"{name_or_path} with {trial.method}"), tree))
 
 
 def run_trial(

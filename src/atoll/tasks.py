@@ -36,12 +36,12 @@ from atoll.models.features import features_of, places
 from atoll.models.spaces import write
 from atoll.outcome import outcome, place
 from atoll.params import Params
-from atoll.recipe import HARNESS
 from atoll.record.card import write_card
 from atoll.record.folder import RunFolder
 from atoll.record.measured import after
 from atoll.record.tasks import TUNED, Mean, Score, write_scores
 from atoll.result import Result, load_result
+from atoll.schema import HARNESS
 
 CONTEXT = 1024
 """Tokens of a question with its longest choice; longer ones are left out and counted."""

@@ -11,7 +11,7 @@ import typer
 from atoll.commands.output import AsJson, say, show, show_json
 
 if TYPE_CHECKING:
-    from atoll.recipe import Finetune
+    from atoll.schema import Finetune
 
 
 def data(
@@ -84,13 +84,13 @@ CONTEXT = 512
 
 def model_of(name: str) -> tuple[Any, Finetune | None]:
     """A model by name; or that of a recipe, a file or a shipped one, with what its last stage says of training."""
-    from atoll import recipe
+    from atoll import recipe, schema
     from atoll.build import choose_model
 
     if name.endswith((".yaml", ".yml")) or f"runs/{name}" in recipe.shipped():
         _, tree = recipe.read(name)
         (*_, last) = recipe.staged(tree).values()
-        written = recipe.validate(last)
+        written = schema.validate(last)
         return choose_model(written.model).name, written.finetune
     return name, None
 

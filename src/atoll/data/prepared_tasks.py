@@ -33,7 +33,7 @@ from atoll.data.files import jsonl_rows
 from atoll.data.prepared import to_sample
 from atoll.data.read import Source
 from atoll.errors import AtollError, closest
-from atoll.recipe import HARNESS
+from atoll.schema import HARNESS
 
 VERSION = 1
 """Raise it when the same package gives other records."""

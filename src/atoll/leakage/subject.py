@@ -25,10 +25,10 @@ from atoll.local.work import EVALUATION_BATCH, draw
 from atoll.models.spaces import write
 from atoll.outcome import outcome
 from atoll.params import Params
-from atoll.recipe import POOLED, Recipe
 from atoll.record.events import EVERYBODY, Event, Missing, Replied, read_events
 from atoll.record.folder import RunFolder
 from atoll.run import plan_again, prepared, quiet_libraries
+from atoll.schema import POOLED, Recipe
 from atoll.stage import refuse_changed_data
 from atoll.stream import REFERENCE
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atoll.recipe import HARNESS, origin
 from atoll.record.events import RecordsLeftOut
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
@@ -19,6 +18,7 @@ from atoll.record.story import Story, read_story
 from atoll.record.tasks import Score, read_scores
 from atoll.record.tasks import columns as task_columns
 from atoll.record.tasks import rows as task_rows
+from atoll.schema import HARNESS, origin
 
 
 def write_card(folder: RunFolder) -> None:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from atoll import metrics as names
 from atoll.metrics import CHANCE, read_back, sums
-from atoll.recipe import LOCAL, POOLED, origin
 from atoll.record.events import EVERYBODY, Evaluated, RunStarted
 from atoll.record.story import Story
+from atoll.schema import LOCAL, POOLED, origin
 
 
 class Measure(NamedTuple):
