@@ -56,7 +56,7 @@ from atoll.privacy.party import Memory
 from atoll.privacy.protection import Mechanism, Protection, Samples
 from atoll.round import RoundPlan
 from atoll.schedule import Sample, Schedule, cohort_sizes
-from atoll.schema import LOCAL, POOLED, Finetune, Recipe, Tree
+from atoll.schema import LOCAL, POOLED, Finetune, Recipe, Tree, validate
 from atoll.stream import Stream
 from atoll.transforms.chain import Chain
 
@@ -218,6 +218,11 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
         trains=trains,
         warnings=(*warnings(recipe, made, everyone.size), *unwilling),
     )
+
+
+def rebuilt(plan: Plan, tree: Tree, left_out: Collection[str] = ()) -> Plan:
+    """The plan of another tree in the same place: after the same stages."""
+    return replace(build(validate(tree), tree, left_out), before=plan.before, whole=plan.whole)
 
 
 def travelling(planned: PlannedShapes, personal: Sequence[str], made: Made) -> PlannedShapes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll import parts
-from atoll.build import Plan
-from atoll.build import build as plan_of
+from atoll.build import Plan, rebuilt
 from atoll.cache import Counting, Say, content_hash, once
 from atoll.data.read import Record, Report, records
 from atoll.data.sources import ClientSource
@@ -30,7 +29,6 @@ from atoll.local.work import EVALUATION_BATCH
 from atoll.outcome import place
 from atoll.record.folder import RunFolder
 from atoll.result import Result, load_result
-from atoll.schema import validate
 
 
 def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:
@@ -51,7 +49,7 @@ def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:
     made = once(folder.judged, make).absolute()
     paths = {client: str(made / quoted(client)) for client in ready.sources}
     tree = {**ready.tree, "data": {"use": "clients", "paths": paths, "held_out": 0.0}}
-    return replace(plan_of(validate(tree), tree), before=ready.before, whole=ready.whole)
+    return rebuilt(ready, tree)
 
 
 @dataclass(frozen=True)

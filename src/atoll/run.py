@@ -18,7 +18,7 @@ from typing import Any
 
 from atoll import parts, recipe, schema
 from atoll.assemble import Assembly, again, assemble, check_data
-from atoll.build import Plan, baseline_names, build
+from atoll.build import Plan, baseline_names, build, rebuilt
 from atoll.cache import Say, quiet
 from atoll.errors import AtollError
 from atoll.estimate import remember_speed
@@ -204,13 +204,7 @@ def prepared(ready: Plan, folder: RunFolder, say: Say, report: Report = unwatche
     """A plan as it works: with a judge's choices in its data, its model and samples, without clients that have none."""
     ready = judged(ready, folder, say)
     things = assemble(ready, say, report)
-    return without(ready, things.left_out), things
-
-
-def without(ready: Plan, left_out: Collection[str]) -> Plan:
-    """The plan once it is known who has no usable data."""
-    found = build(ready.recipe, ready.tree, left_out)
-    return replace(found, before=ready.before, whole=ready.whole)
+    return rebuilt(ready, ready.tree, things.left_out), things
 
 
 def baselines(ready: Plan, things: Assembly, rounds: int) -> Iterator[tuple[str, Plan]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from atoll import recipe, schema
 from atoll.assemble import Assembly, again
-from atoll.build import Plan
+from atoll.build import Plan, rebuilt
 from atoll.cache import Say, content_hash, quiet, write_file
 from atoll.data.sources import digest
 from atoll.errors import AtollError
@@ -28,7 +28,7 @@ from atoll.local.work import Report, unwatched
 from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, root
 from atoll.record.story import read_story
-from atoll.run import planned, prepared, without, write_recipe
+from atoll.run import planned, prepared, write_recipe
 from atoll.stage import run_stage
 
 Settings = Mapping[str, Any]
@@ -221,7 +221,7 @@ def run_trial(
             warm.clear()  # one model in memory at a time
             ready, warm[kind] = prepared(plan, folder, say, report)
         else:
-            ready = without(plan, warm[kind].left_out)
+            ready = rebuilt(plan, plan.tree, warm[kind].left_out)
         refuse_nothing_held_out(warm[kind])
         run_stage(ready, again(warm[kind], ready), folder, folder, sinks)
 
