@@ -72,8 +72,8 @@ class Policy(BaseModel):
             f"{key} {name}; this site allows {', '.join(getattr(self, key)) or 'none'}"
             for key, names in asked.items()
             for name in names
-            if not allows(getattr(self, key), name)
-        ]
+            if not allows(getattr(self, key), name) and not allows(getattr(self, key), name.partition("@")[0])
+        ]  # a model of a hub is named with its commit, which an owner need not name
         broken += [
             f"code {name}; this site runs {', '.join(self.code) or 'no code but what ships with Atoll'}"
             for name in own_code(

@@ -491,3 +491,18 @@ def test_a_file_that_is_no_sites_public_key_is_not_enrolled(tmp_path, kind):
         certs.site(tmp_path, "second", given[kind])
     assert reason[kind] in str(told.value)
     assert not (tmp_path / "server" / "clients" / "second.pub").exists()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "model", "broken"),
+    [
+        (["org/name"], "org/name@0123abc", False),
+        (["org/*"], "org/name@0123abc", False),
+        (["org/name@0123abc"], "org/name@0123abc", False),
+        (["org/name@0123abc"], "org/name@4567def", True),
+        (["org/name"], "other/name@org/name", True),
+    ],
+)
+def test_an_owner_need_not_name_a_models_commit(tree, allowed, model, broken):
+    written = schema.validate(recipe.apply(tree, f"model={model}"))
+    assert bool(Policy(models=allowed).broken_by(written)) is broken
