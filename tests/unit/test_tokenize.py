@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from atoll.data.answers import ChatFormat
 from atoll.data.collate import IGNORE, Sample
-from atoll.data.read import NO_ANSWER, Message, open_source
+from atoll.data.formats import NO_ANSWER, Message
+from atoll.data.read import open_source
 from atoll.data.tokenize import TOO_LONG, TOO_MANY_ANSWERS, TOO_SHORT, Prepared, prepare, prompting
 from atoll.data.tokens import TokenWriter, load
 from atoll.errors import AtollError

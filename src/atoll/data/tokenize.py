@@ -28,8 +28,9 @@ from atoll.cache import Say, content_hash, file_hash, home, once, quiet, watched
 from atoll.data.answers import PLAIN, ChatFormat, Spans
 from atoll.data.collate import IGNORE, Choices, Sample
 from atoll.data.files import content
+from atoll.data.formats import NO_ANSWER
 from atoll.data.media import Senses, Unusable, placed_media
-from atoll.data.read import NO_ANSWER, Labels, Record, Report, Source, media_of, open_source, records
+from atoll.data.read import Labels, Record, Report, Source, media_of, open_source, records
 from atoll.data.tokens import TokenDataset, TokenWriter, load
 from atoll.errors import AtollError
 
