@@ -98,7 +98,7 @@ class Report:
         """One line a reason.
 
         >>> report = Report("text", read=3)
-        >>> report.leave_out(EMPTY_TEXT, "notes.jsonl:2")
+        >>> report.leave_out("empty text", "notes.jsonl:2")
         >>> print(report)
         2 of 3 records kept (text)
         1 left out: empty text, first at notes.jsonl:2
