@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from seeds import asked_for, carry_on, code, done, every, name_of, together
+from seeds import asked_for, brought, code, every, name_of, together
 
 from atoll.data.answers import ends_of
 from atoll.data.prepared_arithmetic import arithmetic_sites
@@ -82,9 +81,7 @@ def kept(seed: int, settings: Sequence[str], end: float) -> Curve | None:
     file = RESULTS / f"{name}.json"
     if file.exists():
         return dict(json.loads(file.read_text())["curve"])
-    if done(name) is None and time.monotonic() < end:
-        carry_on(RECIPE, name, [*settings, f"seed={seed}"], (end - time.monotonic()) / 60)
-    if (story := done(name)) is None:
+    if (story := brought(RECIPE, seed, settings, end)) is None:
         return None
     found = {"settings": list(settings), "commit": code(), "curve": curve(story, RunFolder(root() / f"{name}-1"))}
     RESULTS.mkdir(parents=True, exist_ok=True)

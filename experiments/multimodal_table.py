@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from seeds import Cells, asked_for, carry_on, code, done, markdown, name_of, over_seeds
+from seeds import Cells, asked_for, brought, code, every, markdown, name_of, over_seeds
 
 from atoll.record.measured import ACCURACY, CHANCE, LOSS, Measure, by_modality
 from atoll.record.story import Story
@@ -29,10 +29,13 @@ FEDERATED, POOLED, BASE, ALONE = "federated", "pooled", "base", " alone"
 RESULTS = Path(__file__).parent / "results" / "multimodal"
 
 
-def keep(name: str, settings: Sequence[str]) -> None:
-    """Writes what a finished run came to."""
-    if (story := done(name)) is None:
-        return
+def kept(seed: int, settings: Sequence[str], end: float) -> dict[str, Any] | None:
+    """What a seed's run came to; None while it is not finished."""
+    file = RESULTS / f"{name_of(RECIPE, seed, settings)}.json"
+    if file.exists():
+        return dict(json.loads(file.read_text()))
+    if (story := brought(RECIPE, seed, settings, end)) is None:
+        return None
     found = {
         "settings": list(settings),
         "commit": code(),
@@ -42,7 +45,8 @@ def keep(name: str, settings: Sequence[str]) -> None:
         **{measure.value: as_cells(story, measure) for measure in (LOSS, ACCURACY)},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def as_cells(story: Story, measure: Measure) -> Cells:
@@ -80,21 +84,10 @@ def main() -> None:
     parser = asked_for(__doc__)
     parser.add_argument("--missing", type=float)
     chosen = parser.parse_args()
-    settings = list(chosen.settings)
     if chosen.missing is not None:
         less = f"{{use: without-media, inner: multimodal-sites, share: {chosen.missing}}}"
-        settings += [f"data={less}", "baselines=[pooled]"]
-    end, found = time.monotonic() + 60 * chosen.minutes, []
-    for seed in chosen.seeds:
-        name = name_of(RECIPE, seed, settings)
-        file = RESULTS / f"{name}.json"
-        if not file.exists() and not done(name) and time.monotonic() < end:
-            carry_on(RECIPE, name, [*settings, f"seed={seed}"], (end - time.monotonic()) / 60)
-        if not file.exists():
-            keep(name, settings)
-        found += [json.loads(file.read_text())] if file.exists() else []
-    if not found:
-        raise SystemExit("no run is finished yet: call it again")
+        chosen.settings = [*chosen.settings, f"data={less}", "baselines=[pooled]"]
+    found = every(chosen, kept)
     commits = ", ".join(sorted({one["commit"] for one in found}))
     print(f"over {len(found)} seeds, of the code at {commits}: {CHANCE} is what guessing comes to")
     for measure in (LOSS, ACCURACY):

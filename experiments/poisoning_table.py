@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from seeds import Cells, asked_for, carry_on, code, done, markdown, name_of, over_seeds
+from seeds import Cells, asked_for, brought, code, markdown, name_of, over_seeds
 
 from atoll.data.prepared_poison import CLINICS, SERVER
 from atoll.record.events import Evaluated
@@ -58,12 +58,9 @@ def table(story: Story) -> dict[str, dict[str, Cell]]:
 def kept(rule: str, seed: int, settings: Sequence[str], end: float) -> Cells | None:
     """What a run came to; None while it is not finished."""
     asked = [RULES[rule], *settings]
-    name = name_of(RECIPE, seed, asked)
-    file = RESULTS / f"{name}.json"
+    file = RESULTS / f"{name_of(RECIPE, seed, asked)}.json"
     if not file.exists():
-        if done(name) is None and time.monotonic() < end:
-            carry_on(RECIPE, name, [*asked, f"seed={seed}"], (end - time.monotonic()) / 60)
-        if (story := done(name)) is None:
+        if (story := brought(RECIPE, seed, asked, end)) is None:
             return None
         RESULTS.mkdir(parents=True, exist_ok=True)
         file.write_text(

@@ -67,10 +67,9 @@ def carry_on(recipe: str, name: str, settings: Sequence[str], minutes: float) ->
 
 def brought(recipe: str, seed: int, settings: Sequence[str], end: float) -> Story | None:
     """A seed's run, begun or gone on with until the `end` (of time.monotonic); None while it is not finished."""
-    asked = [*settings, f"seed={seed}"]
-    name = name_of(recipe, seed, asked)
+    name = name_of(recipe, seed, settings)
     if done(name) is None and time.monotonic() < end:
-        carry_on(recipe, name, asked, (end - time.monotonic()) / 60)
+        carry_on(recipe, name, [*settings, f"seed={seed}"], (end - time.monotonic()) / 60)
     return done(name)
 
 
