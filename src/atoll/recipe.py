@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atoll.errors import AtollError, closest, in_words
+from atoll.errors import AtollError, closest, in_words, placed
 from atoll.schema import (
     BASE,
     BESIDE,
@@ -103,10 +103,11 @@ def resolve(name_or_path: str) -> Tree:
     tree: Tree = rooted(load(path), path.parent)
     chain = {path.resolve(): name_or_path}
     while base := tree.pop("extends", None):
+        here = f"{[*chain.values()][-1]}: extends"
         if not isinstance(base, str):
-            found = f"{[*chain.values()][-1]}: extends"
-            raise AtollError("not a recipe to extend", where=found, found=base, allowed="a name or a path")
-        path = locate(base, path.parent)
+            raise AtollError("not a recipe to extend", where=here, found=base, allowed="a name or a path")
+        with placed(here):
+            path = locate(base, path.parent)
         if path.resolve() in chain:
             circle = " -> ".join([*chain.values(), base])
             raise AtollError("recipes extend each other in a circle", where=name_or_path, found=circle)

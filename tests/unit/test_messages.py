@@ -105,6 +105,11 @@ def test_recipe_without_version(atoll: Atoll, tmp_path: Path) -> None:
     expect_clean(atoll("run", write_recipe(tmp_path, "name: x\n")), ["a recipe needs its version", "recipe: 1"])
 
 
+def test_extending_a_recipe_that_is_not_there(atoll: Atoll, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "extends: methods/krumm\nrecipe: 1\n")
+    expect_clean(atoll("run", recipe), ["no such recipe", f"{recipe}: extends", "did you mean 'methods/krum'?"])
+
+
 def test_extending_a_number(atoll: Atoll, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "extends: 5\nrecipe: 1\n")
     expect_clean(atoll("run", recipe), ["not a recipe to extend", "extends", "5"])
