@@ -28,7 +28,7 @@ MISTAKES = {
     ),
     "wrong type": Mistake(["finetune.rounds=many"], ["finetune.rounds", "'many'", "a whole number"]),
     "out of range": Mistake(["finetune.optimizer.lr=-1"], ["finetune.optimizer.lr", "-1", "greater than 0"]),
-    "missing folder": Mistake(["data.path=./nowhere"], ["there is no such folder", "data.path", "./nowhere"]),
+    "missing folder": Mistake(["data.path=./nowhere"], ["there is no such folder", "data.path", "/nowhere"]),
     "missing model": Mistake(["model=./no-model"], ["there is no such folder", "no-model"]),
     "misspelt model": Mistake(["model=smollm-135m"], ["there is no such model", "did you mean 'smollm2-135m'?"]),
     "setting without a value": Mistake(["finetune.rounds"], ["not a setting", "path.to.key=value"]),
