@@ -15,11 +15,11 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-from atoll import parts, recipe
+from atoll import parts, recipe, schema
 
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = ("ARCHITECTURE.md", "GLOSSARY.md", "CONTRIBUTING.md", "CHANGELOG.md")
-SECTIONS = {"": recipe.Recipe, **recipe.STAGES, "evaluate": recipe.Evaluate, "checked": recipe.Checked}
+SECTIONS = {"": schema.Recipe, **schema.STAGES, "evaluate": schema.Evaluate, "checked": schema.Checked}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -100,8 +100,8 @@ def recipe_tables() -> str:
 
 def own_fields(model: Any) -> dict[str, Any]:
     """The fields of a section; of a later stage those that are not as in `finetune`."""
-    fields, common = model.model_fields, recipe.Finetune.model_fields
-    if model is recipe.Finetune or not issubclass(model, recipe.Finetune):
+    fields, common = model.model_fields, schema.Finetune.model_fields
+    if model is schema.Finetune or not issubclass(model, schema.Finetune):
         return dict(fields)
     return {
         name: field for name, field in fields.items() if name not in common or field.default != common[name].default
@@ -110,7 +110,7 @@ def own_fields(model: Any) -> dict[str, Any]:
 
 def shown(default: Any) -> str:
     """A default as a recipe would say it; a section's stands in its own table."""
-    if isinstance(default, recipe.Section):
+    if isinstance(default, schema.Section):
         return "see below"
     return "null" if default is None else str(default) or '""'
 

@@ -20,7 +20,7 @@ from seeds import asked_for, brought, code, every, name_of, together
 
 from atoll.data.answers import ends_of
 from atoll.data.prepared_arithmetic import arithmetic_sites
-from atoll.data.prepared_tasks import Open
+from atoll.data.tokenize import prompting
 from atoll.local.rollouts import Sampling, completed
 from atoll.models.spaces import write
 from atoll.record.events import Evaluated
@@ -28,7 +28,7 @@ from atoll.record.folder import RunFolder, root
 from atoll.record.measured import ACCURACY, Cell, numbers
 from atoll.record.story import Story
 from atoll.result import load_result
-from atoll.tasks import batches, models, prompt
+from atoll.tasks import batches, models
 
 RECIPE = "grpo"
 RESULTS = Path(__file__).parent / "results" / "grpo"
@@ -52,7 +52,7 @@ def forms(folder: RunFolder) -> list[Cell]:
     result = load_result(folder)
     tokenizer, sites = result.tokenizer, arithmetic_sites()
     asked = [json.loads(line)["prompt"] for file in sorted(sites.glob("*/test.jsonl")) for line in file.open()]
-    prompts = [prompt(Open(one, [""]), tokenizer) for one in asked]
+    prompts = list(map(prompting(tokenizer), asked))
     found = []
     for params in list(models(folder, result).values())[1:]:
         write(result.space, result.model, params)

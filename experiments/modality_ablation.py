@@ -19,11 +19,11 @@ from atoll.assemble import Assembly, assemble
 from atoll.evaluate import summary
 from atoll.exchange import Broadcast, Task
 from atoll.local.work import evaluate
+from atoll.outcome import outcome
 from atoll.params import Params
 from atoll.record.events import Evaluated
 from atoll.record.folder import find
 from atoll.record.measured import ACCURACY, LOSS, over_clients
-from atoll.result import tuned_params
 from atoll.run import plan_again
 from atoll.stream import UPDATE
 
@@ -56,7 +56,7 @@ def main() -> None:
     for name in chosen.runs:
         folder = find(name)
         things = assemble(plan_again(folder), lambda line: print(line, file=sys.stderr))
-        tuned, _ = tuned_params(folder)
+        tuned = outcome(folder).params
         groups = sorted({modality_of(key) for key in tuned} - {ALL})
         modalities = sorted(["text", *groups])
         heads = [f"{measure.name}, {one}" for measure in (LOSS, ACCURACY) for one in modalities]

@@ -22,7 +22,7 @@ from atoll.local.rollouts import Sampling, rollouts
 from atoll.local.work import EVALUATION_BATCH, train
 from atoll.models.fast import accelerate
 from atoll.models.load import load_model
-from atoll.recipe import validate
+from atoll.schema import validate
 from atoll.stream import UPDATE
 from benchmarks.ours.parts import KEY, in_order
 from benchmarks.ours.training import save_start

@@ -10,7 +10,7 @@ from atoll.assemble import Assembly, assemble
 from atoll.build import build
 from atoll.exchange import Broadcast, Task
 from atoll.local.work import train
-from atoll.recipe import validate
+from atoll.schema import validate
 from atoll.stream import UPDATE
 from benchmarks.ours.parts import KEY
 from benchmarks.samples import inputs_folder, tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -19,14 +19,12 @@ from atoll.cache import SECONDS_OF_SILENCE, Say, quiet
 from atoll.client import Client, FileStore, Work
 from atoll.data import sources
 from atoll.data.media import MODALITIES, Senses
-from atoll.data.read import Labels
 from atoll.data.read import Report as DataReport
 from atoll.data.sources import ClientData, Loaded
 from atoll.errors import AtollError
 from atoll.exchange import Done, Task
 from atoll.fleet.inprocess import Elsewhere
 from atoll.keys import key
-from atoll.local.rewards import OwnReward
 from atoll.local.work import Local, Report, evaluate, train, unwatched
 from atoll.metrics import EVALUATION, sums
 from atoll.models.assembled import Assembled
@@ -35,8 +33,8 @@ from atoll.models.features import Features, features_of
 from atoll.models.spaces import read, split, write
 from atoll.params import Params
 from atoll.privacy.party import Memory
-from atoll.recipe import POOLED, Tree, validate
 from atoll.record.folder import RunFolder
+from atoll.schema import POOLED, Tree, validate
 
 MayLeave = Callable[[Mapping[str, float]], Mapping[str, float]]
 """The metrics that a client's owner lets out."""
@@ -104,11 +102,22 @@ def check_data(plan: Plan) -> list[str]:
     Raises:
         AtollError: all that is wrong.
     """
-    reward = getattr(plan.objective, "reward", None)
-    if isinstance(reward, OwnReward) and not isinstance(plan.fleet, Elsewhere):
-        reward.refuse_unmade()
-    unfit = sources.check(plan.sources, labels_of(plan), takes(plan))
-    return [f"{name} has {what}: they are left out" for name, what in unfit.items()]
+    if not isinstance(plan.fleet, Elsewhere):
+        plan.needs.refuse_unmade()
+    owners: dict[str, list[str]] = {}  # simulated clients are dealt the records of one source, and lack the same
+    for name, what in sources.check(plan.sources, plan.needs.labels, takes(plan)).items():
+        owners.setdefault(what, []).append(name)
+    return [f"{first_few(names)}: {what}: they are left out" for what, names in owners.items()]
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Names that a line has room for.
+
+    >>> first_few(["a", "b"]), first_few(["a", "b", "c", "d", "e"])
+    ('a, b', 'a, b, c and 2 more')
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def takes(plan: Plan) -> Collection[str] | None:
@@ -116,12 +125,6 @@ def takes(plan: Plan) -> Collection[str] | None:
     if isinstance(plan.model.name, Assembled):
         return plan.model.name.senses
     return None if plan.shapes is None or plan.shapes.text else ()
-
-
-def labels_of(plan: Plan) -> Labels:
-    """Where the plan's objective puts the loss; objectives of the user's own learn from answers unless they say so."""
-    labels: Labels = getattr(plan.objective, "labels", "sft")
-    return labels
 
 
 def load_model(plan: Plan, say: Say) -> tuple[nn.Module, Any]:
@@ -166,7 +169,7 @@ def load_data(plan: Plan, tokenizer: Any, say: Say, senses: Senses) -> dict[str,
     if all(isinstance(source, ClientData) for source in plan.sources.values()):
         return {name: Loaded(data, DataReport()) for name, data in plan.sources.items()}
     say("reading and tokenizing, or mapping what was tokenized before")
-    return sources.load(plan.sources, tokenizer, plan.recipe.finetune.context, labels_of(plan), senses, say)
+    return sources.load(plan.sources, tokenizer, plan.recipe.finetune.context, plan.needs.labels, senses, say)
 
 
 def useless(loaded: Mapping[str, Loaded]) -> dict[str, str]:

@@ -41,7 +41,7 @@ from atoll.fleet.inprocess import Elsewhere, MakeFleet, inprocess
 from atoll.local.corrections import Correction
 from atoll.local.optimizers import MakeOptimizer, Rate
 from atoll.local.private import private
-from atoll.local.work import BindObjective, Gradients, optimizer_steps, plain
+from atoll.local.work import BindObjective, Gradients, Needs, needs_of, optimizer_steps, plain
 from atoll.made import Made, make_parts
 from atoll.models.assembled import Assembled, assembled
 from atoll.models.shapes import Shapes
@@ -54,9 +54,9 @@ from atoll.privacy.masks import SecureAggregation
 from atoll.privacy.mechanisms import Cohorts, OfClients, in_a_ring, protect
 from atoll.privacy.party import Memory
 from atoll.privacy.protection import Mechanism, Protection, Samples
-from atoll.recipe import POOLED, Finetune, Recipe, Tree
 from atoll.round import RoundPlan
 from atoll.schedule import Sample, Schedule, cohort_sizes
+from atoll.schema import LOCAL, POOLED, Finetune, Recipe, Tree, validate
 from atoll.stream import Stream
 from atoll.transforms.chain import Chain
 
@@ -129,6 +129,11 @@ class Plan:
     """The tree of all stages."""
 
     @property
+    def needs(self) -> Needs:
+        """What its objective asks of it."""
+        return needs_of(self.objective)
+
+    @property
     def clients(self) -> list[str]:
         """Everybody who holds data."""
         return list(self.sources)
@@ -137,6 +142,11 @@ class Plan:
     def trainers(self) -> list[str]:
         """Everybody who may be sampled."""
         return list(self.sources) if self.rounds.population is None else sorted(self.rounds.population)
+
+    @property
+    def learners(self) -> list[str]:
+        """Everybody whose samples are trained on: those of all, where they are pooled."""
+        return self.clients if self.trainers == [POOLED] else self.trainers
 
     @property
     def cohort(self) -> float:
@@ -150,7 +160,7 @@ class Plan:
         Clients have it by themselves where a run begins anew. They need it where an objective measures against it, or where
         a part of it stays with them. Without a round nothing gains on it: then rewards are told against the base.
         """
-        refers = getattr(self.objective, "refers", False) and self.recipe.finetune.rounds
+        refers = self.needs.reference and self.recipe.finetune.rounds
         needed = refers or self.recipe.finetune.personal
         return bool(needed) and self.recipe.start is not None
 
@@ -181,7 +191,7 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
     with placed("model"):
         shapes = None if model.own_factory else shapes_of_model(model.name)
     refuse_tasks(recipe.tasks, shapes)
-    refuse_context(recipe.finetune.context + getattr(made.objective, "most_tokens", 0), shapes)
+    refuse_context(recipe.finetune.context + needs_of(made.objective).more_tokens, shapes)
     everyone = population(recipe, tree, made, fleet, shapes, left_out, sources)
     refuse_clients(made, list(everyone.sources), everyone.size, everyone.least)
     refuse_few(made, fewest(made.aggregate), everyone.size)
@@ -208,6 +218,11 @@ def build(recipe: Recipe, tree: Tree, left_out: Collection[str] = (), sources: M
         trains=trains,
         warnings=(*warnings(recipe, made, everyone.size), *unwilling),
     )
+
+
+def rebuilt(plan: Plan, tree: Tree, left_out: Collection[str] = ()) -> Plan:
+    """The plan of another tree in the same place: after the same stages."""
+    return replace(build(validate(tree), tree, left_out), before=plan.before, whole=plan.whole)
 
 
 def travelling(planned: PlannedShapes, personal: Sequence[str], made: Made) -> PlannedShapes:
@@ -406,10 +421,6 @@ def sources_of(recipe: Recipe) -> dict[str, Any]:
                 error.details["where"] = f"data.paths.{name}: {path}"
         raise
     return found
-
-
-LOCAL = "local-"
-"""Before the client's name in that of its baseline."""
 
 
 def baseline_names(plan: Plan) -> list[str]:

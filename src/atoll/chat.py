@@ -50,7 +50,7 @@ class Chat:
     @property
     def raw(self) -> bool:
         """Whether the model continues texts, rather than answers turns."""
-        objective = spec(self.result.recipe.finetune.objective, "finetune.objective").use.replace("_", "-")
+        objective = spec(self.result.outcome.recipe.finetune.objective, "finetune.objective").use.replace("_", "-")
         return objective == "causal-lm" or not self.result.tokenizer.chat_template
 
     def answer(self, prompt: str, write: Write) -> str:

@@ -22,8 +22,8 @@ from atoll.models.shapes import Shapes
 from atoll.models.spaces import LoRA
 from atoll.privacy.graph import degree, threshold
 from atoll.privacy.protection import Mechanism
-from atoll.recipe import POOLED, Finetune, Recipe
 from atoll.schedule import Schedule, cohort_sizes
+from atoll.schema import POOLED, Finetune, Recipe
 from atoll.transforms.chain import Chain
 from atoll.transforms.noise import GaussianNoise
 from atoll.transforms.residual import ErrorFeedback

@@ -18,15 +18,15 @@ import torch
 
 from atoll import parts
 from atoll.aggregate.robust import Robust
-from atoll.assemble import check_data, labels_of
+from atoll.assemble import check_data
 from atoll.build import Plan, payload_bytes, samples
 from atoll.cache import content_hash, home, write_file
 from atoll.data.sources import ClientSource, planted_in
 from atoll.models.spaces import PlannedShapes, frozen
 from atoll.params import numel
 from atoll.privacy.hidden import Hidden
-from atoll.recipe import STAGE, Recipe
 from atoll.record.story import Story
+from atoll.schema import Recipe
 from atoll.statement import statement
 from atoll.stream import Stream
 from atoll.transforms.chain import Chain
@@ -128,7 +128,7 @@ def memory(plan: Plan) -> Memory | None:
     moments = inner_moments(plan)
     outer = numel(plan.rounds.streams[0].outer.init({"x": torch.empty(travels, device="meta")})) // travels
     tokens = stage.batch_size * tokens_a_sample(plan)
-    reference = 2 if getattr(plan.objective, "refers", False) else 0  # what it was, and what it is while that is asked
+    reference = 2 if plan.needs.reference else 0  # what it was, and what it is while that is asked
     copies = SERVER_COPIES + (math.ceil(plan.cohort) if isinstance(plan.rounds.streams[0].aggregate, Robust) else 0)
     kept = 2 if plan.model.options["gradient_checkpointing"] else ACTIVATIONS
     return Memory(
@@ -152,8 +152,7 @@ def memory(plan: Plan) -> Memory | None:
 
 def tokens_a_sample(plan: Plan) -> int:
     """At most: of two answers each in full, or of every completion that is drawn."""
-    longest = plan.recipe.finetune.context + getattr(plan.objective, "most_tokens", 0)
-    return longest * int(getattr(plan.objective, "completions", 2 if labels_of(plan) == "preference" else 1))
+    return (plan.recipe.finetune.context + plan.needs.more_tokens) * plan.needs.texts
 
 
 def inner_moments(plan: Plan) -> int:
@@ -361,9 +360,8 @@ def begins_with(written: Recipe) -> str:
     >>> begins_with(Recipe(recipe=1, name="x", data="d", **{"from": ["a-1", "b-1"]}))
     'a-1 and b-1, fused by ties'
     """
-    names = " and ".join(one.replace(STAGE, "the stage ") for one in written.starts)
-    fused = isinstance(written.start, list)
-    return f"{names}, fused by {parts.spec(written.fuse.by, 'fuse.by')}" if fused else names
+    names = " and ".join(map(str, written.starts))
+    return f"{names}, fused by {parts.spec(written.fuse.by, 'fuse.by')}" if written.fuses else names
 
 
 def known_samples(plan: Plan, records: Mapping[str, Count | None]) -> Mapping[str, int]:

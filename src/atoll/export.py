@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from atoll import parts, recipe
+from atoll import parts, recipe, schema
 from atoll.build import choose_model
 from atoll.cache import Say, quiet
 from atoll.data.answers import ChatFormat
@@ -26,12 +26,13 @@ from atoll.errors import AtollError
 from atoll.models.assembled import Assembled, assembled
 from atoll.models.presets import PRESETS, no_progress_bars
 from atoll.models.spaces import LoRA, split
+from atoll.outcome import Outcome, outcome, space_of
 from atoll.params import Params, equal
 from atoll.record.card import human_bytes, markdown_table, privacy_section
 from atoll.record.folder import RunFolder
 from atoll.record.measured import measured
 from atoll.record.story import Story, read_story
-from atoll.result import load_result, own_params, tuned_params, unfinished
+from atoll.result import load_result
 
 TENSORS = "adapter_model.safetensors"
 
@@ -46,17 +47,15 @@ def export_adapter(folder: RunFolder, out: Path, say: Say = quiet, client: str |
         AtollError: the run trained no adapter or has no result yet, `out` is there already, or what was written is not
             what the checkpoint holds.
     """
-    written, space = adapted(folder)
+    space = adapted(folder)
     refuse_there(out)
-    tuned, rounds = tuned_params(folder)
-    tuned |= own_params(folder, client) if client else {}
+    found = outcome(folder)
+    tuned = {**found.params, **(found.own(client) if client else {})}
     with appearing(out) as partial:
         fill(folder, partial, say, client)
-        check(partial / TENSORS, tuned, space, [] if client else written.finetune.personal)
-        point_to_base(partial / "adapter_config.json", choose_model(written.model).name)
-        (partial / "README.md").write_text(
-            readme(folder, written, rounds, adapter_use(written), client), encoding="utf-8"
-        )
+        check(partial / TENSORS, tuned, space, [] if client else found.recipe.finetune.personal)
+        point_to_base(partial / "adapter_config.json", choose_model(found.recipe.model).name)
+        (partial / "README.md").write_text(readme(found, adapter_use(found.recipe), client), encoding="utf-8")
     return out
 
 
@@ -66,7 +65,7 @@ def export_merged(folder: RunFolder, out: Path, say: Say = quiet, client: str | 
     Raises:
         AtollError: as for `export_adapter`; or the merged model does not say what the adapted one says.
     """
-    written, _ = adapted(folder)
+    adapted(folder)
     refuse_there(out)
     result = load_result(folder, say, client)
     result.use(base=True)
@@ -86,21 +85,21 @@ def export_merged(folder: RunFolder, out: Path, say: Say = quiet, client: str | 
     with appearing(out) as partial, no_progress_bars():
         merged.save_pretrained(partial)
         (result.processor or result.tokenizer).save_pretrained(partial)
-        use = merged_use(written)
-        (partial / "README.md").write_text(readme(folder, written, result.rounds, use, client), encoding="utf-8")
+        use = merged_use(result.outcome.recipe)
+        (partial / "README.md").write_text(readme(result.outcome, use, client), encoding="utf-8")
     return out
 
 
-def adapted(folder: RunFolder) -> tuple[recipe.Recipe, LoRA]:
-    """A run's recipe, and its space. Raises AtollError where that is no adapter's."""
+def adapted(folder: RunFolder) -> LoRA:
+    """A run's space. Raises AtollError where that is no adapter's."""
     written, _ = recipe.read(str(folder.recipe))
-    space = parts.make("space", written.finetune.space, "finetune.space")
+    space = space_of(written)
     if not isinstance(space, LoRA):
         raise AtollError(
             "the run trained no adapter", where=folder.name, found=f"space {parts.spec(written.finetune.space, '')}",
             allowed="lora", remedy=f"the trained model itself is in {folder.adapter}",
         )  # fmt: skip
-    return written, space
+    return space
 
 
 def refuse_there(out: Path) -> None:
@@ -164,8 +163,14 @@ def check(path: Path, expected: Params, space: LoRA, personal: Sequence[str]) ->
 
 
 def hub_id(model: str) -> str:
-    """Where others find the base model: a preset's original on the hub, else the name itself."""
-    return PRESETS[model].hub_id if model in PRESETS else model
+    """Where others find the base model: a preset's original on the hub, else the name itself, without its commit."""
+    return PRESETS[model].hub_id if model in PRESETS else model.removesuffix(f"@{commit_of(model)}")
+
+
+def commit_of(model: str) -> str:
+    """The commit or tag by which a model of a hub is named; empty for others."""
+    found = re.fullmatch(r"\w[\w.-]*/[\w.-]+@(\w[\w.-]*)", model)
+    return found[1] if found else ""
 
 
 def bases(model: str | Assembled) -> list[str]:
@@ -182,11 +187,12 @@ def point_to_base(config: Path, base: str | Assembled) -> None:
     One that was put together has none: the card says how it is made.
     """
     written = json.loads(config.read_text(encoding="utf-8"))
-    name = hub_id(base) if isinstance(base, str) else None
-    config.write_text(json.dumps(written | {"base_model_name_or_path": name}, indent=2), encoding="utf-8")
+    name, commit = (hub_id(base), commit_of(base) or None) if isinstance(base, str) else (None, None)
+    named = {"base_model_name_or_path": name, "revision": commit}
+    config.write_text(json.dumps(written | named, indent=2), encoding="utf-8")
 
 
-def loads(written: recipe.Recipe) -> list[str]:
+def loads(written: schema.Recipe) -> list[str]:
     """The lines of Python that load the base model. What Atoll makes or puts together lies nowhere else."""
     name = choose_model(written.model).name
     if isinstance(name, Assembled):
@@ -198,14 +204,15 @@ def loads(written: recipe.Recipe) -> list[str]:
         ]  # fmt: skip
     if name.startswith("tiny:"):
         return ["from atoll.models.load import load_model", "", f'base, tokenizer = load_model("{name}")']
+    pinned = f', revision="{commit}"' if (commit := commit_of(name)) else ""
     return [
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{hub_id(name)}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{hub_id(name)}"{pinned})',
     ]
 
 
-def spec_of(written: recipe.Recipe) -> dict[str, Any]:
+def spec_of(written: schema.Recipe) -> dict[str, Any]:
     """What a recipe says of its model beside its kind."""
     return dict(parts.spec(written.model, "model").arguments)
 
@@ -219,7 +226,7 @@ class Use(NamedTuple):
     code: list[str]
 
 
-def adapter_use(written: recipe.Recipe) -> Use:
+def adapter_use(written: schema.Recipe) -> Use:
     """See `readme`."""
     code = [
         "from peft import PeftModel",
@@ -230,7 +237,7 @@ def adapter_use(written: recipe.Recipe) -> Use:
     return Use("peft", "[lora, federated]", "A LoRA adapter for", code)
 
 
-def merged_use(written: recipe.Recipe) -> Use:
+def merged_use(written: schema.Recipe) -> Use:
     """See `readme`."""
     ours = isinstance(choose_model(written.model).name, Assembled)
     code = [
@@ -259,22 +266,22 @@ def asks(model: Assembled) -> list[str]:
 FILE = {"image": "png", "audio": "wav"}
 
 
-def readme(folder: RunFolder, written: recipe.Recipe, rounds: int, use: Use, client: str | None) -> str:
+def readme(found: Outcome, use: Use, client: str | None) -> str:
     """The card of an export: what it is, how it is loaded, what it gained."""
-    model = choose_model(written.model).name
+    model = choose_model(found.recipe.model).name
     base, named = hub_id(model) if isinstance(model, str) else str(model), bases(model)
-    story = read_story(folder)
+    story = read_story(found.folder)
     lines = [
         "---", f"library_name: {use.library}", "base_model:", *(f"- {one}" for one in named), f"tags: {use.tags}", "---", "",
-        f"# {folder.name}", "",
-        f"{use.what} {base}, fine-tuned over {rounds} rounds by clients whose data stayed with them.", "",
+        f"# {found.folder.name}", "",
+        f"{use.what} {base}, fine-tuned over {found.rounds} rounds by clients whose data stayed with them.", "",
         "```python", *use.code, "```", "",
     ]  # fmt: skip
-    if early := unfinished(folder, rounds):
+    if early := found.early:
         lines += [f"The run is not finished: this is its result {early}.", ""]
     if isinstance(model, Assembled) and use.library == "transformers":
         lines += ["```python", *asks(model), "```", ""]
-    if words := written.finetune.personal:
+    if words := found.recipe.finetune.personal:
         those = f"with {client}'s" if client else "without them: --client of `atoll export` names one"
         lines += [f"Clients have parts of their own (names with {', '.join(words)}). This is the model {those}.", ""]
     if story:

@@ -19,9 +19,9 @@ from atoll.cache import Counting, Say
 from atoll.data.prepared_tasks import YAML
 from atoll.errors import AtollError
 from atoll.local.work import EVALUATION_BATCH
-from atoll.recipe import HARNESS
 from atoll.record.tasks import Mean
 from atoll.result import Result
+from atoll.schema import HARNESS
 
 FEWSHOT_SEED = 1234
 """The harness's own default."""

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
+from torch import Tensor
 
 from atoll import parts
-from atoll.build import Plan
-from atoll.build import build as plan_of
-from atoll.cache import Counting, Say, once
+from atoll.build import Plan, rebuilt
+from atoll.cache import Counting, Say, content_hash, once
 from atoll.data.read import Record, Report, records
 from atoll.data.sources import ClientSource
 from atoll.data.tokenize import encode, shown_answers, with_answer
 from atoll.errors import AtollError
 from atoll.local.judges import Judge
 from atoll.local.work import EVALUATION_BATCH
-from atoll.recipe import POOLED, validate
+from atoll.outcome import place
 from atoll.record.folder import RunFolder
 from atoll.result import Result, load_result
-from atoll.stage import begun_from
 
 
 def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:
@@ -37,21 +36,20 @@ def judged(ready: Plan, folder: RunFolder, say: Say) -> Plan:
 
     They are kept in the run's folder, so that a resumed run learns the same.
     """
-    name = ready.recipe.judge
-    if name is None:
+    judge = ready.recipe.judged_by
+    if judge is None:
         return ready
 
     def make(partial: Path) -> None:
         partial.chmod(0o700)  # it holds what clients hold
-        asked = asking(begun_from(name, folder), ready.recipe.finetune.context, say)
-        learning = ready.clients if ready.trainers == [POOLED] else ready.trainers
+        asked = asking(place(judge, folder), ready.recipe.finetune.context, say)
         for client, source in ready.sources.items():
-            rewrite(client, source, partial / quoted(client), asked if client in learning else None, say)
+            rewrite(client, source, partial / quoted(client), asked if client in ready.learners else None, say)
 
     made = once(folder.judged, make).absolute()
     paths = {client: str(made / quoted(client)) for client in ready.sources}
     tree = {**ready.tree, "data": {"use": "clients", "paths": paths, "held_out": 0.0}}
-    return replace(plan_of(validate(tree), tree), before=ready.before, whole=ready.whole)
+    return rebuilt(ready, tree)
 
 
 @dataclass(frozen=True)
@@ -70,18 +68,24 @@ class Asking:
         found = encode(each, tokenizer, self.judge.labels, Report(), context=self.context)
         samples = {one.record.row: one.sample for one in found}
         scores = score(model, list(samples.values()), lambda samples: {}) if samples else []
-        best = {row: int(one.argmax()) for row, one in zip(samples, scores, strict=True)}
-        return [with_answer(one, self.order(one)[best[one.row]]) for one in each if one.row in best]
+        of = dict(zip(samples, scores, strict=True))
+        return [with_answer(one, best(one, self.order(one), of[one.row])) for one in each if one.row in of]
 
     def order(self, one: Record) -> Sequence[str]:
         """A record's choices as the judge's scores have them."""
         return shown_answers(one) if self.judge.labels == "selector" else one.choices
 
 
+def best(one: Record, answers: Sequence[str], scores: Tensor) -> str:
+    """The answer with the greatest score. Of equal ones some hash decides: their order knows which one the data chose."""
+    asked = json.dumps([message["content"] for message in one.messages[:-1]])
+    return max(zip(scores.tolist(), answers, strict=True), key=lambda pair: (pair[0], content_hash(asked, pair[1])))[1]
+
+
 def asking(other: RunFolder, context: int, say: Say) -> Asking:
     """The judge that a run came to."""
     result = load_result(other, say)
-    judge: Judge = parts.make("objective", result.recipe.finetune.objective, "finetune.objective")
+    judge: Judge = parts.make("objective", result.outcome.recipe.finetune.objective, "finetune.objective")
     return Asking(result, judge, context)
 
 

@@ -13,8 +13,8 @@ from atoll.models.spaces import Space
 from atoll.outer import Outer
 from atoll.privacy.masks import SecureAggregation
 from atoll.privacy.protection import Mechanism
-from atoll.recipe import Finetune
 from atoll.schedule import Schedule
+from atoll.schema import Finetune
 from atoll.transforms.chain import Chain
 
 

@@ -24,7 +24,8 @@ from atoll import parts
 from atoll.data.media import MODALITIES
 from atoll.errors import AtollError, closest
 from atoll.privacy.mechanisms import LEAST_DELTA
-from atoll.recipe import Recipe, load
+from atoll.recipe import load
+from atoll.schema import Recipe
 
 NEEDED = frozenset({"seconds_in_steps", "samples"})
 """Metrics by which rounds are counted: none of what the data are like."""
@@ -71,8 +72,8 @@ class Policy(BaseModel):
             f"{key} {name}; this site allows {', '.join(getattr(self, key)) or 'none'}"
             for key, names in asked.items()
             for name in names
-            if not allows(getattr(self, key), name)
-        ]
+            if not allows(getattr(self, key), name) and not allows(getattr(self, key), name.partition("@")[0])
+        ]  # a model of a hub is named with its commit, which an owner need not name
         broken += [
             f"code {name}; this site runs {', '.join(self.code) or 'no code but what ships with Atoll'}"
             for name in own_code(

@@ -9,37 +9,32 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from atoll import parts, recipe
-from atoll.assemble import Assembly, again, assemble, check_data, takes
-from atoll.build import LOCAL, Plan, baseline_names, build, choose_model
+from atoll import parts, recipe, schema
+from atoll.assemble import Assembly, again, assemble, check_data
+from atoll.build import Plan, baseline_names, build, rebuilt
 from atoll.cache import Say, quiet
-from atoll.data.sources import check
-from atoll.errors import AtollError, placed
-from atoll.estimate import counts, known_samples, remember_speed
-from atoll.fleet.inprocess import Elsewhere
+from atoll.errors import AtollError
+from atoll.estimate import remember_speed
+from atoll.handover import done_before, pinned, refuse_handover, starting_from
 from atoll.judged import judged
-from atoll.local.judges import Judge
 from atoll.local.work import Report, unwatched
 from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
 from atoll.params import Params
-from atoll.privacy.protection import entry, epsilon_of
-from atoll.recipe import POOLED
 from atoll.record.card import write_card
-from atoll.record.events import (
-    Sink,
-)
+from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, create, find
 from atoll.record.story import read_story, refuse_fruitless
 from atoll.record.tasks import not_asked
-from atoll.stage import done_before, run_stage
+from atoll.schema import LOCAL, POOLED
+from atoll.stage import run_stage
 from atoll.stream import REFERENCE, UPDATE
 from atoll.tasks import evaluate_tasks
 
@@ -50,32 +45,33 @@ def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
     >>> plan("quickstart", ["finetune.rounds=2"]).recipe.finetune.rounds
     2
     """
-    with recipe.blamed(str(name_or_path), settings):
-        _, tree = starting_from(*recipe.read(name_or_path, settings))
-    ready: dict[str, Plan] = {}
     with recipe.blamed(str(name_or_path), settings), quiet_libraries():
-        for stage, one in recipe.staged(tree).items():
-            with told_of(stage):
-                found = build(recipe.validate(one), one)
-                refuse_start(found, ready)
-                refuse_judge(found, ready)
-                refuse_second_budget(found, ready)
-                refuse_spent(found, ready)
-                check_data(found)
-                ready[stage] = replace(found, before=dict(ready), whole=tree)
+        written, tree = recipe.read(name_or_path, settings)
+        return planned(pinned(written, starting_from(written, tree)))
+
+
+def planned(tree: schema.Tree) -> Plan:
+    """The plan of a merged tree: each of its stages is checked beside those before it."""
+    ready: dict[str, Plan] = {}
+    for stage, one in recipe.staged(tree).items():
+        with told_of(stage, {key for key in ("from", "judge") if one.get(key) == tree.get(key)}):
+            found = build(schema.validate(one), one)
+            refuse_handover(found, ready)
+            check_data(found)
+            ready[stage] = replace(found, before=dict(ready), whole=tree)
     return [*ready.values()][-1]
 
 
 @contextmanager
-def told_of(stage: str) -> Iterator[None]:
-    """A mistake in a stage's settings is told with its section."""
+def told_of(stage: str, shared: Collection[str]) -> Iterator[None]:
+    """A mistake in a stage's settings is told with its section, but for keys whose values the whole recipe has `shared`."""
     try:
         yield
     except AtollError as error:
         where = error.details["where"]
         if where.partition(".")[0] == "finetune":
             error.details["where"] = stage + where.removeprefix("finetune")
-        elif where in ("from", "judge") and stage != "finetune":
+        elif where in ("from", "judge") and stage != "finetune" and where not in shared:
             error.details["where"] = f"{stage}.{where}"
         error.details["remedy"] = error.details["remedy"].replace("--set finetune.", f"--set {stage}.")
         raise
@@ -87,161 +83,6 @@ def plan_again(folder: RunFolder) -> Plan:
         written, tree = recipe.read(folder.recipe)
         ready = build(written, tree)
     return replace(ready, before={one.path.name: plan_again(one) for one in folder.earlier()})
-
-
-def starting_from(written: recipe.Recipe, tree: recipe.Tree) -> tuple[recipe.Recipe, recipe.Tree]:
-    """The recipe with the runs that it starts `from`, or has as judge, by their paths.
-
-    `latest` is another one as soon as this run is there.
-    """
-    with placed("from"):
-        paths = [located(one) for one in written.starts]
-    with placed("judge"):
-        judge = written.judge and located(written.judge)
-    start = paths if isinstance(written.start, list) else next(iter(paths), None)
-    found = {key: value for key, value in (("from", start), ("judge", judge)) if value}
-    return written.model_copy(update={"start": start, "judge": judge}), {**tree, **found}
-
-
-def located(reference: str) -> str:
-    """A run by its path, a stage by its name."""
-    return reference if reference.startswith(recipe.STAGE) else str(find(reference).path.absolute())
-
-
-def refuse_start(ready: Plan, before: Mapping[str, Plan]) -> None:
-    """The run that this one starts `from` must be there, with the same model and space; so must the stage `before` it."""
-    for start in ready.recipe.starts:
-        refuse_one_start(ready, start, before)
-    if isinstance(ready.recipe.start, list):
-        refuse_fusing(ready, before)
-
-
-def refuse_fusing(ready: Plan, before: Mapping[str, Plan]) -> None:
-    """Fused are several results that began with the same base."""
-    parts.make("fuse", ready.recipe.fuse.by, "fuse.by")
-    if len(starts := ready.recipe.starts) < 2:
-        raise AtollError(
-            "one result alone cannot be fused", where="from", found=", ".join(starts) or "nothing", allowed="two or more",
-            remedy="fuse.from: [finetune, align], or from: [RUN, RUN]",
-        )  # fmt: skip
-    for stage in (one.removeprefix(recipe.STAGE) for one in starts if one.startswith(recipe.STAGE)):
-        if before[stage].recipe.starts:
-            raise AtollError(
-                "what is fused must have begun with the base", where="from", found=f"{stage}, which did not",
-                allowed="stages beside each other", remedy=f"--set {stage}.from=base",
-            )  # fmt: skip
-
-
-def refuse_second_budget(ready: Plan, before: Mapping[str, Plan]) -> None:
-    """Noise that an epsilon asks for is reckoned for one stage, and the budget holds for all: the next would not begin."""
-    said = parts.spec(ready.recipe.finetune.privacy, "finetune.privacy").arguments
-    if ready.protection and any(one.protection for one in before.values()) and "noise_multiplier" not in said:
-        raise AtollError(
-            "a budget is for all stages together, and noise is reckoned for one", where="finetune.privacy",
-            found=f"epsilon: {said.get('epsilon')}", allowed="a noise_multiplier, beside an epsilon for all stages",
-            remedy="--set finetune.privacy.noise_multiplier=1.0; `atoll plan` tells what each stage spends",
-        )  # fmt: skip
-
-
-def refuse_spent(ready: Plan, before: Mapping[str, Plan]) -> None:
-    """Of a budget for all stages something must be left when a stage begins."""
-    protection, earlier = ready.protection, [one for one in before.values() if one.protection]
-    if protection is None or protection.mechanism.epsilon is None or not earlier:
-        return
-    entries = []
-    for one in (*earlier, ready):
-        if one.protection and one.protection.noise_multiplier:
-            samples, rounds = known_samples(one, counts(one.sources)), 1 if one is ready else one.recipe.finetune.rounds
-            entries += [entry(one.protection, "plan", one.hash, number, samples) for number in range(rounds)]
-    if (spent := epsilon_of(protection, entries)) > protection.mechanism.epsilon:
-        raise AtollError(
-            "the stages before it leave nothing of the privacy budget", where="finetune.privacy",
-            found=f"epsilon {spent:.4g} after its first round", allowed=f"{protection.mechanism.epsilon:g}, for all stages",
-            remedy="more noise, fewer rounds before it, or a larger epsilon",
-        )  # fmt: skip
-
-
-def refuse_judge(ready: Plan, before: Mapping[str, Plan]) -> None:
-    """The judge must be one, and ask about records that are here."""
-    judge = ready.recipe.judge
-    if judge is None:
-        return
-    refuse_lone_stage(judge, "judge", before)
-    if judge.startswith(recipe.STAGE):
-        theirs = before[judge.removeprefix(recipe.STAGE)].recipe
-    else:
-        with placed("judge"):
-            other = find(judge)
-        refuse_no_result(other, "judge")
-        theirs = recipe.read(other.recipe)[0]
-    refuse_personal(theirs, judge, "judge")
-    said = theirs.finetune.objective
-    asked = parts.make("objective", said, "finetune.objective")
-    if not isinstance(asked, Judge):
-        raise AtollError(
-            "this does not judge answers", where="judge", found=f"{judge}: {parts.spec(said, 'objective')}",
-            allowed="a run whose objective was reward-model or selector", remedy="--set finetune.objective=selector",
-        )  # fmt: skip
-    if isinstance(ready.fleet, Elsewhere):
-        raise AtollError(
-            "a judge is asked where its run is, about data that are here", where="judge", found="sites over a network",
-            allowed="a simulation", remedy="--set fleet=inprocess",
-        )  # fmt: skip
-    check({name: ready.sources[name] for name in ready.trainers if name in ready.sources}, asked.labels, takes(ready))
-
-
-def refuse_no_result(other: RunFolder, key: str) -> None:
-    """A run that has not come to anything yet."""
-    if not other.checkpoint.exists():
-        raise AtollError(
-            "the run has no result to start from", where=key, found=other.name, remedy=f"`atoll resume {other.name}`"
-        )
-
-
-def refuse_personal(theirs: recipe.Recipe, name: str, key: str) -> None:
-    """What stayed at clients is not in a run's result."""
-    if words := theirs.finetune.personal:
-        raise AtollError(
-            "a part of the run's result stayed at its clients", where=key, found=f"{name}: personal {words}",
-            allowed="a run without finetune.personal",
-        )  # fmt: skip
-
-
-def refuse_lone_stage(reference: str, key: str, before: Mapping[str, Plan]) -> None:
-    """A stage of several, by itself, has no others to refer to."""
-    if reference.startswith(recipe.STAGE) and reference.removeprefix(recipe.STAGE) not in before:
-        raise AtollError(
-            "this is one of several stages of a run, and needs what another came to", where=key, found=reference,
-            allowed="a recipe of all stages", remedy=f"run the folder's whole.yaml, or `{key}: RUN/STAGE`",
-        )  # fmt: skip
-
-
-def refuse_one_start(ready: Plan, start: str, before: Mapping[str, Plan]) -> None:
-    """See `refuse_start`."""
-    refuse_lone_stage(start, "from", before)
-    if start.startswith(recipe.STAGE):
-        theirs, name = before[start.removeprefix(recipe.STAGE)].recipe, f"the stage {start.removeprefix(recipe.STAGE)}"
-    else:
-        with placed("from"):
-            other = find(start)
-        refuse_no_result(other, "from")
-        theirs, name = recipe.read(other.recipe)[0], other.name
-    model, space = choose_model(theirs.model), parts.make("space", theirs.finetune.space, "finetune.space")
-    same = {
-        "model": (model.name, ready.model.name),
-        "finetune.space": (space, ready.space),
-    }
-    refuse_personal(theirs, name, "from")
-    for key, (found, mine) in same.items():
-        if found != mine:
-            raise AtollError(
-                f"the run has another {key.rpartition('.')[2]}", where="from", found=f"{name}: {_said(theirs, key)}",
-                allowed=_said(ready.recipe, key), remedy=f"use the {key} of that run",
-            )  # fmt: skip
-
-
-def _said(written: recipe.Recipe, key: str) -> str:
-    return str(parts.spec(written.model if key == "model" else written.finetune.space, key))
 
 
 @contextmanager
@@ -305,7 +146,7 @@ def write_recipe(folder: RunFolder, ready: Plan) -> None:
     write_tree(folder.recipe, ready.tree)
 
 
-def write_tree(path: Path, tree: recipe.Tree) -> None:
+def write_tree(path: Path, tree: schema.Tree) -> None:
     """As YAML."""
     from ruamel.yaml import YAML
 
@@ -338,9 +179,7 @@ def ask_tasks(ready: Plan, folder: RunFolder, say: Say) -> None:
 
 def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say, report: Report) -> None:
     """Rounds, baselines, the adapter and the card."""
-    ready = judged(ready, folder, say)
-    things = assemble(ready, say, report)
-    ready = replace(build(ready.recipe, ready.tree, left_out=things.left_out), before=ready.before)
+    ready, things = prepared(ready, folder, say, report)
     if folder.is_stage and not folder.checkpoint.exists() and (same := done_before(ready, things, folder)):
         say(f"as in {same.name}, of the same plan and data from the same params: it is taken over")
         folder.take_over(same)
@@ -359,6 +198,13 @@ def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say,
         run_stage(variant, again(things, variant), inner, folder, sinks)
     say("writing the card")
     write_card(folder)
+
+
+def prepared(ready: Plan, folder: RunFolder, say: Say, report: Report = unwatched) -> tuple[Plan, Assembly]:
+    """A plan as it works: with a judge's choices in its data, its model and samples, without clients that have none."""
+    ready = judged(ready, folder, say)
+    things = assemble(ready, say, report)
+    return rebuilt(ready, ready.tree, things.left_out), things
 
 
 def baselines(ready: Plan, things: Assembly, rounds: int) -> Iterator[tuple[str, Plan]]:
@@ -402,7 +248,7 @@ def variant(ready: Plan, finetune: dict[str, Any]) -> Plan:
         "fleet": "inprocess",
     }
     left_out = set(parts.make("data", ready.recipe.data, "data")) - set(ready.sources)
-    return build(recipe.validate(tree, ready.recipe.name), tree, left_out)
+    return build(schema.validate(tree, ready.recipe.name), tree, left_out)
 
 
 def save_adapter(ready: Plan, things: Assembly, params: Params, folder: RunFolder) -> None:

@@ -36,8 +36,8 @@ from atoll.privacy.accounting import Release
 from atoll.privacy.ledger import Entry, Ledger, spent
 from atoll.privacy.party import Memory, Party
 from atoll.privacy.protection import entry
-from atoll.recipe import validate
 from atoll.record.folder import RunFolder
+from atoll.schema import validate
 from atoll.talk import envelope, opened
 from atoll.wire import Buffer
 

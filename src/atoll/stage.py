@@ -7,32 +7,32 @@ evaluation that it hits: both are done again from the last checkpoint, with the 
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from typing import Any
+
+from safetensors.torch import load_file
 
 from atoll import parts
 from atoll.assemble import Assembly, Rebuild, clients
 from atoll.build import Plan, baseline_names, samples
-from atoll.cache import content_hash
+from atoll.cache import replace_tensors
 from atoll.data.read import Report
-from atoll.data.sources import ClientData, one_a_line
+from atoll.data.sources import one_a_line
 from atoll.errors import AtollError, Interrupted
 from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdict
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
+from atoll.handover import base, before_first, start_of, versions
 from atoll.models.spaces import split
+from atoll.outcome import Progress, refuse_other_base
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
-from atoll.recipe import POOLED, STAGE
-from atoll.record.checkpoint import load_with_extra, read_extra, save_state
+from atoll.record.checkpoint import load_state, read_head, save_state
 from atoll.record.events import (
     EVERYBODY,
     ClientLeftOut,
@@ -48,27 +48,11 @@ from atoll.record.events import (
     SumOpened,
     read_events,
 )
-from atoll.record.folder import CHECKPOINT, RunFolder, find, root
+from atoll.record.folder import RunFolder
 from atoll.round import State, initial, run_round
+from atoll.schema import POOLED
 from atoll.statement import statement
-from atoll.stream import REFERENCE, UPDATE
-from atoll.wire import content
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the loop of a stage remembers beside the state; a checkpoint keeps it."""
-
-    plan: str
-    data: Mapping[str, str]
-    """What each client held when the run began, by content."""
-    best: float = float("inf")
-    without_better: int = 0
-    record_bytes: int = 0
-    seconds: float = 0.0
-    ended: str = ""
-    start: str = ""
-    """The model and the params before the first round, by content."""
+from atoll.stream import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -137,13 +121,13 @@ def drive(at: Stage, state: State, progress: Progress) -> State:
 def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Progress]:
     """From the run's checkpoint if there is one; else from the model, or from the run that this one starts `from`."""
     if folder.checkpoint.exists():
-        state, kept = load_with_extra(folder.checkpoint)
-        progress = Progress(**kept)
+        state, progress = load_state(folder.checkpoint), Progress(**read_head(folder.checkpoint).extra)
         if progress.plan != ready.hash:
             raise AtollError(
                 "the recipe has changed since the run began", where=str(folder.recipe), found=f"plan {ready.hash}",
                 allowed=f"plan {progress.plan}", remedy="start a new run; `from:` lets it go on from this one's result",
             )  # fmt: skip
+        refuse_other_base(progress, base(ready), str(folder.path), ready.recipe.model)
         now = things.digests
         if isinstance(ready.fleet, Elsewhere):  # sites come and go: those that are here shall hold what they held
             now = {**progress.data, **{name: held for name, held in now.items() if name in progress.data}}
@@ -152,47 +136,25 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
         if accounted(ready):
             refuse_short_ledger(state.round, folder)
         return state, progress
-    start = start_of(ready, things, folder)
+    start = kept_start(ready, things, folder)
     travels, _ = split(start, ready.recipe.finetune.personal)
     return initial(ready.rounds, travels, fixed=sent_along(ready, start)), before_first(ready, things, start)
-
-
-def before_first(ready: Plan, things: Assembly, start: Params) -> Progress:
-    """What decides the result of a stage, and nothing done."""
-    base = ready.shapes.identity if ready.shapes else ""
-    return Progress(ready.hash, things.digests, start=content_hash(base, content(start)))
-
-
-def names_own_code(tree: Any) -> bool:
-    """Whether a recipe names `module:factory` anywhere; `tiny:` is a preset of ours, `stage:` a stage."""
-    if isinstance(tree, Mapping):
-        return any(map(names_own_code, tree.values()))
-    if isinstance(tree, list):
-        return any(map(names_own_code, tree))
-    return isinstance(tree, str) and re.fullmatch(r"(?!tiny:|stage:)[\w.]+:\w+", tree) is not None
-
-
-def done_before(ready: Plan, things: Assembly, folder: RunFolder) -> RunFolder | None:
-    """A finished stage, of whatever run here, of the same plan on the same data that began with the same params.
-
-    None is looked for where not all that decides the result is known by content: data at sites or of the user's own source,
-    a model or a part of the user's own, a fleet that misbehaves.
-    """
-    own = any(isinstance(source, ClientData) for source in ready.sources.values()) or names_own_code(ready.tree)
-    if own or isinstance(ready.fleet, Elsewhere) or parts.spec(ready.recipe.fleet, "fleet").use == "faults":
-        return None
-    wanted = before_first(ready, things, start_of(ready, things, folder))
-    for checkpoint in sorted((*root().glob(f"*/{CHECKPOINT}"), *root().glob(f"*/stages/*/{CHECKPOINT}"))):
-        found = read_extra(checkpoint)
-        same = all(found.get(name) == getattr(wanted, name) for name in ("plan", "data", "start"))
-        if same and found.get("ended") and (other := RunFolder(checkpoint.parent)).card.exists():
-            return other
-    return None
 
 
 def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
     """The result of the run that this one starts `from`, where clients need it beside what trains: all they begin with."""
     return {REFERENCE: start} if ready.sends_start else {}
+
+
+def kept_start(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
+    """All that trains, before the first round: of a baseline what its run began with, whatever became of that since."""
+    run = folder.outermost if folder.is_baseline else folder
+    if run.start.exists():
+        return {name: x.to(things.start[name].device) for name, x in load_file(run.start).items()}
+    start = start_of(ready, things, folder)
+    if ready.recipe.starts and ready.recipe.baselines:
+        replace_tensors(run.start, start, {})
+    return start
 
 
 def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folder: RunFolder) -> None:
@@ -230,45 +192,6 @@ def refuse_short_ledger(rounds: int, folder: RunFolder) -> None:
         )  # fmt: skip
 
 
-def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
-    """All that trains, before the first round."""
-    results = [result_of(one, things, folder) for one in ready.recipe.starts]
-    if not results:
-        return things.start
-    if not isinstance(ready.recipe.start, list):
-        return results[0]
-    mine = before_first(ready, things, things.start).start
-    for one in (begun_from(one, folder) for one in ready.recipe.starts):
-        if read_extra(one.checkpoint).get("start") != mine:
-            raise AtollError(
-                "what is fused must have begun with this run's base", where="from", found=f"{one.name}, which did not",
-                allowed="runs from the same model, space and seed, none of them `from` another",
-            )  # fmt: skip
-    fused: Params = parts.make("fuse", ready.recipe.fuse.by, "fuse.by")(things.start, results)
-    return fused
-
-
-def result_of(start: str, things: Assembly, folder: RunFolder) -> Params:
-    """What another run, or another stage of this one, came to: all that trains."""
-    mine, other = things.start, begun_from(start, folder)
-    if not other.checkpoint.exists():
-        raise AtollError(
-            "the run has no result to start from", where="from", found=other.name, remedy=f"`atoll resume {other.name}`"
-        )
-    params = load_with_extra(other.checkpoint)[0].params[UPDATE]
-    if {name: x.shape for name, x in params.items()} != {name: x.shape for name, x in mine.items()}:
-        raise AtollError(
-            "the run trained in another space", where="from", found=other.name,
-            remedy="use the model and the finetune.space of that run",
-        )  # fmt: skip
-    return {name: x.to(mine[name].device) for name, x in params.items()}
-
-
-def begun_from(start: str, folder: RunFolder) -> RunFolder:
-    """The run, or the stage of the same run, whose result is where the one in this folder starts."""
-    return folder.outermost.stage(start.removeprefix(STAGE)) if start.startswith(STAGE) else find(start)
-
-
 def introduce(at: Stage) -> None:
     """What is going to happen, and who cannot take part."""
     ready, things = at.ready, at.things
@@ -284,7 +207,7 @@ def introduce(at: Stage) -> None:
             of=ready.shapes.count if ready.shapes else sum(p.numel() for p in things.model.parameters()),
             seed=ready.recipe.seed,
             baselines=baseline_names(ready),
-            versions={name: version(name) for name in ("atoll", "torch", "transformers", "peft")},
+            versions=versions(),
             warnings=ready.warnings,
             privacy=statement(ready, samples_of(at)),
             recipe=ready.recipe.model_dump(

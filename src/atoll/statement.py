@@ -7,7 +7,6 @@ from typing import Any
 from atoll.aggregate.base import ALL, modality_of
 from atoll.build import Plan
 from atoll.privacy.protection import Protection, Samples, promise
-from atoll.recipe import STAGE
 from atoll.schedule import cohort_sizes
 from atoll.stream import UPDATE
 
@@ -20,9 +19,9 @@ def statement(plan: Plan, samples: Samples, about: bool = False) -> dict[str, An
     promised = guarantee(plan.protection, plan.recipe.finetune.rounds, samples)
     if promised and plan.protection and plan.protection.mechanism.unit == "example":
         promised["about"] = about
-    runs = [one for one in plan.recipe.starts if not one.startswith(STAGE)]
+    runs = [one.name for one in plan.recipe.stands_on if one.run]
     if promised and runs:
-        promised["not_covered"] += f"; what {', '.join(runs)}, where it starts from, has spent (`atoll ledger` adds up)"
+        promised["not_covered"] += f"; what {', '.join(runs)}, which it stands on, has spent (`atoll ledger` adds up)"
     if promised and any(one.protection for one in plan.before.values()):
         promised["not_covered"] += "; what the stages before it spend, which the budget counts"
     return {"server_sees": server_sees(plan), "guarantee": promised}

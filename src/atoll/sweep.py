@@ -16,18 +16,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll import recipe
-from atoll.assemble import Assembly, again, assemble
-from atoll.build import Plan, build
+from atoll import recipe, schema
+from atoll.assemble import Assembly, again
+from atoll.build import Plan, rebuilt
 from atoll.cache import Say, content_hash, quiet, write_file
 from atoll.data.sources import digest
 from atoll.errors import AtollError
+from atoll.handover import starting_from
 from atoll.keys import rng
 from atoll.local.work import Report, unwatched
 from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, root
 from atoll.record.story import read_story
-from atoll.run import write_recipe
+from atoll.run import planned, prepared, write_recipe
 from atoll.stage import run_stage
 
 Settings = Mapping[str, Any]
@@ -48,7 +49,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Tried:
     """What became of a trial. Losses are held out: the mean over clients, and the worst client's."""
 
     method: str
@@ -151,7 +152,7 @@ def untried(grid: Grid, methods: Sequence[str], trials: Sequence[Trial]) -> dict
     return {key: left for key, values in keys.items() if (left := [one for one in values if one not in tried[key]])}
 
 
-def tree_of(name_or_path: str, trial: Trial) -> recipe.Tree:
+def tree_of(name_or_path: str, trial: Trial) -> schema.Tree:
     """The recipe with the trial's method laid over it, then the trial's settings; without baselines."""
     tree = recipe.with_method(recipe.resolve(name_or_path), trial.method)
     for path, value in trial.settings.items():
@@ -168,8 +169,8 @@ def sweep(
     sinks: Sequence[Sink] = (),
     say: Say = quiet,
     report: Report = unwatched,
-) -> tuple[Path, list[Outcome]]:
-    """Runs every trial that has not finished yet. Returns the sweep's folder and its outcomes, the best first.
+) -> tuple[Path, list[Tried]]:
+    """Runs every trial that has not finished yet. Returns the sweep's folder and what became of the trials, the best first.
 
     Raises:
         AtollError: a trial cannot be planned; this is found before the first one runs.
@@ -182,14 +183,14 @@ def sweep(
     name = content_hash(*(plan.hash for _, plan in chosen), json.dumps(held, sort_keys=True))[:8]
     folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{name}"
     warm: dict[str, Assembly] = {}
-    outcomes: list[Outcome] = []
+    found: list[Tried] = []
     for number, (trial, plan) in enumerate(chosen, 1):
         inner = RunFolder(folder / trial.name)
         say(f"trial {number} of {len(chosen)}: {trial.method} {json.dumps(trial.settings)}")
         run_trial(plan, inner, warm, sinks, say, report)
-        outcomes.append(outcome(trial, inner))
-        save(folder, outcomes)
-    return folder, ranked(outcomes)
+        found.append(tried(trial, inner))
+        save(folder, found)
+    return folder, ranked(found)
 
 
 def plan_of(name_or_path: str, trial: Trial) -> Plan:
@@ -201,8 +202,7 @@ def plan_of(name_or_path: str, trial: Trial) -> Plan:
             "a sweep tunes one stage", where="stages", found=", ".join(stages), allowed="one",
             remedy="a copy of the recipe with `stages: [align]`, and `from` a run that was fine-tuned",
         )  # fmt: skip
-    (tree,) = stages.values()
-    return build(recipe.validate(tree, f"{name_or_path} with {trial.method}"), tree)
+    return planned(starting_from(schema.validate(tree, f"{name_or_path} with {trial.method}"), tree))
 
 
 def run_trial(
@@ -215,15 +215,15 @@ def run_trial(
             return
         write_recipe(folder, plan)
         work = plan.recipe.finetune
-        kind = json.dumps(
-            [plan.recipe.model, plan.recipe.data, repr(plan.space), work.objective, work.context, plan.recipe.seed],
-            sort_keys=True,
-        )
-        if kind not in warm:
+        of_tree = [plan.tree.get(key) for key in ("model", "data", "seed")]
+        kind = json.dumps([*of_tree, repr(plan.space), work.objective, work.context], sort_keys=True)
+        if plan.recipe.judge or kind not in warm:  # a judge's choices are the trial's own, and lie in its folder
             warm.clear()  # one model in memory at a time
-            warm[kind] = assemble(plan, say, report)
+            ready, warm[kind] = prepared(plan, folder, say, report)
+        else:
+            ready = rebuilt(plan, plan.tree, warm[kind].left_out)
         refuse_nothing_held_out(warm[kind])
-        run_stage(plan, again(warm[kind], plan), folder, folder, sinks)
+        run_stage(ready, again(warm[kind], ready), folder, folder, sinks)
 
 
 def refuse_nothing_held_out(things: Assembly) -> None:
@@ -235,13 +235,13 @@ def refuse_nothing_held_out(things: Assembly) -> None:
         )  # fmt: skip
 
 
-def outcome(trial: Trial, folder: RunFolder) -> Outcome:
+def tried(trial: Trial, folder: RunFolder) -> Tried:
     """What the record says of a finished trial."""
     story = read_story(folder)
     assert story is not None
     assert story.ended is not None
     last = story.final or story.evaluations[-1]
-    return Outcome(
+    return Tried(
         method=trial.method,
         settings=trial.settings,
         loss=last.mean,
@@ -253,11 +253,11 @@ def outcome(trial: Trial, folder: RunFolder) -> Outcome:
     )
 
 
-def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def ranked(each: Sequence[Tried]) -> list[Tried]:
     """The lowest mean loss first; what is not a number last."""
-    return sorted(outcomes, key=lambda one: (math.isnan(one.loss), one.loss))
+    return sorted(each, key=lambda one: (math.isnan(one.loss), one.loss))
 
 
-def save(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """sweep.json: all outcomes so far, the best first."""
-    write_file(folder / "sweep.json", json.dumps([asdict(one) for one in ranked(outcomes)], indent=1).encode())
+def save(folder: Path, each: Sequence[Tried]) -> None:
+    """sweep.json: what became of the trials so far, the best first."""
+    write_file(folder / "sweep.json", json.dumps([asdict(one) for one in ranked(each)], indent=1).encode())

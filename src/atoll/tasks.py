@@ -7,36 +7,41 @@ articles (as SQuAD does, Rajpurkar et al. 2016, arXiv 1606.05250), and by ROUGE-
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 
-import numpy as np
 import torch
 
-from atoll import parts, recipe
+from atoll import recipe
 from atoll.build import sources_of
 from atoll.cache import Counting, Say, quiet
-from atoll.data.answers import ChatFormat, ends_of
+from atoll.data.answers import ends_of
 from atoll.data.collate import Sample
-from atoll.data.prepared_tasks import TASKS, Open, open_questions, refuse_unasked, task
+from atoll.data.files import jsonl_rows
+from atoll.data.prepared_tasks import TASKS, open_questions, refuse_unasked, task
 from atoll.data.read import Report, records
 from atoll.data.sources import ClientSource
-from atoll.data.tokenize import prepare
+from atoll.data.tokenize import prepare, prompting
 from atoll.errors import AtollError
+from atoll.exchange import WorkFailed
 from atoll.harness import Ask, by_harness
 from atoll.local.language import sft
 from atoll.local.rollouts import Sampling, completed
 from atoll.local.work import EVALUATION_BATCH, answered, summed, told
 from atoll.metrics import Named
-from atoll.models.spaces import Space, write
+from atoll.models.features import features_of, places
+from atoll.models.spaces import write
+from atoll.outcome import outcome, place
 from atoll.params import Params
-from atoll.recipe import HARNESS
 from atoll.record.card import write_card
 from atoll.record.folder import RunFolder
+from atoll.record.measured import after
 from atoll.record.tasks import TUNED, Mean, Score, write_scores
-from atoll.result import Result, load_result, tuned_params
+from atoll.result import Result, load_result
+from atoll.schema import HARNESS
 
 CONTEXT = 1024
 """Tokens of a question with its longest choice; longer ones are left out and counted."""
@@ -63,7 +68,7 @@ def evaluate_tasks(
     if not names:
         raise AtollError("no task is named", where=where, allowed=", ".join(TASKS), remedy="boolq,openbookqa")
     refuse_unasked(names, where)
-    result, seen = load_result(folder, say), trained_on(folder)
+    result, seen = load_result(folder, say), trained_on(folder, say)
     found = []
     for name in names:
         measured = scores(result, models(folder, result), name, most, seen, say)
@@ -75,31 +80,41 @@ def evaluate_tasks(
 
 def models(folder: RunFolder, result: Result) -> dict[str, Params]:
     """What trains, by the name of the model that it makes: the base, after each stage, and the result."""
-    same = [
-        stage for stage in folder.earlier() if space_of(stage) == result.space
-    ]  # another's params are not this one's
-    between = {f"after {stage.path.name}": {**result.base, **tuned_params(stage)[0]} for stage in same}
+    mine = result.outcome
+    before = map(outcome, folder.earlier())
+    alike = [one for one in before if (one.progress.base, one.space) == (mine.progress.base, mine.space)]
+    between = {after(one.folder.path.name): {**result.base, **one.params} for one in alike}
     return {"base": result.base, **between, TUNED: {**result.base, **result.tuned}}
 
 
-def trained_on(folder: RunFolder) -> set[str]:
-    """What the run and its stages were asked in training, where their data are here: public sets are trained on, too."""
+def trained_on(folder: RunFolder, say: Say = quiet) -> set[str]:
+    """What the run, its stages and the runs it stands on were asked in training: public sets are trained on, too."""
     found: set[str] = set()
-    for one in (*folder.earlier(), folder):
+    for one in beneath(folder):
         try:
             sources = sources_of(recipe.read(str(one.recipe))[0])
-        except AtollError:  # its data are elsewhere
-            continue
-        here = [source for source in sources.values() if isinstance(source, ClientSource)]
-        each = (record for source in here for record in records(source.source, Report()) if record.split == "train")
-        found |= {message["content"] for record in each for message in record.messages if message.get("role") == "user"}
+            here = {source.source for source in sources.values() if isinstance(source, ClientSource)}
+            for record in (record for source in here for record in records(source, Report())):
+                if record.split == "train":
+                    found |= {message["content"] for message in record.messages if message.get("role") == "user"}
+        except AtollError as error:  # elsewhere, or no longer what they were
+            say(f"{one.name}: what it was trained on cannot be read, and may be among the questions ({error.what})")
     return found
 
 
-def space_of(folder: RunFolder) -> Space:
-    """In which a stage trained."""
-    space: Space = parts.make("space", recipe.read(str(folder.recipe))[0].finetune.space, "finetune.space")
-    return space
+def beneath(folder: RunFolder) -> list[RunFolder]:
+    """A run with its stages and the runs that they begin with or are judged by, and those beneath them, as far as known."""
+    found, open_ = list[RunFolder](), [folder]
+    while open_:
+        one = open_.pop()
+        if one in found:
+            continue
+        found.append(one)
+        open_ += one.earlier()
+        for other in recipe.read(str(one.recipe))[0].stands_on:
+            with suppress(AtollError):  # a run that is gone
+                open_.append(place(other, one))
+    return found
 
 
 def scores(
@@ -114,10 +129,14 @@ def scores(
     for model, params in each.items():
         write(result.space, result.model, params)
         say(f"{name}, {model}")
-        found += [
-            Score(name, measure, model, *mean, result.rounds, most)
-            for measure, mean in of(Counting(say, f"{name}, {model}", most))
-        ]
+        try:
+            told = [*of(Counting(say, f"{name}, {model}", most))]
+        except WorkFailed as error:
+            raise AtollError(
+                "the model cannot answer", where=f"{result.outcome.folder.name}: {name}", found=f"{model}: {error}",
+                remedy="a smaller rate, and finetune.clip_norm, keep a model from diverging",
+            ) from error  # fmt: skip
+        found += [Score(name, measure, model, *mean, result.outcome.rounds, most) for measure, mean in told]
     result.use(base=False)
     return found
 
@@ -127,7 +146,7 @@ def chosen(result: Result, name: str, most: int, seen: Collection[str], say: Say
     objective = sft().bind(result.model, result.tokenizer)
     source = task(name, say)
     found = prepare(source, result.tokenizer, longest(result), "sft", say=say).test
-    asked = [json.loads(line)["prompt"] for line in source.files[0][0].read_text(encoding="utf-8").splitlines()]
+    asked = [one["prompt"] for _, one in jsonl_rows(source.files[0][0])]
     samples = found.select([at for at, row in enumerate(found.rows) if asked[row] not in seen][:most])
     refuse_none(samples, name, result)
 
@@ -149,11 +168,12 @@ def chosen(result: Result, name: str, most: int, seen: Collection[str], say: Say
 
 def written(result: Result, name: str, most: int, seen: Collection[str], say: Say) -> Ask:
     """Questions whose answers are written, but for those that were `seen`."""
-    asked = ((one, prompt(one, result.tokenizer)) for one in open_questions(name, say) if one.prompt not in seen)
-    short = [pair for pair in asked if len(pair[1].ids) <= longest(result) - MOST_TOKENS][:most]
+    prompt = prompting(result.tokenizer)
+    asked = ((one, prompt(one.prompt)) for one in open_questions(name, say) if one.prompt not in seen)
+    short = [*islice((pair for pair in asked if len(pair[1].ids) <= longest(result) - MOST_TOKENS), most)]
     questions, prompts = [one for one, _ in short], [ids for _, ids in short]
     refuse_none(prompts, name, result)
-    how = Sampling(1, MOST_TOKENS, 0.0, ends_of(result.tokenizer))
+    how = Sampling(1, MOST_TOKENS, 0.0, ends_of(result.tokenizer), places(features_of(result.model)))
 
     def ask(count: Counting) -> Iterator[tuple[str, Mean]]:
         answers: list[str] = []
@@ -182,13 +202,6 @@ def refuse_none(samples: Sequence[Sample], name: str, result: Result) -> None:
             "no question of this task fits the model", where="tasks", found=name, allowed=f"{longest(result)} tokens",
             remedy="leave it out",
         )  # fmt: skip
-
-
-def prompt(question: Open, tokenizer: object) -> Sample:
-    """The tokens up to where the answer begins."""
-    text = ChatFormat(tokenizer).render([{"role": "user", "content": question.prompt}], prompt=True)  # type: ignore[arg-type]
-    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)  # type: ignore[operator]
-    return Sample(ids, ids)
 
 
 def batches(each: Sequence[Sample]) -> Iterator[Sequence[Sample]]:

@@ -14,11 +14,11 @@ from atoll import run
 from atoll.assemble import assemble
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError, Interrupted
-from atoll.recipe import POOLED
 from atoll.record.checkpoint import load_state
 from atoll.record.folder import RunFolder, find
 from atoll.record.measured import loss_table, of_everybody
 from atoll.record.story import read_story
+from atoll.schema import POOLED
 
 RECIPE = """
 recipe: 1

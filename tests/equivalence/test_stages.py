@@ -20,6 +20,7 @@ from atoll.data.sources import FIRST
 from atoll.errors import AtollError, Interrupted
 from atoll.exchange import Refused
 from atoll.models.tiny import tiny
+from atoll.outcome import outcome
 from atoll.params import equal
 from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded, RunStarted
@@ -29,7 +30,7 @@ from atoll.record.plots import accuracies
 from atoll.record.story import read_story
 from atoll.record.tasks import read_scores
 from atoll.record.views import details, summarize
-from atoll.result import load_result, own_params, tuned_params
+from atoll.result import load_result
 from atoll.run import plan, plan_again
 from atoll.stage import stop_if_hopeless
 from atoll.stream import UPDATE
@@ -129,12 +130,12 @@ def test_what_is_personal_in_a_later_stage_begins_with_what_all_shared(recipe: P
     assert all(one["reward_accuracy"] == 0.5 for one in story.base.clients.values())
     before = read_story(folder.stage("finetune")).final
     assert [one["accuracy"] for one in story.base.clients.values()] == [o["accuracy"] for o in before.clients.values()]
-    own = [own_params(folder, name) for name in ("north", "south")]
+    own = [outcome(folder).own(name) for name in ("north", "south")]
     assert all(".lora_A." in name for name in own[0])
     assert not equal(*own)
     drift = [max(float((one[name] - begun[name]).abs().max()) for name in one) for one in own]
     assert 0 < max(drift) < 0.2, "three rounds from what fine-tuning came to, not from anywhere else"
-    kept = tuned_params(folder)[0]
+    kept = outcome(folder).params
     assert equal({name: x for name, x in kept.items() if ".lora_A." in name}, {n: begun[n] for n in own[0]})
 
 
@@ -280,12 +281,13 @@ def test_what_is_wrong_in_a_stage_is_told_with_its_section(
     assert where in caught.value.details["where"]
 
 
-def test_a_client_without_answers_to_compare_is_warned_of(recipe: Path) -> None:
+def test_clients_without_answers_to_compare_are_warned_of_together(recipe: Path) -> None:
     with (recipe.parent / "data" / "north.jsonl").open("a") as file:
         file.write('{"prompt": "What is 1?", "chosen": "It is 1.", "rejected": ""}\n')
-    (recipe.parent / "data" / "west.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
+    for site in ("east", "west"):
+        (recipe.parent / "data" / f"{site}.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
     assert check_data(plan(recipe)) == [
-        "west has no answer to compare with in 1 of its first 1 records: they are left out"
+        "east, west: no answer to compare with in 1 of the first 1 records: they are left out"
     ]
 
 
@@ -322,7 +324,7 @@ def test_answers_to_compare_may_come_late_in_a_file(recipe: Path) -> None:
         rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(FIRST + 1)]
         rows[-1]["choices"] = [rows[-1]["completion"], "No."]
         (recipe.parent / "data" / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(check_data(plan(recipe))) == 2
+    assert len(check_data(plan(recipe))) == 1
     for site in ("north", "south"):
         path = recipe.parent / "data" / f"{site}.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))

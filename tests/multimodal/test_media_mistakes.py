@@ -31,7 +31,7 @@ def test_a_plan_names_whom_the_model_leaves_out(sites, atoll: Atoll):
     blind = atoll("plan", str(sites / "mine.yaml"), "--set", "model.image=null", "--json")
     assert blind.status == 0
     [warning] = [one for one in json.loads(blind.out)["warnings"] if "left out" in one]
-    assert warning == "see has image, which the model does not take, in 6 of its first 12 records: they are left out"
+    assert warning == "see: image, which the model does not take, in 6 of the first 12 records: they are left out"
     write(sites / "only", [{"images": ["p0.png"]}] * 3)
     shutil.copy(sites / "sites/see/p0.png", sites / "only/p0.png")
     text = ["model=tiny:llama", "finetune.space=lora", f"data={{use: clients, paths: {{only: {sites}/only}}}}"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from atoll import recipe, run
+from atoll import recipe, run, schema
 from atoll.build import build
 from atoll.record.folder import create
 from atoll.record.story import read_story
@@ -16,7 +16,7 @@ METHODS = [name for name in SHIPPED if name.startswith("methods/")]
 RUNS = [name for name in SHIPPED if name.startswith("runs/")]
 
 
-def on_its_bench(name: str) -> recipe.Tree:
+def on_its_bench(name: str) -> schema.Tree:
     """The method laid over the run that its number is stated for."""
     method = recipe.resolve(name)
     tree = recipe.with_method(recipe.resolve(method["checked"]["run"]), name) | {"name": method["name"]}
@@ -45,10 +45,10 @@ def test_a_run_builds(name):
 def test_a_method_gives_the_number_it_states(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ATOLL_RUNS", str(tmp_path))
     tree = on_its_bench(name)
-    plan = build(recipe.validate(tree, name), tree)
+    plan = build(schema.validate(tree, name), tree)
     folder = create(plan.recipe.name)
     run.write_recipe(folder, plan)
     run.execute(plan, folder, (), lambda line: None)
     final = read_story(folder).final
-    stated = recipe.validate(tree | {"checked": recipe.resolve(name)["checked"]}, name).checked
+    stated = schema.validate(tree | {"checked": recipe.resolve(name)["checked"]}, name).checked
     assert final.mean == pytest.approx(stated.loss, rel=stated.within)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.data.answers import ChatFormat
-from atoll.data.read import Message
+from atoll.data.formats import Message
 from atoll.models.tiny import byte_tokenizer
 
 EOS = "<|im_end|>"  # the byte tokenizer's

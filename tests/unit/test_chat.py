@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def test_streamed_pieces_are_the_answer(result: Result) -> None:
 
 
 def test_a_model_of_plain_text_continues_it(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = result.recipe.finetune.model_copy(update={"objective": "causal_lm"})
-    raw = Result(**{**vars(result), "recipe": result.recipe.model_copy(update={"finetune": work})})
+    written = result.outcome.recipe
+    work = written.finetune.model_copy(update={"objective": "causal_lm"})
+    raw = replace(result, outcome=replace(result.outcome, recipe=written.model_copy(update={"finetune": work})))
     asked: list[str] = []
     monkeypatch.setattr(Chat, "_generate", lambda self, text, media, write: asked.append(text) or "x")
     chat = Chat(raw)

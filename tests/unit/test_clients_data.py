@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import atoll as package
-from atoll.data.read import EMPTY_TEXT, NO_ANSWER, open_source
+from atoll.data.formats import EMPTY_TEXT, NO_ANSWER
+from atoll.data.read import open_source
 from atoll.data.sources import ClientData, ClientSource, check, digest
 from atoll.data.tokenize import prepare
 from atoll.errors import AtollError

@@ -15,9 +15,9 @@ import atoll
 from atoll.errors import AtollError
 from atoll.export import export_adapter, export_merged, hub_id
 from atoll.models.tiny import tiny as tiny_model
+from atoll.outcome import outcome
 from atoll.params import equal
 from atoll.record.folder import RunFolder
-from atoll.result import tuned_params
 from support import Atoll
 
 
@@ -37,7 +37,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def test_plain_peft_loads_what_the_checkpoint_holds(run: RunFolder, tmp_path: Path) -> None:
     out = export_adapter(run, tmp_path / "out")
-    assert equal(load_file(out / "adapter_model.safetensors"), tuned_params(run)[0])
+    assert equal(load_file(out / "adapter_model.safetensors"), outcome(run).params)
     assert torch.equal(logits(out), logits(run.adapter))
     model, tokenizer = tiny_model("llama")
     assert not torch.equal(logits(out), model(**tokenizer("item", return_tensors="pt")).logits)

@@ -18,8 +18,9 @@ from tiny_families import FAMILIES, assert_same_gradients, build, gradients, wit
 import atoll
 from atoll.data.collate import Sample
 from atoll.data.read import Record, Report, open_source, records
-from atoll.data.tokenize import encode, lettered, prepare
+from atoll.data.tokenize import NO_OTHER_ANSWER, TOO_MANY_ANSWERS, encode, lettered, prepare
 from atoll.local.judges import Judge, logits_at_the_end, reward_model, selector
+from atoll.local.objectives import Head
 from atoll.models.fast import accelerate
 from atoll.models.tiny import byte_tokenizer, tiny
 from atoll.record.card import markdown
@@ -136,7 +137,7 @@ def test_what_shows_no_answers_is_left_out() -> None:
         list(encode([one, one._replace(choices=tuple(map(str, range(30))))], byte_tokenizer(), "selector", report))
         == []
     )
-    assert [count for count, _ in report.left_out.values()] == [2]
+    assert {why: count for why, (count, _) in report.left_out.items()} == {NO_OTHER_ANSWER: 1, TOO_MANY_ANSWERS: 1}
 
 
 @pytest.mark.parametrize("objective", ["reward-model", "selector"])
@@ -157,3 +158,13 @@ def test_a_federation_learns_to_judge(objective: str, tmp_path: Path, monkeypatc
     assert last < first
     if objective == "reward-model":
         assert story.final.clients["north"]["reward_accuracy"] == 1.0
+
+
+def test_rewards_of_a_model_in_bfloat16_are_told_apart() -> None:
+    head = Head(torch.nn.Linear(64, 100, bias=False, dtype=torch.bfloat16), lambda x: x, 100)
+    with torch.no_grad():
+        head.module.weight.fill_(1.0)  # type: ignore[union-attr, operator]
+    rows = torch.ones(2, 64, dtype=torch.bfloat16)
+    rows[1, 0] += 2**-7
+    assert len(set(head(rows)[:, 7].tolist())) == 1
+    assert head.column(rows, 7).tolist() == [64.0, 64.0 + 2**-7]

@@ -28,7 +28,7 @@ MISTAKES = {
     ),
     "wrong type": Mistake(["finetune.rounds=many"], ["finetune.rounds", "'many'", "a whole number"]),
     "out of range": Mistake(["finetune.optimizer.lr=-1"], ["finetune.optimizer.lr", "-1", "greater than 0"]),
-    "missing folder": Mistake(["data.path=./nowhere"], ["there is no such folder", "data.path", "./nowhere"]),
+    "missing folder": Mistake(["data.path=./nowhere"], ["there is no such folder", "data.path", "/nowhere"]),
     "missing model": Mistake(["model=./no-model"], ["there is no such folder", "no-model"]),
     "misspelt model": Mistake(["model=smollm-135m"], ["there is no such model", "did you mean 'smollm2-135m'?"]),
     "setting without a value": Mistake(["finetune.rounds"], ["not a setting", "path.to.key=value"]),
@@ -103,6 +103,11 @@ def test_recipe_without_data(atoll: Atoll, tmp_path: Path) -> None:
 
 def test_recipe_without_version(atoll: Atoll, tmp_path: Path) -> None:
     expect_clean(atoll("run", write_recipe(tmp_path, "name: x\n")), ["a recipe needs its version", "recipe: 1"])
+
+
+def test_extending_a_recipe_that_is_not_there(atoll: Atoll, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "extends: methods/krumm\nrecipe: 1\n")
+    expect_clean(atoll("run", recipe), ["no such recipe", f"{recipe}: extends", "did you mean 'methods/krum'?"])
 
 
 def test_extending_a_number(atoll: Atoll, tmp_path: Path) -> None:

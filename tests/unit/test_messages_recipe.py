@@ -178,7 +178,7 @@ def test_start_from_another_model_or_space_is_refused_by_the_plan(atoll: Atoll, 
 def test_start_from_a_run_without_result_is_refused_by_the_plan(atoll: Atoll, tiny: str, tmp_path: Path) -> None:
     (tmp_path / "runs/tiny-1").mkdir(parents=True)
     (tmp_path / "runs/tiny-1/recipe.yaml").write_text(Path(tiny).read_text())
-    refused(atoll("plan", tiny, "--set", "from=tiny-1"), "no result to start from", "`atoll resume tiny-1`")
+    refused(atoll("plan", tiny, "--set", "from=tiny-1"), "the run has no result yet", "`atoll resume tiny-1`")
 
 
 # The Python API.

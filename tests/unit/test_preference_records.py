@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from atoll.data.formats import EQUAL_ANSWERS, MORE_THAN_WORDS, NO_PROMPT, UNLIKE_BEFORE
 from atoll.data.preview import preview
-from atoll.data.read import EQUAL_ANSWERS, MORE_THAN_WORDS, NO_PROMPT, UNLIKE_BEFORE, Report, open_source, records
+from atoll.data.read import Report, open_source, records
 from atoll.data.tokenize import NO_OTHER_ANSWER, TOO_LONG, prepare
 from atoll.errors import AtollError
 from atoll.models.tiny import byte_tokenizer

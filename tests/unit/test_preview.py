@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from atoll.data.collate import IGNORE
+from atoll.data.formats import NO_ANSWER
 from atoll.data.preview import Preview, preview, render
-from atoll.data.read import NO_ANSWER
 from atoll.data.tokenize import TOO_LONG, prepare
 from atoll.errors import AtollError
 from atoll.models.tiny import byte_tokenizer

@@ -12,7 +12,6 @@ import atoll
 from atoll.data.answers import ends_of
 from atoll.data.prepared_tasks import (
     TASKS,
-    Open,
     mixed,
     not_told,
     open_questions,
@@ -22,12 +21,13 @@ from atoll.data.prepared_tasks import (
     with_options,
 )
 from atoll.data.read import Report, records
+from atoll.data.tokenize import prompting
 from atoll.errors import AtollError
 from atoll.local.rollouts import Sampling, completed
 from atoll.models.tiny import tiny
 from atoll.record.folder import find
 from atoll.record.tasks import Score, read_scores, rows, write_scores
-from atoll.tasks import evaluate_tasks, exact_match, prompt, rouge
+from atoll.tasks import evaluate_tasks, exact_match, rouge
 
 
 @pytest.mark.real
@@ -52,7 +52,7 @@ def test_what_is_written_is_compared_with_what_is_right(answer: str, exact: floa
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_a_completion_is_transformers_own(family: str) -> None:
     model, tokenizer = tiny(family)
-    prompts = [prompt(Open(text, ["x"]), tokenizer) for text in ("Who?", "And when was that?")]
+    prompts = [prompting(tokenizer)(text) for text in ("Who?", "And when was that?")]
     how = Sampling(1, 9, 0.0, ends_of(tokenizer))
     for asked, found in zip(prompts, completed(model, prompts, how), strict=True):
         ids = torch.tensor(asked.ids).long()[None]

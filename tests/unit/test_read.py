@@ -10,17 +10,8 @@ from typing import Any
 
 import pytest
 
-from atoll.data.read import (
-    ALSO_HELD_OUT,
-    EMPTY_TEXT,
-    NO_ANSWER,
-    NO_PROMPT,
-    Record,
-    Report,
-    column,
-    open_source,
-    records,
-)
+from atoll.data.formats import EMPTY_TEXT, NO_ANSWER, NO_PROMPT
+from atoll.data.read import ALSO_HELD_OUT, Record, Report, column, open_source, records
 from atoll.errors import AtollError
 
 PAIRS = [{"prompt": f"{n} + {n}, é?", "completion": f"it is\n{2 * n}", "topic": str(n % 3)} for n in range(2500)]

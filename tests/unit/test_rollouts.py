@@ -10,7 +10,8 @@ import torch
 from tiny_families import FAMILIES, VOCABULARY, build, with_lora
 
 from atoll.data.collate import Sample
-from atoll.local.rollouts import Sampling, rollouts
+from atoll.exchange import WorkFailed
+from atoll.local.rollouts import Sampling, drawn, rollouts
 from atoll.models.fast import accelerate
 
 RECURRENT = {"mamba", "qwen3-next"}
@@ -70,3 +71,12 @@ def test_completions_differ_and_repeat_with_the_seed() -> None:
     assert [[x.tolist() for x in each] for each in one] == [[x.tolist() for x in each] for each in two]
     assert len({tuple(x) for x in one[0]}) > 1
     assert model.training, "it trains on"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_is_drawn_where_the_model_has_diverged(bad: float, temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, bad, 1.0]])
+    assert drawn(logits[:1], 0.0).tolist() == [1]
+    with pytest.raises(WorkFailed, match="the loss is not a number"):
+        drawn(logits, temperature)

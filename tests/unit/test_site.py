@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from atoll import messages, recipe
+from atoll import messages, recipe, schema
 from atoll.audit import AuditLog, verify
 from atoll.build import build
 from atoll.data.sources import ClientData
@@ -64,7 +64,7 @@ def prepare(site: Site, tree, name="clinic"):
 
 def task_of(site: Site, tree):
     """A training task of the plan, as an operator makes it."""
-    plan = build(recipe.validate(tree), tree, sources={n: ClientData((), ()) for n in ("clinic", "school")})
+    plan = build(schema.validate(tree), tree, sources={n: ClientData((), ()) for n in ("clinic", "school")})
     state = initial(plan.rounds, site._ready[plan.hash].things.start)
     (task,), _ = broadcast(plan.rounds, state, ["clinic"], 0.0)
     return task
@@ -312,7 +312,7 @@ def test_sums_are_hidden_among_those_who_are_ready_and_not_those_who_were_asked(
     monkeypatch.setattr(federation, "sites", lambda: dict.fromkeys(there, 1))
     monkeypatch.setattr(federation, "_asked", asked)
     monkeypatch.setattr(federation, "connected", nullcontext)
-    ours = build(recipe.validate(tree), tree, sources=dict.fromkeys("abcd", ClientData((), ())))
+    ours = build(schema.validate(tree), tree, sources=dict.fromkeys("abcd", ClientData((), ())))
     prepared = federation.prepare(ours.hash, tree, ours.shapes.identity, float)
     ready = [name for name, said in prepared.clients.items() if not isinstance(said, str)]
     assert ready == ["a", "b", "c", "d"]
@@ -491,3 +491,18 @@ def test_a_file_that_is_no_sites_public_key_is_not_enrolled(tmp_path, kind):
         certs.site(tmp_path, "second", given[kind])
     assert reason[kind] in str(told.value)
     assert not (tmp_path / "server" / "clients" / "second.pub").exists()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "model", "broken"),
+    [
+        (["org/name"], "org/name@0123abc", False),
+        (["org/*"], "org/name@0123abc", False),
+        (["org/name@0123abc"], "org/name@0123abc", False),
+        (["org/name@0123abc"], "org/name@4567def", True),
+        (["org/name"], "other/name@org/name", True),
+    ],
+)
+def test_an_owner_need_not_name_a_models_commit(tree, allowed, model, broken):
+    written = schema.validate(recipe.apply(tree, f"model={model}"))
+    assert bool(Policy(models=allowed).broken_by(written)) is broken

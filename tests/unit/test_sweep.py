@@ -11,7 +11,7 @@ import pytest
 
 from atoll import recipe
 from atoll.errors import AtollError
-from atoll.sweep import Outcome, choose, parse_grid, points, ranked, tree_of, untried
+from atoll.sweep import Tried, choose, parse_grid, points, ranked, tree_of, untried
 from support import Atoll
 
 
@@ -104,7 +104,7 @@ def test_method_is_laid_over_the_recipe_and_settings_over_both(tmp_path: Path) -
 
 def test_what_is_no_number_comes_last() -> None:
     losses = [math.nan, 2.0, 1.0]
-    found = ranked([Outcome("m", {}, loss, loss, 0, 0, 0.0, "") for loss in losses])
+    found = ranked([Tried("m", {}, loss, loss, 0, 0, 0.0, "") for loss in losses])
     assert [one.loss for one in found[:2]] == [1.0, 2.0]
     assert math.isnan(found[2].loss)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from atoll.data.answers import ChatFormat
 from atoll.data.collate import IGNORE, Sample
-from atoll.data.read import NO_ANSWER, Message, open_source
-from atoll.data.tokenize import TOO_LONG, TOO_SHORT, Prepared, prepare
+from atoll.data.formats import NO_ANSWER, Message
+from atoll.data.read import open_source
+from atoll.data.tokenize import TOO_LONG, TOO_MANY_ANSWERS, TOO_SHORT, Prepared, prepare, prompting
 from atoll.data.tokens import TokenWriter, load
 from atoll.errors import AtollError
 from atoll.models.tiny import byte_tokenizer
@@ -442,3 +443,22 @@ def test_smollm2_learns_the_answer_and_where_it_ends(tmp_path: Path) -> None:
     prompt = tokenizer.apply_chat_template(chat[:3], tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert sample[0][: len(ids)].tolist() == ids  # what generation starts from is what training conditioned on
+
+
+@pytest.mark.parametrize("templated", [True, False], ids=["a chat model", "a model of plain text"])
+def test_a_question_is_asked_as_prompts_are_trained_on(templated: bool, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template if templated else None
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Who is it? ", "completion": "I."}\n')
+    (trained,) = prepare(open_source(tmp_path, 0.0), tokenizer, 100, "sft").train
+    asked = prompting(tokenizer)("Who is it? ")
+    answer = int(np.flatnonzero(trained.labels != IGNORE)[0])
+    assert asked.ids.tolist() == trained.ids[:answer].tolist()
+
+
+def test_a_selector_is_shown_no_more_answers_than_there_are_letters(tmp_path: Path) -> None:
+    row = {"prompt": "Which?", "completion": "0", "choices": [str(i) for i in range(27)]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"choices": ["0", "1"]}) + "\n")
+    found = prepare(open_source(tmp_path, 0.0), byte_tokenizer(), 1000, "selector")
+    assert len(found.train) == 1
+    assert {reason: count for reason, (count, _) in found.report.left_out.items()} == {TOO_MANY_ANSWERS: 1}

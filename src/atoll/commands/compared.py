@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atoll import parts, recipe
+from atoll import parts, recipe, schema
 from atoll.record.folder import RunFolder
 from atoll.record.views import differing, flat, read_tree
 
@@ -36,9 +36,9 @@ def settings(folders: Sequence[RunFolder]) -> dict[str, dict[str, Any]]:
     return differing({name: dict(flat(tree)) for name, tree in trees.items()})
 
 
-def resolved(tree: recipe.Tree) -> recipe.Tree:
+def resolved(tree: schema.Tree) -> schema.Tree:
     """The tree with the schema's defaults, and every part as a mapping."""
-    whole = recipe.validate(tree).model_dump(by_alias=True, exclude=TEXTS)
+    whole = schema.validate(tree).model_dump(by_alias=True, exclude=TEXTS)
     for path in SLOTS:
         whole = recipe.put(whole, path, _mapping(_at(whole, path)))
     return whole

@@ -11,7 +11,7 @@ import typer
 from atoll.commands.output import AsJson, say, show, show_json
 
 if TYPE_CHECKING:
-    from atoll.recipe import Finetune
+    from atoll.schema import Finetune
 
 
 def data(
@@ -57,6 +57,7 @@ def data(
     say(f"loading the tokenizer of {named}")
     from atoll.data.preview import preview, render
     from atoll.errors import placed
+    from atoll.local.work import needs_of
     from atoll.models.load import load_senses, load_tokenizer
     from atoll.parts import make
 
@@ -65,7 +66,7 @@ def data(
         whose, of_recipe = model_of(named)
         context = context or (of_recipe.context if of_recipe else CONTEXT)
         if wanted is None and of_recipe:
-            wanted = getattr(make("objective", of_recipe.objective, "finetune.objective"), "labels", None)
+            wanted = needs_of(make("objective", of_recipe.objective, "finetune.objective")).labels
         tokenizer, senses = load_tokenizer(whose, say), load_senses(whose, say)
     seen = preview(path, tokenizer, context, samples, wanted, senses, say)
     if as_json:
@@ -83,13 +84,13 @@ CONTEXT = 512
 
 def model_of(name: str) -> tuple[Any, Finetune | None]:
     """A model by name; or that of a recipe, a file or a shipped one, with what its last stage says of training."""
-    from atoll import recipe
+    from atoll import recipe, schema
     from atoll.build import choose_model
 
     if name.endswith((".yaml", ".yml")) or f"runs/{name}" in recipe.shipped():
         _, tree = recipe.read(name)
         (*_, last) = recipe.staged(tree).values()
-        written = recipe.validate(last)
+        written = schema.validate(last)
         return choose_model(written.model).name, written.finetune
     return name, None
 

@@ -18,7 +18,7 @@ def evaluate(
 ) -> None:
     """Measure a run's model, its base and its stages on public tasks. The run's card keeps the numbers."""
     from atoll.data.prepared_tasks import TASKS
-    from atoll.recipe import HARNESS
+    from atoll.schema import HARNESS
 
     if tasks == "help":
         for name, one in TASKS.items():

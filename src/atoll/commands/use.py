@@ -32,12 +32,12 @@ def chat(
         if not path.is_file():
             raise AtollError("there is no such file", where=f"--{name}", found=path, allowed="a file on this machine")
     from atoll.chat import Chat, converse
-    from atoll.result import load_result, unfinished
+    from atoll.result import load_result
 
     talk = Chat(load_result(folder, say, client), max_tokens, temperature, base)
-    if early := unfinished(folder, talk.result.rounds):
+    if early := talk.result.outcome.early:
         say(f"{folder.name} is not finished: this is the model {early}")
-    if (words := talk.result.recipe.finetune.personal) and client is None:
+    if (words := talk.result.outcome.recipe.finetune.personal) and client is None:
         say(f"clients have parts of their own ({', '.join(words)}): this is the model before any; --client names one")
     for name, path in attached:
         talk.attach(name, path)
@@ -45,7 +45,7 @@ def chat(
         talk.answer(prompt, _write)
         _write("\n")
         return
-    say(f"{folder.name} after round {talk.result.rounds}; {talk.help}")
+    say(f"{folder.name} after round {talk.result.outcome.rounds}; {talk.help}")
     converse(talk, _typed(), _write, say)
 
 
@@ -82,9 +82,9 @@ def export(
 
     folder = find(run)
     from atoll.export import export_adapter, export_merged
-    from atoll.result import tuned_params, unfinished
+    from atoll.outcome import outcome
 
-    if early := unfinished(folder, tuned_params(folder)[1]):
+    if early := outcome(folder).early:
         say(f"{folder.name} is not finished: this is its result {early}")
     write = {"adapter": export_adapter, "merged": export_merged}[to]
     name = "-".join([folder.path.name, *([client] if client else []), to])

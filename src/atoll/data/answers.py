@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from atoll.data.read import Message
+    from atoll.data.formats import Message
 
 Spans = list[tuple[int, int]]
 """Half-open ranges of characters."""

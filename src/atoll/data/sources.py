@@ -58,7 +58,12 @@ def folders(path: str, held_out: Share = 0.1) -> dict[str, ClientSource]:
     """One client for each subfolder or data file of `path`, named by it."""
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise AtollError("there is no such folder", where="data.path", found=path, remedy="one subfolder a client")
+        raise AtollError(
+            "there is no such folder",
+            where="data.path",
+            found=path,
+            remedy="check the path: it holds a subfolder or data file a client",
+        )
     found = sorted(p for p in root.iterdir() if not p.name.startswith((".", "_")) and (p.is_dir() or _is_data(p)))
     if not found:
         raise AtollError("the folder holds no clients", where=str(root), remedy="one subfolder or data file a client")
@@ -212,7 +217,7 @@ class First(NamedTuple):
         media = f"{' and '.join(self.modalities)}, which the model does not take, in {self.unheard}"
         alone = f"no answer to compare with in {self.alone}"
         found = [what for what, count in ((media, self.unheard), (alone, self.alone)) if count]
-        return f"{', and '.join(found)} of its first {self.records} records" if found else ""
+        return f"{', and '.join(found)} of the first {self.records} records" if found else ""
 
 
 def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -28,8 +28,9 @@ from atoll.cache import Say, content_hash, file_hash, home, once, quiet, watched
 from atoll.data.answers import PLAIN, ChatFormat, Spans
 from atoll.data.collate import IGNORE, Choices, Sample
 from atoll.data.files import content
+from atoll.data.formats import NO_ANSWER
 from atoll.data.media import Senses, Unusable, placed_media
-from atoll.data.read import NO_ANSWER, Labels, Record, Report, Source, media_of, open_source, records
+from atoll.data.read import Labels, Record, Report, Source, media_of, open_source, records
 from atoll.data.tokens import TokenDataset, TokenWriter, load
 from atoll.errors import AtollError
 
@@ -42,6 +43,7 @@ VERSION = 11
 TOO_LONG = "longer than the context"
 TOO_SHORT = "a single token"
 NO_OTHER_ANSWER = "no other answer to prefer its own to"
+TOO_MANY_ANSWERS = "more answers than there are letters to show them under"
 HIDDEN_ANSWER = "an answer that cannot be told from the rest in what the chat template writes"
 
 MISPLACED = "places for pictures or sounds among its words that are not its media's"
@@ -176,7 +178,7 @@ def encode(
         )
     chat = ChatFormat(tokenizer)
     if objective == "selector":
-        found = (lettered(one) for one in found)
+        found = (lettered(one) for one in found if enough_letters(one, report))
     for batch in _batches(placed for one in found if (placed := _with_places(one, senses, report))):
         written = [
             (record, *text) for record in batch if (text := _written(record, tokenizer, chat, objective, report))
@@ -205,9 +207,16 @@ COMPARING: tuple[Labels, ...] = ("preference", "selector")
 LETTERS = string.ascii_uppercase
 
 
+def enough_letters(record: Record, report: Report) -> bool:
+    """Whether each of a record's choices can have a letter of its own; counted in `report` if not."""
+    if len(record.choices) > len(LETTERS):
+        report.leave_out(TOO_MANY_ANSWERS, record.place)
+    return len(record.choices) <= len(LETTERS)
+
+
 def lettered(record: Record) -> Record:
     """The record as a question which of its answers is the best, shown under letters in the order of their hashes."""
-    if not (2 <= len(record.choices) <= len(LETTERS) and len(record.messages) > 1):
+    if len(record.choices) < 2 or len(record.messages) < 2:
         return record._replace(choices=())
     *before, asked, answer = record.messages
     shown = shown_answers(record)
@@ -303,6 +312,20 @@ def _encode(
         labeled = np.ones(len(ids), bool) if objective == "causal_lm" else _in_spans(offsets, spans)
         ids, labeled = _close(ids, labeled, tokenizer.eos_token_id) if closed else (ids, labeled)
         yield Encoded(np.asarray(ids, np.int32), labeled, record)
+
+
+def prompting(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Sample]:
+    """A question -> its tokens up to where the answer begins, as those of a prompt that is trained on."""
+    chat, templated = ChatFormat(tokenizer), bool(tokenizer.chat_template)
+
+    def prompt(question: str) -> Sample:
+        text = chat.render([{"role": "user", "content": question}], prompt=True) if templated else question
+        tokens: Any = tokenizer(text, add_special_tokens=not templated)
+        ids = tokens["input_ids"]
+        ids = ids[:-1] if not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        return Sample(np.array(ids, np.int32), np.full(len(ids), IGNORE, np.int32))
+
+    return prompt
 
 
 def _written(

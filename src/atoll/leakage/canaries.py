@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from atoll.assemble import labels_of
 from atoll.data.canaries import code, draw
 from atoll.data.collate import IGNORE, Sample
 from atoll.data.read import Planted, Report, planted_records
@@ -99,6 +98,6 @@ def other_codes(canary: Planted, count: int) -> list[str]:
 def encoded(subject: Subject, planted: Sequence[Planted]) -> list[Sample]:
     """Canaries as training saw them: the same format, template and labels."""
     form: Any = next(report.form for report in subject.things.reports.values() if report.form)
-    labels = labels_of(subject.plan)
+    labels = subject.plan.needs.labels
     made = encode(planted_records(planted, form), subject.things.tokenizer, labels, Report())
     return [Sample(one.ids, np.where(one.labeled, one.ids, np.int32(IGNORE))) for one in made]

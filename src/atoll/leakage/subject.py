@@ -12,25 +12,24 @@ import numpy as np
 import torch
 
 from atoll import parts, recipe
-from atoll.assemble import Assembly, assemble
-from atoll.build import Plan, build, choose_model
+from atoll.assemble import Assembly
+from atoll.build import Plan, choose_model
 from atoll.cache import Counting, Say
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.fleet.inprocess import Elsewhere
-from atoll.judged import judged
+from atoll.handover import start_of
 from atoll.keys import key
 from atoll.leakage.scores import Floats
 from atoll.local.work import EVALUATION_BATCH, draw
 from atoll.models.spaces import write
+from atoll.outcome import outcome
 from atoll.params import Params
-from atoll.recipe import POOLED, Recipe
-from atoll.record.checkpoint import load_with_extra
 from atoll.record.events import EVERYBODY, Event, Missing, Replied, read_events
 from atoll.record.folder import RunFolder
-from atoll.result import tuned_params, unfinished
-from atoll.run import plan_again, quiet_libraries
-from atoll.stage import Progress, refuse_changed_data, start_of
+from atoll.run import plan_again, prepared, quiet_libraries
+from atoll.schema import POOLED, Recipe
+from atoll.stage import refuse_changed_data
 from atoll.stream import REFERENCE
 
 
@@ -55,8 +54,7 @@ class Subject:
     @property
     def trained(self) -> Mapping[str, ClientData]:
         """The clients whose samples the model was trained on."""
-        names = self.plan.clients if self.plan.trainers == [POOLED] else self.plan.trainers
-        return {name: data for name, data in self.things.data.items() if name in names}
+        return {name: data for name, data in self.things.data.items() if name in self.plan.learners}
 
     def losses(self, params: Params, samples: Sequence[Any], what: str) -> Floats:
         """The mean loss of each sample under `params`, float64 [samples]."""
@@ -119,16 +117,14 @@ def open_run(folder: RunFolder, say: Say) -> Subject:
     refuse_elsewhere(written, folder)
     refuse_unfinished(folder)
     say(f"planning {folder.name}")
-    ready = judged(plan_again(folder), folder, say)
     with quiet_libraries():
-        things = assemble(ready, say)
-        ready = build(ready.recipe, ready.tree, left_out=things.left_out)
-    _, kept = load_with_extra(folder.checkpoint)
-    refuse_changed_data(Progress(**kept).data, things.digests, folder)
+        ready, things = prepared(plan_again(folder), folder, say)
+    found = outcome(folder)
+    refuse_changed_data(found.progress.data, things.digests, folder)
     read = samples_read(ready, things, replies_that_count(list(read_events(folder.record)), things.data.keys()))
     base = {name: x.clone() for name, x in {**things.start, **start_of(ready, things, folder)}.items()}
     things.local.refer({REFERENCE: base})
-    return Subject(ready, things, base, {**base, **tuned_params(folder)[0]}, read, say)
+    return Subject(ready, things, base, {**base, **found.params}, read, say)
 
 
 def refuse_own_model(written: Recipe, folder: RunFolder) -> None:
@@ -154,8 +150,7 @@ def refuse_elsewhere(written: Recipe, folder: RunFolder) -> None:
 
 def refuse_unfinished(folder: RunFolder) -> None:
     """What a run has leaked is known when it is over."""
-    _, rounds = tuned_params(folder)
-    if early := unfinished(folder, rounds):
+    if early := outcome(folder).early:
         raise AtollError(
             "the run is not finished", where=str(folder.path), found=early, allowed="a finished run",
             remedy=f"`atoll resume {folder.name}`",

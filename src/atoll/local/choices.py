@@ -39,10 +39,15 @@ def log_likelihoods(model: nn.Module, samples: Sequence[Sample], media: Media) -
         media: what the model sees and hears of samples.
     """
     score = together if shares(model) else in_full
+    return in_parts(samples, lambda some: score(model, some, media))
+
+
+def in_parts(samples: Sequence[Sample], score: Callable[[list[Sample]], Sequence[Tensor]]) -> list[Tensor]:
+    """The scores of samples' choices, of as many samples at a time as go through a model together."""
     order = sorted(range(len(samples)), key=lambda i: shape(samples[i]))  # those of a size together: little padding
     found: dict[int, Tensor] = {}
     for part in parts(order, [len(choices_of(sample).rest) for sample in samples]):
-        found |= zip(part, score(model, [samples[i] for i in part], media), strict=True)
+        found |= zip(part, score([samples[i] for i in part]), strict=True)
     return [found[i] for i in range(len(samples))]
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -27,16 +28,15 @@ from torch import Tensor, nn
 
 from atoll.data.answers import ends_of
 from atoll.data.collate import IGNORE, Batch, Sample, evaluating, language_model, pack, packable, pad
-from atoll.data.read import Labels
 from atoll.errors import AtollError
 from atoll.local.choices import Media, shares
 from atoll.local.language import MeanOver, reader, refuse_without_text
 from atoll.local.objectives import token_losses
 from atoll.local.reference import Reference
-from atoll.local.rewards import DEADLINE, Reward, reward_of
+from atoll.local.rewards import DEADLINE, OwnReward, Reward, reward_of
 from atoll.local.rollouts import Sampling, rollouts
-from atoll.local.work import Measured, Objective
-from atoll.models.features import features_of
+from atoll.local.work import Measured, Needs, Objective
+from atoll.models.features import features_of, places
 
 SMALL = 1e-4
 """Added to the spread of rewards, as TRL does."""
@@ -66,6 +66,13 @@ class Told:
         """Of a batch."""
         self.sums.update(values)
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """The seconds of the block."""
+        started = time.perf_counter()
+        yield
+        self.add(**{f"seconds_{what}": time.perf_counter() - started})
+
     def take(self) -> dict[str, float]:
         """By name; it begins anew."""
         count, found = self.sums.pop("completions", 0.0), dict(self.sums)
@@ -88,22 +95,15 @@ class Drawing:
 
     def __call__(self, samples: Sequence[Sample]) -> Drawn:
         """Of each sample's prompt the completions, as a batch."""
-        started = time.perf_counter()
-        found = self.completions(samples)
-        drawn = time.perf_counter()
-        worth = self.rewarded(samples, found)
-        rewarded = time.perf_counter()
+        with self.told.timed("drawing"):
+            found = self.completions(samples)
+        with self.told.timed("rewarding"):
+            worth = self.rewarded(samples, found)
         asked = (prompt_of(sample) for sample in samples)
         batch = self.batch([written(prompt, one) for prompt, each in zip(asked, found, strict=True) for one in each])
-        begun = time.perf_counter()
-        reference = self.of_reference(batch)
-        asking = {} if self.reference is None else {"seconds_of_the_reference": time.perf_counter() - begun}
-        self.told.add(
-            completions=worth.numel(), reward=float(worth.sum()), tokens=float(sum(len(o) for each in found for o in each)),
-            seconds_drawing=drawn - started, seconds_rewarding=rewarded - drawn,
-            **asking,
-        )  # fmt: skip
-        return Drawn(batch, advantages(worth).flatten().to(batch.input_ids.device), reference)
+        tokens = sum(len(one) for each in found for one in each)
+        self.told.add(completions=worth.numel(), reward=float(worth.sum()), tokens=tokens)
+        return Drawn(batch, advantages(worth).flatten().to(batch.input_ids.device), self.of_reference(batch))
 
     def completions(self, samples: Sequence[Sample]) -> list[list[NDArray[np.int32]]]:
         """Of each sample's prompt."""
@@ -125,7 +125,8 @@ class Drawing:
         """Log-probabilities of the completions' tokens."""
         if self.reference is None:
             return None
-        with self.reference.in_place(self.model), evaluating(self.model), torch.no_grad():
+        timed = self.told.timed("of_the_reference")
+        with timed, self.reference.in_place(self.model), evaluating(self.model), torch.no_grad():
             return -token_losses(self.model, batch, self.sampling.temperature)[0]
 
 
@@ -139,22 +140,21 @@ class GRPO:
     temperature: float
     beta: float
     mean_over: MeanOver
-    labels: Labels = "sft"
 
     @property
-    def refers(self) -> bool:
-        """Whether the reference is ever asked."""
-        return self.beta > 0
+    def needs(self) -> Needs:
+        """Room for what is drawn; a reference where leaving it costs something; a reward that can be made."""
+        own = {"refuse_unmade": self.reward.refuse_unmade} if isinstance(self.reward, OwnReward) else {}
+        return Needs("sft", self.beta > 0, self.most_tokens, self.completions, **own)
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model; as it is now, it is the reference."""
         refuse_without_text(tokenizer, "grpo")
         refuse_recurrent(model)
         features = features_of(model)
-        places = [sense.token_id for sense in features.senses.values()] if features else []
-        sampling = Sampling(self.completions, self.most_tokens, self.temperature, ends_of(tokenizer), places)
-        reference = Reference(model, reader(features))
-        drawing = Drawing(model, tokenizer, reader(features), sampling, self.reward, reference if self.refers else None)
+        sampling = Sampling(self.completions, self.most_tokens, self.temperature, ends_of(tokenizer), places(features))
+        reference = Reference(model, reader(features)) if self.needs.reference else None
+        drawing = Drawing(model, tokenizer, reader(features), sampling, self.reward, reference)
         judged = replace(drawing, sampling=replace(sampling, each=1, temperature=0.0))
 
         def loss(model: nn.Module, drawn: Drawn) -> tuple[Tensor, int]:
@@ -173,7 +173,8 @@ class GRPO:
             worth = judged.rewarded(samples, judged.completions(samples))[:, 0]
             return Measured(WHOLE - worth, [float(one >= WHOLE) for one in worth], chance=0.0)
 
-        return Objective(drawing, loss, terms, measure, reference.take, features is not None, drawing.told.take)
+        refer = reference.take if reference else None
+        return Objective(drawing, loss, terms, measure, refer, features is not None, drawing.told.take)
 
     def token_losses(self, log_p: Tensor, advantages: Tensor, reference: Tensor | None) -> Tensor:
         """The loss at each token, [L], of log-probabilities, advantages and the reference's log-probabilities [L]."""

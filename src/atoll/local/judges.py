@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from atoll.data.collate import Sample, pad
 from atoll.data.read import Labels
 from atoll.errors import AtollError
-from atoll.local.choices import Media, choices_of, log_likelihoods, share_of_best, texts_of
+from atoll.local.choices import Media, choices_of, in_parts, log_likelihoods, share_of_best, texts_of
 from atoll.local.language import reader, refuse_without_text
 from atoll.local.objectives import run_without_head
 from atoll.local.preferences import losses
-from atoll.local.work import Measured, Objective
+from atoll.local.work import Measured, Needs, Objective
 from atoll.models.features import features_of
 
 Score = Callable[[nn.Module, Sequence[Sample], Media], Sequence[Tensor]]
@@ -39,6 +39,11 @@ class Judge:
     labels: Labels
     scored_by: Callable[[Any], Score]
     """The tokenizer -> how answers are scored."""
+
+    @property
+    def needs(self) -> Needs:
+        """Of a preference both answers go through the model, of a selector's question one text."""
+        return Needs(self.labels, texts=2 if self.labels == "preference" else 1)
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model."""
@@ -89,11 +94,14 @@ def end_of(tokenizer: Any) -> int:
 
 def logits_at_the_end(model: nn.Module, samples: Sequence[Sample], media: Media, token: int) -> Sequence[Tensor]:
     """The logit of `token` after the last labeled token of each answer, fp32 [choices] for each sample."""
+    return in_parts(samples, lambda some: _logits_at_the_end(model, some, media, token))
+
+
+def _logits_at_the_end(model: nn.Module, samples: Sequence[Sample], media: Media, token: int) -> Sequence[Tensor]:
     texts = texts_of(samples)
     batch = replace(pad(texts, pad_id=0), media=media(texts)).to(next(model.parameters()).device)
     last = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     for row, text in enumerate(texts):
         last[row, int(np.flatnonzero(text.labels >= 0)[-1])] = True
     hidden, head = run_without_head(model, batch, last)
-    rewards = head(hidden)[:, token].float()
-    return torch.split(rewards, [len(choices_of(sample).rest) for sample in samples])
+    return torch.split(head.column(hidden, token), [len(choices_of(sample).rest) for sample in samples])

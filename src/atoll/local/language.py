@@ -14,7 +14,7 @@ from atoll.data.read import Labels
 from atoll.errors import AtollError
 from atoll.local.choices import Media, log_likelihoods, loss_of_own, share_of_best
 from atoll.local.objectives import cross_entropy, token_losses
-from atoll.local.work import Measured, Objective
+from atoll.local.work import Measured, Needs, Objective
 from atoll.models.features import Features, features_of
 
 MeanOver = Literal["tokens", "samples"]
@@ -26,6 +26,11 @@ class Language:
 
     labels: Labels
     mean_over: MeanOver = "tokens"
+
+    @property
+    def needs(self) -> Needs:
+        """Samples, and no more."""
+        return Needs(self.labels)
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model: samples share one packed row where the family allows it."""

@@ -73,6 +73,14 @@ class Head:
     def __call__(self, rows: Tensor) -> Tensor:
         return self.after(self.module(rows))
 
+    def column(self, rows: Tensor, token: int) -> Tensor:
+        """The logits of one token, fp32 [n]: rounded as the model's own are, those of different rows are often equal."""
+        if type(self.module) is not nn.Linear:
+            return self(rows)[:, token].float()
+        bias = None if self.module.bias is None else self.module.bias[token, None].float()
+        logits = nn.functional.linear(rows.float(), self.module.weight[token, None].float(), bias)
+        return self.after(logits)[:, 0]
+
     def trained(self) -> tuple[Tensor, ...]:
         """Its parameters that train: none in most LoRA runs, the tied embedding in a full-parameter one."""
         return tuple(p for p in self.module.parameters() if p.requires_grad)

@@ -23,11 +23,10 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from atoll.data.collate import Sample
-from atoll.data.read import Labels
 from atoll.local.choices import choices_of, log_likelihoods, share_of_best
 from atoll.local.language import reader, refuse_without_text
 from atoll.local.reference import Reference
-from atoll.local.work import Measured, Objective
+from atoll.local.work import Measured, Needs, Objective
 from atoll.models.features import features_of
 
 
@@ -44,8 +43,7 @@ class DPO:
     """See the module's text."""
 
     beta: float
-    labels: Labels = "preference"
-    refers: bool = True
+    needs = Needs("preference", reference=True, texts=2)
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model; as it is now, it is the reference."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atoll.data.collate import IGNORE, Batch, Sample, evaluating, language_model, pad_first
+from atoll.exchange import WorkFailed
 from atoll.local.choices import Media, shares
 from atoll.local.objectives import run_without_head
 
@@ -98,7 +99,9 @@ def alone(model: nn.Module, prompt: Sample, how: Sampling) -> NDArray[np.int32]:
 
 
 def drawn(logits: Tensor, temperature: float) -> Tensor:
-    """A token of each row of `logits` [rows, V]: long [rows]."""
+    """A token of each row of `logits` [rows, V]: long [rows]. Raises WorkFailed where there is nothing to choose by."""
+    if not (logits < torch.inf).all():
+        raise WorkFailed("the loss is not a number, and neither are the model's logits")
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1)[:, 0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from atoll.aggregate.base import ALL, modality_of
 from atoll.data.collate import Choices, choices_in, media_in
+from atoll.data.read import Labels
 from atoll.data.sources import ClientData, holders
 from atoll.data.tokens import TokenDataset
 from atoll.exchange import Done, Task, WorkFailed
@@ -95,12 +96,37 @@ def optimizer_steps(count: int, local_steps: int | None, epochs: int, samples_a_
     return epochs * math.ceil(count / samples_a_step) if local_steps is None else local_steps
 
 
+class Needs(NamedTuple):
+    """What an objective asks of a plan, before there is a model."""
+
+    labels: Labels = "sft"
+    """Where the loss is."""
+    reference: bool = False
+    """Whether it is measured against the model as it was before the first round."""
+    more_tokens: int = 0
+    """That the model may write after those of a sample."""
+    texts: int = 1
+    """That go through the model for a sample."""
+    refuse_unmade: Callable[[], None] = lambda: None
+    """Raises AtollError where what it asks beside the model cannot be made here."""
+
+
 class BindObjective(Protocol):
     """What a recipe's `objective` is: an objective that does not know its model yet."""
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of a plan; one of the user's own that says nothing learns from answers."""
+        ...
 
     def bind(self, model: nn.Module, tokenizer: Any) -> Objective:
         """The objective on this model; `tokenizer` is None for models without one."""
         ...
+
+
+def needs_of(objective: BindObjective) -> Needs:
+    """What an objective asks of a plan."""
+    return getattr(objective, "needs", Needs())
 
 
 Gradients = Callable[["Local", Sequence[Any], int], Iterator[float | None]]

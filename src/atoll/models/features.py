@@ -43,6 +43,11 @@ AT_ONCE = 8
 """Media that an encoder is given at a time."""
 
 
+def places(features: Features | None) -> list[int]:
+    """The tokens in whose places pictures and sounds stand: nothing that a model may write."""
+    return [sense.token_id for sense in features.senses.values()] if features else []
+
+
 def features_of(model: Any) -> Features | None:
     """Those of a loaded model, wrapped by PEFT or not; None for one that takes text alone."""
     from atoll.models.multimodal import MultimodalModel

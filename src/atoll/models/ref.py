@@ -23,14 +23,22 @@ from atoll.models.encoders import ENCODERS, preset_folder
 from atoll.models.presets import PRESETS, carrier_folder, no_progress_bars, preset_identity
 from atoll.models.tiny import FAMILIES, tiny_encoder, tiny_encoder_identity
 
-HUB_FILES = [
+MODEL_FILES = [
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
+    "processor_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
 ]
-HUB_TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model"]
+"""What of a folder, or of a repository on a hub, is the model; what lies beside it is not."""
 
 HUB_SECONDS = 10.0
 """How long the hub may take to say whether it has a model."""
@@ -192,8 +200,7 @@ def _folder(name: str) -> ModelRef:
     if not params:
         remedy = "save the model with save_pretrained, which writes safetensors; pickled files (*.bin) are not read"
         raise AtollError("the folder holds no *.safetensors", where=str(folder), found=_contents(folder), remedy=remedy)
-    beside = (path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".model"))
-    files = sorted({*params, *(path for path in beside if path.is_file() and not path.name.startswith("README"))})
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     return ModelRef(name, "folder", str(folder), content_hash(*(f"{file.name} {file_hash(file)}" for file in files)))
 
 
@@ -225,9 +232,8 @@ def _hub(name: str, hub_id: str) -> ModelRef:
 def _snapshot(ref: ModelRef) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = HUB_FILES + HUB_TOKENIZER_FILES
     try:
-        return Path(snapshot_download(ref.location, revision=ref.revision, allow_patterns=patterns))
+        return Path(snapshot_download(ref.location, revision=ref.revision, allow_patterns=MODEL_FILES))
     except Exception as error:  # as above
         raise _not_there(ref.name, ref.location, error) from error
 

@@ -33,6 +33,11 @@ T = TypeVar("T")
 class Space(Protocol):
     """What trains and travels."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether `prepare` draws by its seed what then stays as it is: params mean something beside that alone."""
+        ...
+
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         """Makes the model train in this space and nowhere else; called once per process."""
         ...
@@ -48,6 +53,11 @@ class Space(Protocol):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes what trained in the ecosystem's own format."""
         ...
+
+
+def draws(space: Space) -> bool:
+    """Whether a space draws what stays as it is; one of the user's own that does not say does not."""
+    return getattr(space, "draws", False)
 
 
 def read(space: Space, model: nn.Module) -> Params:
@@ -84,6 +94,8 @@ def frozen(name: str) -> bool:
 class Full:
     """See `full`."""
 
+    draws = False
+
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         """Every parameter trains, in float32: bfloat16 has too few digits to hold small steps."""
         for name, parameter in model.float().named_parameters():
@@ -115,6 +127,11 @@ class LoRA:
     freeze_a: bool = False
     modules: tuple[str, ...] = ()
     """That train in full."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether A is drawn and then frozen."""
+        return self.freeze_a
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         """Wraps the model by PEFT. A is drawn by `seed`, B is zero: the first update starts from the base model.

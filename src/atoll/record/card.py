@@ -1,6 +1,6 @@
 """The card: what a finished run says of itself, in Markdown with plots.
 
-Reads the record, what tests of leakage found, and nothing else.
+Reads the record, what public tasks said, what tests of leakage found, and nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atoll.recipe import HARNESS
 from atoll.record.events import RecordsLeftOut
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import COLUMNS, NOTHING_TESTED, Findings, cells, read_findings
@@ -19,6 +18,7 @@ from atoll.record.story import Story, read_story
 from atoll.record.tasks import Score, read_scores
 from atoll.record.tasks import columns as task_columns
 from atoll.record.tasks import rows as task_rows
+from atoll.schema import HARNESS, origin
 
 
 def write_card(folder: RunFolder) -> None:
@@ -139,7 +139,7 @@ def named(references: Any) -> str:
     'finetune, align-1'
     """
     each = references if isinstance(references, list) else [references] if references else []
-    return ", ".join(one.rpartition("/")[2].removeprefix("stage:") for one in each)
+    return ", ".join(origin(one).name for one in each)
 
 
 def in_words(value: Any) -> str:

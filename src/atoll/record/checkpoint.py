@@ -8,8 +8,10 @@ whole.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,7 +22,7 @@ from atoll.exchange import Broadcast, Task
 from atoll.params import Params, nested, under
 from atoll.round import State
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) -> None:
@@ -52,35 +54,42 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
     replace_tensors(path, flat, {"state": json.dumps(about)})
 
 
+class Head(NamedTuple):
+    """What a checkpoint says of itself, known without its tensors."""
+
+    round: int
+    """How many are behind it."""
+    extra: dict[str, Any]
+    """What was written beside the state."""
+
+
 def load_state(path: Path) -> State:
-    """The state that `save_state` wrote."""
-    return load_with_extra(path)[0]
+    """The state that `save_state` wrote. Raises AtollError for a file that is no checkpoint, or of another format."""
+    with _opened(path) as (file, about):
+        return _state(about, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - safe_open is no dict
 
 
-def load_with_extra(path: Path) -> tuple[State, dict[str, Any]]:
-    """The state, and what was written beside it. Raises AtollError for a file that is no checkpoint."""
+def read_head(path: Path) -> Head:
+    """The head of the file that `save_state` wrote; raises as `load_state` does."""
+    with _opened(path) as (_, about):
+        return Head(about["round"], about["extra"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file, and what it says of itself."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["state"])
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+            if about["format"] == FORMAT:
+                yield file, about
+                return
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise AtollError("this is no checkpoint", where=str(path), found=error, remedy="start the run again") from error
-    if about["format"] != FORMAT:
-        raise AtollError(
-            "a checkpoint of another format", where=str(path), found=about["format"], allowed=FORMAT,
-            remedy="resume with the version of atoll that wrote it",
-        )  # fmt: skip
-    return _state(about, flat), about["extra"]
-
-
-def read_extra(path: Path) -> dict[str, Any]:
-    """What was written beside a state; empty for a file that is no checkpoint."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            extra: dict[str, Any] = json.loads((file.metadata() or {})["state"])["extra"]
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return {}
-    return extra
+    raise AtollError(
+        "a checkpoint of another format", where=str(path), found=about["format"], allowed=FORMAT,
+        remedy="resume with the version of atoll that wrote it",
+    )  # fmt: skip
 
 
 def _state(about: dict[str, Any], flat: Params) -> State:

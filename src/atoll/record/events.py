@@ -1,4 +1,4 @@
-"""The record of a run: one typed event a line of JSON. The card, the plots and every listing read nothing else.
+"""The record of a run: one typed event a line of JSON. Of a run the card, the plots and every listing read nothing else.
 
 An event is written when it has happened and is flushed at once. A resumed run cuts the record back to where its checkpoint
 was made, so that what a lost round had written is not told twice.

@@ -4,6 +4,7 @@ runs/quickstart-1/
   recipe.yaml               as resolved: runs again anywhere; of several stages the last, and whole.yaml all of them
   record.jsonl              the events
   checkpoint.safetensors    the state after the last whole round
+  start.safetensors         what another run had come to, where its baselines begin with that, too
   ledger.jsonl              what was spent of privacy, if the plan protects it
   clients/                  client state, one file each
   adapter/                  what trained, as `peft` loads it
@@ -81,6 +82,11 @@ class RunFolder:
         return self.path / CHECKPOINT
 
     @property
+    def start(self) -> Path:
+        """What it began with, where that is another run's result and its baselines begin with it, too."""
+        return self.path / "start.safetensors"
+
+    @property
     def whole(self) -> Path:
         """The recipe of all stages, where there are several."""
         return self.path / "whole.yaml"
@@ -125,7 +131,9 @@ class RunFolder:
 
         A copy that was cut off counts for nothing.
         """
-        shutil.copytree(other.adapter, self.adapter, dirs_exist_ok=True)
+        for folder in (other.adapter, other.clients):
+            if folder.exists():
+                shutil.copytree(folder, self.path / folder.name, dirs_exist_ok=True)
         for file in (other.record, other.ledger, other.checkpoint):
             if file.exists():
                 partial = self.path / f"{file.name}.partial"
@@ -134,7 +142,12 @@ class RunFolder:
 
     def client(self, name: str) -> Path:
         """A client's state. Names come from data: quoted, none leaves the folder and no two share a file."""
-        return self.path / "clients" / f"{quote(name, safe='')}.safetensors"
+        return self.clients / f"{quote(name, safe='')}.safetensors"
+
+    @property
+    def clients(self) -> Path:
+        """Client state, a file each."""
+        return self.path / "clients"
 
     def baseline(self, name: str) -> RunFolder:
         """The run of a baseline."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from atoll import metrics as names
 from atoll.metrics import CHANCE, read_back, sums
-from atoll.recipe import STAGE
 from atoll.record.events import EVERYBODY, Evaluated, RunStarted
 from atoll.record.story import Story
+from atoll.schema import LOCAL, POOLED, origin
 
 
 class Measure(NamedTuple):
@@ -139,9 +139,9 @@ def first_of(story: Story) -> Evaluated | None:
 def models(story: Story) -> list[tuple[str, Evaluated]]:
     """The models that were measured, in the order of the tables."""
     named: list[tuple[str, Evaluated | None]] = [(begins_as(story), story.base)]
-    named += [(f"{name.removeprefix('local-')} alone", s.final) for name, s in _of(story, "local-")]
+    named += [(f"{name.removeprefix(LOCAL)} alone", s.final) for name, s in _of(story, LOCAL)]
     named += [("federated", story.final)]
-    named += [("pooled", s.final) for _, s in _of(story, "pooled")]
+    named += [("pooled", s.final) for _, s in _of(story, POOLED)]
     return comparable([(name, one) for name, one in named if one is not None])
 
 
@@ -160,18 +160,24 @@ def of_everybody(evaluated: Evaluated) -> Evaluated:
     return replace(evaluated, clients={EVERYBODY: total})
 
 
+def after(stage: str) -> str:
+    """What a stage's result is called."""
+    return f"after {stage}"
+
+
 def begins_as(story: Story) -> str:
     """What the model before the first round is called: the base, or the stage that it comes from."""
     start = story.started.recipe.get("start")
     if isinstance(start, list | tuple):
         return "fused"
-    return f"after {start.removeprefix(STAGE)}" if isinstance(start, str) and start.startswith(STAGE) else "base"
+    stage = origin(start).stage if start else ""
+    return after(stage) if stage else "base"
 
 
 def earlier(story: Story) -> list[tuple[str, Evaluated]]:
     """The models of the stages before, where they were asked the same questions. Their losses may be other objectives'."""
     first = next(iter(story.before.values()), None)
-    each = [("base", first and first.base), *((f"after {name}", one.final) for name, one in story.before.items())]
+    each = [("base", first and first.base), *((after(name), one.final) for name, one in story.before.items())]
     mine = first_of(story)
     alike = [(name, one) for name, one in each if one and mine and same_guesses(one, mine)]
     return alike if all(questions(one) == questions(story) for one in story.before.values()) else []

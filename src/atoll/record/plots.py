@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll.cache import home
-from atoll.record.measured import Cell, accuracy_table
+from atoll.record.measured import Cell, accuracy_table, after
 from atoll.record.story import Story
-from atoll.record.tasks import Score
+from atoll.record.tasks import TUNED, Score
 
 
 def plot_losses(story: Story, path: Path) -> None:
@@ -52,7 +52,7 @@ def accuracies(story: Story, scores: Sequence[Score]) -> Lines:
                 found.setdefault(site, {})[name] = cell
     for one in scores:
         if one.measure.startswith(SHARES):
-            model = "federated" if one.model == "tuned" else one.model
+            model = "federated" if one.model == TUNED else one.model
             found.setdefault(f"{one.task} {one.measure}{PUBLIC}", {})[model] = (one.value, one.error or 0.0)
     lines = {
         name: [(model, *line[model]) for model in in_order(story) if model in line] for name, line in found.items()
@@ -62,7 +62,7 @@ def accuracies(story: Story, scores: Sequence[Score]) -> Lines:
 
 def in_order(story: Story) -> list[str]:
     """The models that a run makes, as tables call them."""
-    return ["base", *(f"after {stage}" for stage in story.before), "fused", "federated"]
+    return ["base", *map(after, story.before), "fused", "federated"]
 
 
 def plot_stages(story: Story, lines: Lines, path: Path) -> None:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from atoll.cache import write_file
-from atoll.recipe import Recipe
 from atoll.record.folder import RunFolder
 from atoll.record.story import read_story
+from atoll.schema import Recipe
 
 TUNED = "tuned"
 """What a run's result is called among its models."""
