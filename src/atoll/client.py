@@ -181,8 +181,8 @@ class Client:
             return self.side.answer(task)
         if task.plan != self.plan or task.kind not in self.works:
             raise WorkFailed(f"no work of kind '{task.kind}' for plan {task.plan} here")
-        fixed = {name: payload.main for name, payload in task.broadcast.payloads.items()}
-        params = fixed | {s.name: s.down.decode(task.broadcast.payloads[s.name]) for s in self.streams}
+        sent = task.broadcast
+        params = {**sent.fixed, **{s.name: s.down.decode(sent.payloads[s.name]) for s in self.streams}}
         streams = self.evaluated if task.kind == "evaluate" else self.streams
         payloads, done = self._work(task, streams, params)
         about = {"metrics": done.metrics, "keeps_state": bool(done.state)}

@@ -43,16 +43,20 @@ class Traffic:
     up: int
     cohort: float
     rounds: int
+    once: int
+    """Down to a client beside that, when it is first asked."""
+    clients: int
 
     def as_data(self) -> dict[str, float]:
         """Per client, per round and in total."""
         asked = self.cohort * self.rounds
         return {
             "down_per_client": self.down,
+            "down_once_per_client": self.once,
             "up_per_client": self.up,
             "clients_per_round": self.cohort,
             "rounds": self.rounds,
-            "down_total": round(self.down * asked),
+            "down_total": round(self.down * asked + self.once * min(self.clients, asked)),
             "up_total": round(self.up * asked),
         }
 
@@ -63,10 +67,9 @@ def traffic(plan: Plan) -> Traffic | None:
         return None
     shapes = {stream.name: shapes_of(stream, plan.trains) for stream in plan.rounds.streams}
     down = sum(payload_bytes(stream.down, shapes[stream.name]) for stream in plan.rounds.streams)
-    if plan.shapes and plan.sends_start:
-        down += payload_bytes(Chain(), plan.space.plan(plan.shapes))
+    once = payload_bytes(Chain(), plan.space.plan(plan.shapes)) if plan.shapes and plan.sends_start else 0
     up = sum(bytes_up(stream, shapes[stream.name]) for stream in plan.rounds.streams)
-    return Traffic(down, up, plan.cohort, plan.recipe.finetune.rounds)
+    return Traffic(down, up, plan.cohort, plan.recipe.finetune.rounds, once, len(plan.trainers))
 
 
 def shapes_of(stream: Stream, trains: PlannedShapes) -> PlannedShapes:

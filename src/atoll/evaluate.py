@@ -28,7 +28,7 @@ from atoll.fleet.base import Fleet
 from atoll.metrics import LOSS, read_back
 from atoll.params import Params
 from atoll.record.events import EVERYBODY, Evaluated
-from atoll.round import RoundPlan, State, broadcast, converse, receive
+from atoll.round import RoundPlan, State, broadcast, converse, downloaded, receive
 
 Metrics = Mapping[str, Mapping[str, float]]
 """By client, or of everybody."""
@@ -56,7 +56,7 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
     if not plan.evaluated:  # under masks everybody has a verdict
         silent = (name for name in clients if name not in each and name not in absent)
         absent |= dict.fromkeys(silent, "no answer before the deadline")
-    sent = sum(task.broadcast.nbytes for task in tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
+    sent = downloaded(state, tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
     return summary(state.round, final, each, absent, sent, started)
 
 

@@ -35,11 +35,18 @@ class Broadcast:
 
     round: int
     payloads: Mapping[str, Payload]
+    fixed: Mapping[str, Params] = field(default_factory=dict)
+    """By name: what work needs beside the streams and is the same in every round. A client that has it is not sent it."""
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes on the wire for one client."""
+        """Bytes on the wire for one client that has what is fixed."""
         return sum(wire.size(payload) for payload in self.payloads.values())
+
+    @cached_property
+    def fixed_nbytes(self) -> int:
+        """Bytes on the wire of what is fixed."""
+        return sum(wire.size(Payload(params)) for params in self.fixed.values())
 
 
 @dataclass(frozen=True)

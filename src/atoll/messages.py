@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from atoll import wire
 from atoll.exchange import Broadcast, Dropped, Event, Reply, Task
+from atoll.params import Params
 from atoll.transforms.chain import Payload
 from atoll.wire import Buffer
 
@@ -39,16 +40,26 @@ def pack_broadcast(sent: Broadcast) -> list[Buffer]:
     return _pack({"kind": "broadcast", "round": sent.round}, sent.payloads)
 
 
-def is_broadcast(data: Buffer) -> bool:
-    """Whether these bytes are a broadcast, from their head alone."""
-    return bool(_head(data)[0].get("kind") == "broadcast")
+def pack_fixed(fixed: Mapping[str, Params]) -> list[Buffer]:
+    """What a broadcast does not say again: the same bytes in every round."""
+    return _pack({"kind": "fixed"}, {name: Payload(params) for name, params in fixed.items()})
 
 
-def unpack_broadcast(data: Buffer, limit_bytes: int = LIMIT_BYTES) -> Broadcast:
-    """Back from `pack_broadcast`."""
+def kind_of(data: Buffer) -> str:
+    """What these bytes are, from their head alone."""
+    return str(_head(data)[0].get("kind"))
+
+
+def unpack_fixed(data: Buffer, limit_bytes: int = LIMIT_BYTES) -> dict[str, Params]:
+    """Back from `pack_fixed`."""
+    return {name: payload.main for name, payload in _unpack(data, limit_bytes)[1].items()}
+
+
+def unpack_broadcast(data: Buffer, fixed: Mapping[str, Params], limit_bytes: int = LIMIT_BYTES) -> Broadcast:
+    """Back from `pack_broadcast`, with what it does not say again."""
     head, payloads = _unpack(data, limit_bytes)
     try:
-        return Broadcast(int(head["round"]), payloads)
+        return Broadcast(int(head["round"]), payloads, fixed)
     except WRONG as error:
         raise ValueError(f"not a broadcast: {error}") from error
 

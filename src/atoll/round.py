@@ -8,7 +8,7 @@ server all run through it; what differs is data in the plan. `converse` is the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -41,7 +41,6 @@ from atoll.keys import key
 from atoll.params import Params, clipped
 from atoll.schedule import Schedule, synchronous
 from atoll.stream import Stream
-from atoll.transforms.chain import Payload
 
 Observer = Callable[[Verdict], None]
 
@@ -82,16 +81,18 @@ class State:
     """Per client with state: its last task whose reply was taken in."""
     in_flight: list[Task] = field(default_factory=list)
     """Tasks that are still out, in the order they were sent."""
-    fixed: dict[str, Params] = field(default_factory=dict)
-    """By name: what goes down with every broadcast and stays as it was before the first round."""
+    fixed: Mapping[str, Params] = field(default_factory=dict)
+    """By name: what goes down to each client once and stays as it was before the first round."""
+    told: frozenset[str] = frozenset()
+    """The clients that were sent what is fixed."""
 
 
 def initial(plan: RoundPlan, params: Params, round: int = 0, fixed: Mapping[str, Params] | None = None) -> State:
-    """The state before the first round, from the params that train; `fixed` goes down with every broadcast."""
+    """The state before the first round, from the params that train; `fixed` goes down to each client once."""
     values = {stream.name: stream.initial(params) for stream in plan.streams}
     outer = {stream.name: stream.outer.init(values[stream.name]) for stream in plan.streams}
     down = {stream.name: stream.down.init(values[stream.name]) for stream in plan.streams}
-    return State(round, values, outer, down, fixed=dict(fixed or {}))
+    return State(round, values, outer, down, fixed=fixed or {})
 
 
 def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = lambda verdict: None) -> State:
@@ -104,7 +105,7 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     tasks, down = broadcast(plan, state, cohort, began, variant=plan.attempt())
     totals = {stream.name: stream.aggregate.init(state.params[stream.name]) for stream in plan.streams}
     acknowledged = dict(state.acknowledged)
-    sent = state.bytes_down + sum(task.broadcast.nbytes for task in tasks)
+    sent = state.bytes_down + downloaded(state, tasks)
     out = {task.id: task for task in (*state.in_flight, *tasks)}
 
     closes = partial(closing, plan.schedule, began, len(out))
@@ -117,7 +118,9 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     if totals and 0 < taken < plan.least:
         totals.clear()
         observe(Abandoned(f"{taken} updates came; at least {plan.least} are needed"))
-    after = replace(state, round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()))
+    after = replace(
+        telling(state, cohort), round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values())
+    )
     if totals:
         params, outer = step(plan, state, fleet, totals)
         if odd := not_finite(params):
@@ -187,8 +190,7 @@ def broadcast(
         down[stream.name], payloads[stream.name] = stream.down.encode(
             state.down[stream.name], state.params[stream.name], key(plan.seed, state.round, "down", stream.name)
         )
-    payloads |= {name: Payload(params) for name, params in state.fixed.items()}
-    sent = Broadcast(state.round, payloads)
+    sent = Broadcast(state.round, payloads, state.fixed)
     tasks = [
         Task(
             kind,
@@ -203,6 +205,17 @@ def broadcast(
         for client in cohort
     ]
     return tasks, down
+
+
+def downloaded(state: State, tasks: Sequence[Task]) -> int:
+    """Bytes that the clients of these tasks are sent: what is fixed to those alone who do not have it."""
+    new = [task.broadcast.fixed_nbytes for task in tasks if task.client not in state.told]
+    return sum(task.broadcast.nbytes for task in tasks) + sum(new)
+
+
+def telling(state: State, clients: Iterable[str]) -> State:
+    """The state once these clients were sent what is fixed, if anything is."""
+    return replace(state, told=state.told.union(clients)) if state.fixed else state
 
 
 def converse(

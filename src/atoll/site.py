@@ -302,10 +302,11 @@ def held_out(tree: Mapping[str, Any]) -> float:
 
 
 def opened_task(message: Sequence[Buffer]) -> Any:
-    """The task of a message, with its broadcast. Raises ValueError."""
-    if len(message) != 3:
-        raise ValueError(f"a task of {len(message)} parts, 3 are needed")
-    return messages.unpack_task(message[2], messages.unpack_broadcast(message[1]))
+    """The task of a message, with its broadcast and what is fixed, if anything is. Raises ValueError."""
+    if len(message) not in (3, 4):
+        raise ValueError(f"a task of {len(message)} parts, 3 or 4 are needed")
+    fixed = messages.unpack_fixed(message[3]) if len(message) == 4 else {}
+    return messages.unpack_task(message[2], messages.unpack_broadcast(message[1], fixed))
 
 
 def hardware() -> dict[str, Any]:

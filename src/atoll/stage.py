@@ -49,7 +49,7 @@ from atoll.record.events import (
     read_events,
 )
 from atoll.record.folder import RunFolder
-from atoll.round import State, initial, run_round
+from atoll.round import State, initial, run_round, telling
 from atoll.schema import POOLED
 from atoll.statement import statement
 from atoll.stream import REFERENCE
@@ -102,7 +102,7 @@ def drive(at: Stage, state: State, progress: Progress) -> State:
     refused: list[Refused] = []  # since a reply was last accepted
     while True:
         if due(at.ready, state.round):
-            progress = measure(at, state, progress, final=state.round == 0)
+            state, progress = measure(at, state, progress, final=state.round == 0)
         if reason := why_end(at.ready, state.round, progress) or why_spent(at):
             break
         stop_if_asked(at.outer)
@@ -112,7 +112,7 @@ def drive(at: Stage, state: State, progress: Progress) -> State:
         progress = checkpoint(at, state, progress)
         refused = [] if any(isinstance(one, Accepted) for one in heard) else refused
         refused += [one for one in heard if isinstance(one, Refused)]
-    progress = measure(at, state, progress, final=True)
+    state, progress = measure(at, state, progress, final=True)
     at.record(RunEnded(state.round, reason, at.seconds))
     checkpoint(at, state, replace(progress, ended=reason))
     return state
@@ -239,20 +239,21 @@ def due(ready: Plan, round: int) -> bool:
     return wanted.every > 0 and round % wanted.every == 0 and round < ready.recipe.finetune.rounds
 
 
-def measure(at: Stage, state: State, progress: Progress, final: bool) -> Progress:
+def measure(at: Stage, state: State, progress: Progress, final: bool) -> tuple[State, Progress]:
     """Evaluates, and notes whether it got better. Compared are evaluations between rounds, on the same samples of all."""
     wanted = at.ready.recipe.evaluate
     held_out = [name for name, data in at.things.data.items() if len(data.test)]
     samples = wanted.final_samples if final else wanted.samples
     if not held_out:
-        return progress
+        return state, progress
     heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
     at.record(heard)
+    state = telling(state, held_out)
     if final or math.isnan(heard.mean) or heard.absent:
-        return progress
+        return state, progress
     if heard.mean < progress.best - wanted.min_delta:
-        return replace(progress, best=heard.mean, without_better=0)
-    return replace(progress, without_better=progress.without_better + 1)
+        return state, replace(progress, best=heard.mean, without_better=0)
+    return state, replace(progress, without_better=progress.without_better + 1)
 
 
 def why_end(ready: Plan, round: int, progress: Progress) -> str:

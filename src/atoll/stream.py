@@ -15,7 +15,7 @@ UPDATE = "update"
 """The stream of the params that train."""
 
 REFERENCE = "reference"
-"""What an objective measures the params that train against: it goes down beside the streams, and nothing comes up."""
+"""What an objective measures the params that train against: it goes down to each client once, and nothing comes up."""
 
 
 Release = Callable[[Params, Mapping[str, Params]], Params]

@@ -73,7 +73,7 @@ class Office:
             return self._done.get(opened(flat)["task"], [envelope("unknown")])
         if kind == "cancel":
             return [envelope("cancelled")]
-        task: Task = messages.unpack_task(flat[2], messages.unpack_broadcast(flat[1]))
+        task: Task = messages.unpack_task(flat[2], messages.unpack_broadcast(flat[1], {}))
         if task.id not in self._done:
             self._done[task.id] = [envelope("event"), messages.pack_event(self.client(site).handle(task))]
         return self._done[task.id]

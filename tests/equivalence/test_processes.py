@@ -126,13 +126,18 @@ def joined(message: list[Buffer]) -> bytearray:
 
 def example() -> Broadcast:
     payload = Payload({"w": torch.randn(3, 2)}, ({"w#at": torch.arange(3)}, {}))
-    return Broadcast(4, {"update": payload, "control": Payload({"c": torch.ones(1)}, ())})
+    return Broadcast(
+        4, {"update": payload, "control": Payload({"c": torch.ones(1)}, ())}, {"before": {"w": torch.ones(2)}}
+    )
 
 
 def test_messages_carry_everything_both_ways():
     sent = example()
-    again = messages.unpack_broadcast(joined(messages.pack_broadcast(sent)))
+    fixed = messages.unpack_fixed(joined(messages.pack_fixed(sent.fixed)))
+    again = messages.unpack_broadcast(joined(messages.pack_broadcast(sent)), fixed)
     assert again.round == 4
+    assert again.fixed.keys() == {"before"}
+    assert equal(again.fixed["before"], sent.fixed["before"])
     assert all(equal(again.payloads[s].main, sent.payloads[s].main) for s in sent.payloads)
     assert [len(again.payloads[s].sides) for s in ("update", "control")] == [2, 0]
     task = Task("train", "north", "plan", sent, key=7, sent=1.5, acknowledged="train:3:north", data={"samples": 4})

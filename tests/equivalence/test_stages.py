@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import atoll
 from atoll.aggregate.fuse import average, ties
@@ -121,6 +122,16 @@ def test_a_run_that_is_stopped_in_a_stage_goes_on_to_the_same_result(
     whole = atoll.run(recipe, ["baselines=[]"])
     assert equal(result(resumed), result(whole))
     assert equal(result(resumed.stage("finetune")), result(whole.stage("finetune")))
+    moved = [[one.bytes_down for one in read_story(folder).rounds] for folder in (resumed, whole)]
+    assert moved[0] == moved[1], "the reference is sent once, also by a run that was stopped"
+
+
+def test_processes_have_the_reference_for_all_rounds(recipe: Path) -> None:
+    one = atoll.run(recipe, ["baselines=[]"])
+    several = atoll.run(recipe, ["baselines=[]", "fleet={use: processes, workers: 2}"])
+    for name, x in result(one).items():
+        assert torch.allclose(result(several)[name], x, atol=1e-4)
+    assert [r.bytes_down for r in read_story(one).rounds] == [r.bytes_down for r in read_story(several).rounds]
 
 
 def test_what_is_personal_in_a_later_stage_begins_with_what_all_shared(recipe: Path) -> None:

@@ -89,6 +89,24 @@ def test_a_broadcast_is_uploaded_once_however_many_get_it(ends, store):
     assert bytes(ends.receive(head).parts[1]) == b"for you alone"
 
 
+def test_what_stays_is_pulled_once_and_held_to_its_hash(ends, store):
+    same = part([os.urandom(2500)], stays=True)
+    first = ends.receive(send(ends, store, part([b"one"]), same))
+    ends.receive(send(ends, store, part([b"about something else"])))
+    before = len(store.pulled)
+    again = ends.receive(send(ends, store, part([b"two"]), same))
+    assert bytes(again.parts[1]) == bytes(first.parts[1])
+    assert not set(same.ids) & set(store.pulled[before:])
+    again.parts[1][1500] ^= 1  # by whoever works with it: the second chunk is not what it was
+    before = len(store.pulled)
+    assert bytes(ends.receive(send(ends, store, same)).parts[0]) == bytes(first.parts[1])
+    assert set(same.ids) & set(store.pulled[before:]) == {same.ids[1]}
+    ends.receive(send(ends, store, part([os.urandom(1200)], stays=True)))
+    before = len(store.pulled)
+    ends.receive(send(ends, store, same))
+    assert set(same.ids) <= set(store.pulled[before:]), "the last that stays is kept, and no more"
+
+
 def test_two_messages_of_one_content_have_two_names(ends, store):
     assert send(ends, store, part([b"x"])).metadata.message_id != send(ends, store, part([b"x"])).metadata.message_id
 

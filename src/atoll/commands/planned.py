@@ -92,6 +92,8 @@ def _bytes(moved: Mapping[str, float] | None) -> str:
     each = (
         f"{human_bytes(moved['down_per_client'])} down and {human_bytes(moved['up_per_client'])} up a client and round"
     )
+    if moved["down_once_per_client"]:
+        each += f", {human_bytes(moved['down_once_per_client'])} down to each client once"
     total = f"{human_bytes(moved['down_total'])} down and {human_bytes(moved['up_total'])} up"
     return f"{each}; {moved['clients_per_round']:g} clients x {moved['rounds']} rounds: {total}"
 

@@ -39,17 +39,21 @@ MEMORY = "/dev/shm"
 
 @dataclass
 class Worker:
-    """A process, the pipe to it, the task it has and the last broadcast it heard."""
+    """A process, the pipe to it, the task it has, the last broadcast it heard, and whether it has what is fixed."""
 
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     task: Task | None = None
     round: int | None = None
+    told: bool = False
 
     def give(self, task: Task) -> None:
         """Hands it a task, and the task's broadcast unless it is the one it heard last."""
         self.task = task
         with contextlib.suppress(ConnectionError):  # it has died: `take` finds out
+            if task.broadcast.fixed and not self.told:
+                send(self.pipe, messages.pack_fixed(task.broadcast.fixed))
+                self.told = True
             if self.round != task.broadcast.round:
                 send(self.pipe, messages.pack_broadcast(task.broadcast))
                 self.round = task.broadcast.round
@@ -181,11 +185,15 @@ def serve(rebuild: Rebuild, pipe: Connection, threads: int) -> None:
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     client = rebuild()
     broadcast: Broadcast | None = None
+    fixed: Mapping[str, Params] = {}
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
             data = receive(pipe)
-            if messages.is_broadcast(data):
-                broadcast = messages.unpack_broadcast(data)
+            if (kind := messages.kind_of(data)) == "fixed":
+                fixed = messages.unpack_fixed(data)
+                continue
+            if kind == "broadcast":
+                broadcast = messages.unpack_broadcast(data, fixed)
                 continue
             assert broadcast is not None
             task = messages.unpack_task(data, broadcast)

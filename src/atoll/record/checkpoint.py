@@ -46,6 +46,7 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
         "bytes_down": state.bytes_down,
         "streams": list(state.params),
         "fixed": list(state.fixed),
+        "told": sorted(state.told),
         "acknowledged": state.acknowledged,
         "in_flight": [_task_as_data(task) for task in state.in_flight],
         "broadcasts": sides,
@@ -95,10 +96,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 def _state(about: dict[str, Any], flat: Params) -> State:
     streams = about["streams"]
     params, outer, down = ({s: under(f"{part}/{s}", flat) for s in streams} for part in ("params", "outer", "down"))
+    fixed = {name: under(f"fixed/{name}", flat) for name in about["fixed"]}
     broadcasts = {
         int(number): Broadcast(
             int(number),
             {s: wire.unflatten(under(f"broadcast/{number}/{s}", flat), count) for s, count in sides.items()},
+            fixed,
         )
         for number, sides in about["broadcasts"].items()
     }
@@ -112,7 +115,8 @@ def _state(about: dict[str, Any], flat: Params) -> State:
         bytes_down=about["bytes_down"],
         acknowledged=about["acknowledged"],
         in_flight=tasks,
-        fixed={name: under(f"fixed/{name}", flat) for name in about.get("fixed", ())},
+        fixed=fixed,
+        told=frozenset(about["told"]),
     )
 
 

@@ -57,12 +57,14 @@ class Part:
     chunks: Sequence[Sequence[memoryview]]
     ids: Sequence[str]
     size: int
+    stays: bool = False
+    """Whether other messages will have the same: who has received it keeps it, and does not pull it again."""
 
 
-def part(pieces: Sequence[Buffer]) -> Part:
+def part(pieces: Sequence[Buffer], stays: bool = False) -> Part:
     """Pieces of bytes, cut into chunks that are named by their hash."""
     chunks = list(_cut(pieces))
-    return Part(chunks, [_name(chunk) for chunk in chunks], sum(map(len, pieces)))
+    return Part(chunks, [_name(chunk) for chunk in chunks], sum(map(len, pieces)), stays)
 
 
 def _cut(pieces: Sequence[Buffer]) -> Iterator[list[memoryview]]:
@@ -127,6 +129,8 @@ class Link:
     run: int
     limit_bytes: int
     """What a message may take: more is not pulled."""
+    kept: dict[str, memoryview] = field(default_factory=dict)
+    """By name: the chunks that stay, of the last message that had any."""
 
     def wired(self, metadata: Metadata, parts: Sequence[Part]) -> tuple[Wired, ObjectTree, dict[str, Any]]:
         """A message as Flower sends it: its head, the tree of its objects, and the objects by name."""
@@ -135,6 +139,7 @@ class Link:
                 "nonce": secrets.token_bytes(16),  # names of messages are hashes of them: nobody shall guess one
                 "sizes": [one.size for one in parts],
                 "chunks": [name for one in parts for name in one.ids],
+                "stays": [one.stays for one in parts],
             }
         )
         message = make_message(metadata=metadata, content=RecordDict({"atoll": record}))
@@ -232,6 +237,7 @@ class Arrival:
     _message: Any = None
     _parts: list[bytearray] = field(default_factory=list)
     _left: Places = field(default_factory=list)
+    _stay: Places = field(default_factory=list)
 
     def advance(self, patience: float) -> Received | None:
         """Takes what is there; None if nothing more came in `patience` seconds.
@@ -243,8 +249,12 @@ class Arrival:
         try:
             if self._message is None:
                 self._message = self.link.inflated(name, patience)
-                self._parts, self._left = places(self._message, self.link.limit_bytes)
+                self._parts, every, self._stay = places(self._message, self.link.limit_bytes)
+                self._left = [one for one in every if not self._have(*one)]
             self._fill(patience)
+            if self._stay:
+                self.link.kept.clear()
+                self.link.kept.update(self._stay)
         except Absent as error:
             if time.monotonic() - self.progress < WAIT_FOR_CHUNK:
                 return None
@@ -260,6 +270,14 @@ class Arrival:
         self.link.confirm(name)
         about = self.wired.metadata
         return Received(self._message, about.reply_to_message_id, about.src_node_id, self._parts)
+
+    def _have(self, name: str, place: memoryview) -> bool:
+        """Whether a chunk was kept, and is what it was; if so it is put in its place."""
+        kept = self.link.kept.get(name)
+        if kept is None or len(kept) != len(place) or _name([kept]) != name:
+            return False
+        place[:] = kept
+        return True
 
     def _fill(self, patience: float) -> None:
         """The chunks that are there."""
@@ -280,11 +298,14 @@ class Arrival:
             self._left = [one for number, one in enumerate(self._left) if number not in come]
 
 
-def places(message: Any, limit_bytes: int) -> tuple[list[bytearray], Places]:
-    """Room for the parts of a message, and where in it each of their chunks goes. Raises ValueError."""
+def places(message: Any, limit_bytes: int) -> tuple[list[bytearray], Places, Places]:
+    """Room for the parts of a message, and where in it each of their chunks goes: all, and those of parts that stay.
+
+    Raises ValueError.
+    """
     try:
         record = message.content["atoll"]
-        sizes, chunks = [int(size) for size in record["sizes"]], list(record["chunks"])
+        sizes, chunks, stays = [int(size) for size in record["sizes"]], list(record["chunks"]), list(record["stays"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a message of Atoll: {error!r}") from error
     if min(sizes, default=0) < 0 or sum(sizes) > limit_bytes:
@@ -293,7 +314,9 @@ def places(message: Any, limit_bytes: int) -> tuple[list[bytearray], Places]:
         raise ValueError(f"a message of {sum(sizes)} bytes in {len(chunks)} chunks")
     parts = [bytearray(size) for size in sizes]
     room = [memoryview(one)[at : at + CHUNK] for one in parts for at in range(0, len(one), CHUNK)]
-    return parts, list(zip(chunks, room, strict=True))
+    of = [bool(stay) for one, stay in zip(parts, stays, strict=True) for _ in range(0, len(one), CHUNK)]
+    every = list(zip(chunks, room, strict=True))
+    return parts, every, [one for one, stay in zip(every, of, strict=True) if stay]
 
 
 def _field(number: int, length: int) -> bytes:

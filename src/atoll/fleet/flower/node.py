@@ -82,6 +82,8 @@ class SuperNode:
     _public: bytes = field(init=False)
     _arriving: list[Arrival] = field(default_factory=list)
     """Messages that have not come whole."""
+    _kept: dict[str, memoryview] = field(default_factory=dict)
+    """Chunks that messages have in common."""
     _work: SimpleQueue[tuple[Link, Received] | None] = field(default_factory=SimpleQueue)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -160,7 +162,8 @@ class SuperNode:
                 self._return(error)
                 continue
             for wired in heads:
-                yield Arrival(Link(self.calls, "fleet", node, wired.metadata.run_id, self.limit_bytes), wired)
+                link = Link(self.calls, "fleet", node, wired.metadata.run_id, self.limit_bytes, self._kept)
+                yield Arrival(link, wired)
             late, self._arriving = self._arriving, []
             yield from late
 

@@ -104,6 +104,7 @@ class Flower:
     _invited: dict[str, str] = field(default_factory=dict)
     """Sites that came after the plan was made, and the message that asked them to get ready for it."""
     _last: tuple[Broadcast, Part] | None = None
+    _same: tuple[Mapping[str, Params], Part] | None = None
     _times: int = 0
     """Of the connection over which things were sent."""
 
@@ -181,9 +182,12 @@ class Flower:
             self._send_task(one, there)
 
     def _send_task(self, one: Pending, there: Mapping[str, int]) -> None:
-        """A task with its broadcast."""
+        """A task with its broadcast, and with what is fixed, which a site that has it does not pull."""
         head = envelope("task", run=self.run, plan=one.task.plan)
-        self._send(one, there, [part(head), self._broadcast(one.task.broadcast), part(messages.pack_task(one.task))])
+        sent = one.task.broadcast
+        self._send(
+            one, there, [part(head), self._broadcast(sent), part(messages.pack_task(one.task)), *self._fixed(sent)]
+        )
 
     def _send(self, one: Pending, there: Mapping[str, int], parts: Sequence[Part]) -> None:
         """A message about a task, if its site is there. Raises Gone."""
@@ -203,6 +207,14 @@ class Flower:
             if broadcast.payloads:  # later phases of a round carry none, and answer with as much
                 self.federation.limit(LARGEST_REPLY * self._last[1].size + (64 << 20))
         return self._last[1]
+
+    def _fixed(self, broadcast: Broadcast) -> list[Part]:
+        """What is the same in every round, if anything is: cut and named once for all of them."""
+        if not broadcast.fixed:
+            return []
+        if self._same is None or self._same[0] is not broadcast.fixed:
+            self._same = (broadcast.fixed, part(messages.pack_fixed(broadcast.fixed), stays=True))
+        return [self._same[1]]
 
     def _hear(self, wait: float) -> None:
         """Takes in what comes in so many seconds."""
