@@ -147,7 +147,7 @@ def test_what_is_personal_in_a_later_stage_begins_with_what_all_shared(recipe: P
     assert not equal(*own)
     drift = [max(float((one[name] - begun[name]).abs().max()) for name in one) for one in own]
     assert 0 < max(drift) < 0.2, "three rounds from what fine-tuning came to, not from anywhere else"
-    kept = outcome(folder).params
+    kept = outcome(folder).begun
     assert equal({name: x for name, x in kept.items() if ".lora_A." in name}, {n: begun[n] for n in own[0]})
 
 
