@@ -21,10 +21,10 @@ from atoll.exchange import Broadcast, Task
 from atoll.local.work import evaluate
 from atoll.outcome import outcome
 from atoll.params import Params
+from atoll.planning import plan_again
 from atoll.record.events import Evaluated
 from atoll.record.folder import find
 from atoll.record.measured import ACCURACY, LOSS, over_clients
-from atoll.run import plan_again
 from atoll.stream import UPDATE
 
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atoll.errors import AtollError as AtollError
-    from atoll.run import plan as plan
+    from atoll.planning import plan as plan
     from atoll.run import resume as resume
     from atoll.run import run as run
 
 __all__ = ["AtollError", "plan", "resume", "run"]
 
-_HOMES = {"AtollError": "atoll.errors", "plan": "atoll.run", "resume": "atoll.run"}
+_HOMES = {"AtollError": "atoll.errors", "plan": "atoll.planning", "resume": "atoll.run"}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ from atoll.fleet.base import Fleet
 from atoll.metrics import LOSS, read_back
 from atoll.params import Params
 from atoll.record.events import EVERYBODY, Evaluated
-from atoll.round import RoundPlan, State, broadcast, converse, downloaded, receive
+from atoll.round import RoundPlan, State, broadcast, converse, fixed_bytes, receive
 
 Metrics = Mapping[str, Mapping[str, float]]
 """By client, or of everybody."""
@@ -56,8 +56,8 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
     if not plan.evaluated:  # under masks everybody has a verdict
         silent = (name for name in clients if name not in each and name not in absent)
         absent |= dict.fromkeys(silent, "no answer before the deadline")
-    sent = downloaded(state, tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
-    return summary(state.round, final, each, absent, sent, started)
+    sent = sum(task.broadcast.nbytes for task in tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
+    return summary(state.round, final, each, absent, sent, fixed_bytes(state, tasks), started)
 
 
 def hearing(plan: RoundPlan, state: State, tasks: Sequence[Task]) -> Receive:
@@ -96,9 +96,11 @@ def of_everybody(plan: RoundPlan, fleet: Fleet, totals: Mapping[str, Params]) ->
     return {EVERYBODY: metrics} if LOSS.value in metrics else {}
 
 
-def summary(round: int, final: bool, each: Metrics, absent: Mapping[str, str], sent: int, started: float) -> Evaluated:
+def summary(
+    round: int, final: bool, each: Metrics, absent: Mapping[str, str], sent: int, fixed: int, started: float
+) -> Evaluated:
     """Mean and worst over clients, each client counting once; where sums alone are known, over samples, and no worst."""
     losses = [metrics[LOSS.value] for metrics in each.values()]
     mean = sum(losses) / len(losses) if losses else float("nan")
     worst = float("nan") if EVERYBODY in each else max(losses, default=float("nan"))
-    return Evaluated(round, final, dict(each), mean, worst, time.perf_counter() - started, sent, dict(absent))
+    return Evaluated(round, final, dict(each), mean, worst, time.perf_counter() - started, sent, dict(absent), fixed)

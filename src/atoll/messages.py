@@ -4,8 +4,10 @@
 
 each filled up to a multiple of eight bytes, so that tensors can be used where they lie.
 
-The broadcast of a round goes once to whoever works for several clients, so a task names it by its round alone. Reading
-raises ValueError for anything that is no message, or larger than `limit_bytes`, before it takes the memory.
+The broadcast of a round goes once to whoever works for several clients, so a task names it by its round alone; what is fixed
+in it goes once a run, as a message of its own.
+
+Reading raises ValueError for anything that is no message, or larger than `limit_bytes`, before it takes the memory.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+
+from safetensors.torch import load_file
 
 from atoll import parts, recipe, schema
 from atoll.cache import content_hash
@@ -20,7 +23,7 @@ from atoll.params import Params, under
 from atoll.record.checkpoint import load_state, read_head
 from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
-from atoll.stream import REFERENCE, UPDATE
+from atoll.stream import UPDATE
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,13 @@ class Outcome:
 
     @cached_property
     def params(self) -> Params:
-        """All that trains, after the last whole round; what is personal as it began."""
-        state = load_state(self.folder.checkpoint)
-        return {**state.fixed.get(REFERENCE, {}), **state.params[UPDATE]}
+        """What trains and travels, after the last whole round."""
+        return load_state(self.folder.checkpoint).params[UPDATE]
+
+    @property
+    def begun(self) -> Params:
+        """What others had come to that it began with, all that trains; empty where it began with the base."""
+        return load_file(self.folder.start) if self.folder.start.exists() else {}
 
     @property
     def space(self) -> Space:
@@ -118,6 +125,15 @@ def refuse_other_base(progress: Progress, base: str, where: str, model: object) 
         )  # fmt: skip
 
 
+def refuse_other_start(progress: Progress, start: str, folder: RunFolder) -> None:
+    """Raises AtollError where what is kept as a run's beginning is not what it began with."""
+    if progress.start != start:
+        raise AtollError(
+            "what the run began with has changed", where=str(folder.path), found="other params",
+            allowed=f"those that {folder.start.name} held then", remedy="put the file back from a copy, or run again",
+        )  # fmt: skip
+
+
 def outcome(folder: RunFolder) -> Outcome:
     """What the run in this folder has come to so far. Raises AtollError where that is nothing yet."""
     if not folder.checkpoint.exists():
@@ -125,5 +141,17 @@ def outcome(folder: RunFolder) -> Outcome:
             "the run has no result yet", where=str(folder.path), found="no checkpoint",
             remedy=f"`atoll resume {folder.name}`",
         )  # fmt: skip
-    head = read_head(folder.checkpoint)
-    return Outcome(folder, recipe.read(str(folder.recipe))[0], head.round, Progress(**head.extra))
+    rounds, progress = progress_of(folder.checkpoint)
+    return Outcome(folder, recipe.read(str(folder.recipe))[0], rounds, progress)
+
+
+def progress_of(checkpoint: Path) -> tuple[int, Progress]:
+    """How many rounds are behind a checkpoint, and what the loop remembered. Raises AtollError for what is none of ours."""
+    head = read_head(checkpoint)
+    try:
+        return head.round, Progress(**head.extra)
+    except TypeError as error:
+        raise AtollError(
+            "a checkpoint of another version of atoll", where=str(checkpoint), found=error,
+            remedy="use the version that wrote it, or start the run again",
+        ) from error  # fmt: skip

@@ -63,7 +63,7 @@ class Policy(BaseModel):
         """Why a plan is refused; nothing if it is allowed. Reads names alone: nothing that they name is imported."""
         stage = recipe.finetune
         asked = {
-            "models": model_names(recipe.model),
+            "models": [name for name in model_names(recipe.model) if not allows(self.models, name.partition("@")[0])],
             "objectives": [parts.spec(stage.objective, "finetune.objective").use],
             "spaces": [parts.spec(stage.space, "finetune.space").use],
             "exchanges": [parts.spec(stage.exchange, "finetune.exchange").use],
@@ -72,8 +72,8 @@ class Policy(BaseModel):
             f"{key} {name}; this site allows {', '.join(getattr(self, key)) or 'none'}"
             for key, names in asked.items()
             for name in names
-            if not allows(getattr(self, key), name) and not allows(getattr(self, key), name.partition("@")[0])
-        ]  # a model of a hub is named with its commit, which an owner need not name
+            if not allows(getattr(self, key), name)
+        ]
         broken += [
             f"code {name}; this site runs {', '.join(self.code) or 'no code but what ships with Atoll'}"
             for name in own_code(

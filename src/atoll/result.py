@@ -59,7 +59,7 @@ def load_result(folder: RunFolder, say: Say = quiet, client: str | None = None) 
     """
     found = outcome(folder)
     written = found.recipe
-    tuned = {**found.params, **(found.own(client) if client else {})}
+    tuned = {**found.begun, **found.params, **(found.own(client) if client else {})}
     choice = choose_model(written.model)
     if choice.own_factory:
         raise AtollError(

@@ -83,8 +83,8 @@ class State:
     """Tasks that are still out, in the order they were sent."""
     fixed: Mapping[str, Params] = field(default_factory=dict)
     """By name: what goes down to each client once and stays as it was before the first round."""
-    told: frozenset[str] = frozenset()
-    """The clients that were sent what is fixed."""
+    have_fixed: frozenset[str] = frozenset()
+    """The clients that have what is fixed: they have answered since."""
 
 
 def initial(plan: RoundPlan, params: Params, round: int = 0, fixed: Mapping[str, Params] | None = None) -> State:
@@ -105,22 +105,23 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     tasks, down = broadcast(plan, state, cohort, began, variant=plan.attempt())
     totals = {stream.name: stream.aggregate.init(state.params[stream.name]) for stream in plan.streams}
     acknowledged = dict(state.acknowledged)
-    sent = state.bytes_down + downloaded(state, tasks)
+    sent = state.bytes_down + sum(task.broadcast.nbytes for task in tasks) + fixed_bytes(state, tasks)
     out = {task.id: task for task in (*state.in_flight, *tasks)}
 
     closes = partial(closing, plan.schedule, began, len(out))
-    taken = 0
+    answered: list[str] = []
     exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state, dict(out)), closes)
     for verdict in chain(converse(fleet, exchange, plan.streams, totals), too_late(plan.schedule, out)):
         settle(verdict, out, acknowledged)
         observe(verdict)
-        taken += isinstance(verdict, Accepted)
-    if totals and 0 < taken < plan.least:
+        answered += [verdict.reply.client] if isinstance(verdict, Accepted) else []
+    if totals and 0 < len(answered) < plan.least:
         totals.clear()
-        observe(Abandoned(f"{taken} updates came; at least {plan.least} are needed"))
+        observe(Abandoned(f"{len(answered)} updates came; at least {plan.least} are needed"))
     after = replace(
-        telling(state, cohort), round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values())
-    )
+        having(state, answered),
+        round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()),
+    )  # fmt: skip
     if totals:
         params, outer = step(plan, state, fleet, totals)
         if odd := not_finite(params):
@@ -207,15 +208,14 @@ def broadcast(
     return tasks, down
 
 
-def downloaded(state: State, tasks: Sequence[Task]) -> int:
-    """Bytes that the clients of these tasks are sent: what is fixed to those alone who do not have it."""
-    new = [task.broadcast.fixed_nbytes for task in tasks if task.client not in state.told]
-    return sum(task.broadcast.nbytes for task in tasks) + sum(new)
+def fixed_bytes(state: State, tasks: Sequence[Task]) -> int:
+    """Bytes that the clients of these tasks are sent of what is fixed: those alone who do not have it."""
+    return sum(task.broadcast.fixed_nbytes for task in tasks if task.client not in state.have_fixed)
 
 
-def telling(state: State, clients: Iterable[str]) -> State:
-    """The state once these clients were sent what is fixed, if anything is."""
-    return replace(state, told=state.told.union(clients)) if state.fixed else state
+def having(state: State, clients: Iterable[str]) -> State:
+    """The state once these clients have what is fixed, if anything is."""
+    return replace(state, have_fixed=state.have_fixed.union(clients)) if state.fixed else state
 
 
 def converse(

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import shutil
 import sys
-import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from atoll import parts, recipe, schema
-from atoll.assemble import Assembly, again, assemble, check_data
+from atoll import parts, schema
+from atoll.assemble import Assembly, again, assemble
 from atoll.build import Plan, baseline_names, build, rebuilt
 from atoll.cache import Say, quiet
-from atoll.errors import AtollError
 from atoll.estimate import remember_speed
-from atoll.handover import done_before, pinned, refuse_handover, starting_from
+from atoll.handover import begun_with
+from atoll.identity import done_before
 from atoll.judged import judged
 from atoll.local.work import Report, unwatched
 from atoll.models.presets import no_progress_bars
 from atoll.models.spaces import write
 from atoll.params import Params
+from atoll.planning import plan, plan_again, quiet_libraries
 from atoll.record.card import write_card
 from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, create, find
@@ -35,62 +34,8 @@ from atoll.record.story import read_story, refuse_fruitless
 from atoll.record.tasks import not_asked
 from atoll.schema import LOCAL, POOLED
 from atoll.stage import run_stage
-from atoll.stream import REFERENCE, UPDATE
+from atoll.stream import UPDATE
 from atoll.tasks import evaluate_tasks
-
-
-def plan(name_or_path: str | Path, settings: Sequence[str] = ()) -> Plan:
-    """The plan of a recipe: what `atoll plan` shows. Runs nothing. Of several stages, the last with those `before` it.
-
-    >>> plan("quickstart", ["finetune.rounds=2"]).recipe.finetune.rounds
-    2
-    """
-    with recipe.blamed(str(name_or_path), settings), quiet_libraries():
-        written, tree = recipe.read(name_or_path, settings)
-        return planned(pinned(written, starting_from(written, tree)))
-
-
-def planned(tree: schema.Tree) -> Plan:
-    """The plan of a merged tree: each of its stages is checked beside those before it."""
-    ready: dict[str, Plan] = {}
-    for stage, one in recipe.staged(tree).items():
-        with told_of(stage, {key for key in ("from", "judge") if one.get(key) == tree.get(key)}):
-            found = build(schema.validate(one), one)
-            refuse_handover(found, ready)
-            check_data(found)
-            ready[stage] = replace(found, before=dict(ready), whole=tree)
-    return [*ready.values()][-1]
-
-
-@contextmanager
-def told_of(stage: str, shared: Collection[str]) -> Iterator[None]:
-    """A mistake in a stage's settings is told with its section, but for keys whose values the whole recipe has `shared`."""
-    try:
-        yield
-    except AtollError as error:
-        where = error.details["where"]
-        if where.partition(".")[0] == "finetune":
-            error.details["where"] = stage + where.removeprefix("finetune")
-        elif where in ("from", "judge") and stage != "finetune" and where not in shared:
-            error.details["where"] = f"{stage}.{where}"
-        error.details["remedy"] = error.details["remedy"].replace("--set finetune.", f"--set {stage}.")
-        raise
-
-
-def plan_again(folder: RunFolder) -> Plan:
-    """The plan of a run that is there. What it started `from` lies in its checkpoint, and may be gone."""
-    with quiet_libraries():
-        written, tree = recipe.read(folder.recipe)
-        ready = build(written, tree)
-    return replace(ready, before={one.path.name: plan_again(one) for one in folder.earlier()})
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Libraries warn each other of what comes; people can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def run(
@@ -180,14 +125,15 @@ def ask_tasks(ready: Plan, folder: RunFolder, say: Say) -> None:
 def whole_stage(ready: Plan, folder: RunFolder, sinks: Sequence[Sink], say: Say, report: Report) -> None:
     """Rounds, baselines, the adapter and the card."""
     ready, things = prepared(ready, folder, say, report)
-    if folder.is_stage and not folder.checkpoint.exists() and (same := done_before(ready, things, folder)):
+    begun = begun_with(ready, things, folder)
+    if folder.is_stage and not folder.checkpoint.exists() and (same := done_before(ready, things, begun)):
         say(f"as in {same.name}, of the same plan and data from the same params: it is taken over")
         folder.take_over(same)
         return write_card(folder)
     for _ in baselines(ready, things, ready.recipe.finetune.rounds):
         pass  # what they cannot do is found before hours of training
     state = run_stage(ready, things, folder, folder.outermost, sinks)
-    save_adapter(ready, things, {**state.fixed.get(REFERENCE, {}), **state.params[UPDATE]}, folder)
+    save_adapter(ready, things, {**begun, **state.params[UPDATE]}, folder)
     if story := read_story(folder):
         remember_speed(ready, story, folder.name)
     for name, variant in baselines(ready, things, state.round) if state.round else ():
@@ -252,8 +198,8 @@ def variant(ready: Plan, finetune: dict[str, Any]) -> Plan:
 
 
 def save_adapter(ready: Plan, things: Assembly, params: Params, folder: RunFolder) -> None:
-    """Leaves the federated params in the model, and writes what trained where the ecosystem's tools find it."""
-    write(ready.space, things.model, {**things.start, **params})  # what stays at clients as it was at the start
+    """Leaves all that trained in the model, what is personal as it began, and writes it where other tools find it."""
+    write(ready.space, things.model, params)
     with no_progress_bars():
         ready.space.save(things.model, folder.adapter)
     if things.tokenizer is not None:

@@ -217,6 +217,8 @@ class Site:
         self._ready.move_to_end(task.plan)
         self._now = (run, task.id)
         self._still_wanted()
+        if task.broadcast.payloads and bool(task.broadcast.fixed) != ready.plan.sends_start:
+            raise Unwilling("the task comes without what the plan begins with, or with what the plan does not ask for")
         self.say(f"round {task.broadcast.round}: {task.kind}")
         if task.kind == "train":
             self.spend(run, ready, task.broadcast.round)

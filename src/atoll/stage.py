@@ -13,12 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
-from safetensors.torch import load_file
-
 from atoll import parts
 from atoll.assemble import Assembly, Rebuild, clients
 from atoll.build import Plan, baseline_names, samples
-from atoll.cache import replace_tensors
 from atoll.data.read import Report
 from atoll.data.sources import one_a_line
 from atoll.errors import AtollError, Interrupted
@@ -26,13 +23,14 @@ from atoll.evaluate import evaluate
 from atoll.exchange import Abandoned, Accepted, Dropped, Opened, Refused, Verdict
 from atoll.fleet.base import Fleet
 from atoll.fleet.inprocess import Elsewhere
-from atoll.handover import base, before_first, start_of, versions
+from atoll.handover import begun_with
+from atoll.identity import base, before_first, versions
 from atoll.models.spaces import split
-from atoll.outcome import Progress, refuse_other_base
+from atoll.outcome import Progress, progress_of, refuse_other_base, refuse_other_start
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
-from atoll.record.checkpoint import load_state, read_head, save_state
+from atoll.record.checkpoint import load_state, save_state
 from atoll.record.events import (
     EVERYBODY,
     ClientLeftOut,
@@ -49,7 +47,7 @@ from atoll.record.events import (
     read_events,
 )
 from atoll.record.folder import RunFolder
-from atoll.round import State, initial, run_round, telling
+from atoll.round import State, having, initial, run_round
 from atoll.schema import POOLED
 from atoll.statement import statement
 from atoll.stream import REFERENCE
@@ -120,14 +118,18 @@ def drive(at: Stage, state: State, progress: Progress) -> State:
 
 def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Progress]:
     """From the run's checkpoint if there is one; else from the model, or from the run that this one starts `from`."""
+    start = begun_with(ready, things, folder)
     if folder.checkpoint.exists():
-        state, progress = load_state(folder.checkpoint), Progress(**read_head(folder.checkpoint).extra)
+        _, progress = progress_of(folder.checkpoint)
         if progress.plan != ready.hash:
             raise AtollError(
                 "the recipe has changed since the run began", where=str(folder.recipe), found=f"plan {ready.hash}",
                 allowed=f"plan {progress.plan}", remedy="start a new run; `from:` lets it go on from this one's result",
             )  # fmt: skip
         refuse_other_base(progress, base(ready), str(folder.path), ready.recipe.model)
+        if ready.recipe.starts:  # else it began with the model, which was looked at just now
+            refuse_other_start(progress, before_first(ready, things, start).start, folder)
+        state = load_state(folder.checkpoint, sent_along(ready, start))
         now = things.digests
         if isinstance(ready.fleet, Elsewhere):  # sites come and go: those that are here shall hold what they held
             now = {**progress.data, **{name: held for name, held in now.items() if name in progress.data}}
@@ -136,7 +138,6 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
         if accounted(ready):
             refuse_short_ledger(state.round, folder)
         return state, progress
-    start = kept_start(ready, things, folder)
     travels, _ = split(start, ready.recipe.finetune.personal)
     return initial(ready.rounds, travels, fixed=sent_along(ready, start)), before_first(ready, things, start)
 
@@ -144,17 +145,6 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
 def sent_along(ready: Plan, start: Params) -> dict[str, Params]:
     """The result of the run that this one starts `from`, where clients need it beside what trains: all they begin with."""
     return {REFERENCE: start} if ready.sends_start else {}
-
-
-def kept_start(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
-    """All that trains, before the first round: of a baseline what its run began with, whatever became of that since."""
-    run = folder.outermost if folder.is_baseline else folder
-    if run.start.exists():
-        return {name: x.to(things.start[name].device) for name, x in load_file(run.start).items()}
-    start = start_of(ready, things, folder)
-    if ready.recipe.starts and ready.recipe.baselines:
-        replace_tensors(run.start, start, {})
-    return start
 
 
 def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folder: RunFolder) -> None:
@@ -248,7 +238,8 @@ def measure(at: Stage, state: State, progress: Progress, final: bool) -> tuple[S
         return state, progress
     heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
     at.record(heard)
-    state = telling(state, held_out)
+    if EVERYBODY not in heard.absent:
+        state = having(state, (name for name in held_out if name not in heard.absent))
     if final or math.isnan(heard.mean) or heard.absent:
         return state, progress
     if heard.mean < progress.best - wanted.min_delta:

@@ -22,14 +22,17 @@ from atoll.build import Plan, rebuilt
 from atoll.cache import Say, content_hash, quiet, write_file
 from atoll.data.sources import digest
 from atoll.errors import AtollError
-from atoll.handover import starting_from
+from atoll.identity import base
 from atoll.keys import rng
 from atoll.local.work import Report, unwatched
+from atoll.outcome import outcome
+from atoll.planning import planned
 from atoll.record.events import Sink
-from atoll.record.folder import RunFolder, root
+from atoll.record.folder import RunFolder, find, root
 from atoll.record.story import read_story
-from atoll.run import planned, prepared, write_recipe
+from atoll.run import prepared, write_recipe
 from atoll.stage import run_stage
+from atoll.wire import content
 
 Settings = Mapping[str, Any]
 
@@ -180,7 +183,7 @@ def sweep(
     for key, values in untried(grid, methods, drawn).items():
         say(f"no trial of any method has {key} = {', '.join(map(str, values))}: more trials would")
     held = {name: digest(source) for _, plan in chosen for name, source in plan.sources.items()}
-    name = content_hash(*(plan.hash for _, plan in chosen), json.dumps(held, sort_keys=True))[:8]
+    name = content_hash(*(made_of(plan) for _, plan in chosen), json.dumps(held, sort_keys=True))[:8]
     folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{name}"
     warm: dict[str, Assembly] = {}
     found: list[Tried] = []
@@ -202,7 +205,14 @@ def plan_of(name_or_path: str, trial: Trial) -> Plan:
             "a sweep tunes one stage", where="stages", found=", ".join(stages), allowed="one",
             remedy="a copy of the recipe with `stages: [align]`, and `from` a run that was fine-tuned",
         )  # fmt: skip
-    return planned(starting_from(schema.validate(tree, f"{name_or_path} with {trial.method}"), tree))
+    return planned(schema.validate(tree, f"{name_or_path} with {trial.method}"), tree)
+
+
+def made_of(plan: Plan) -> str:
+    """A trial but for its data, by content: its plan, its model, and what the runs that it stands on have come to."""
+    return content_hash(
+        plan.hash, base(plan), *(content(outcome(find(one.run)).params) for one in plan.recipe.stands_on)
+    )
 
 
 def run_trial(

@@ -3,6 +3,7 @@
     hello                                     -> hello: versions, hardware, records, policy
     plan: tree, model, client, clients        -> ready: train, test, least or refused: reason
     task: run; a broadcast, a task            -> event; the event          or refused: reason, or unready
+          and what is fixed, if anything is
     ask: run, task                            -> event; the event          or working, or unknown
     cancel: run                               -> cancelled
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from atoll.wire import Buffer
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of what is said here; both ends say it first."""
 
 LARGEST = 4 << 20
@@ -30,8 +31,8 @@ def envelope(kind: str, **about: Any) -> list[Buffer]:
     return [json.dumps({"protocol": PROTOCOL, "kind": kind, **about}).encode()]
 
 
-def opened(parts: Sequence[Buffer], more: int | None = None) -> dict[str, Any]:
-    """The envelope of a message that has `more` parts after it.
+def opened(parts: Sequence[Buffer]) -> dict[str, Any]:
+    """The envelope of a message.
 
     Raises ValueError for what is none, and for another version of the protocol, with what to do about it.
     """
@@ -49,6 +50,4 @@ def opened(parts: Sequence[Buffer], more: int | None = None) -> dict[str, Any]:
             f"the other end speaks protocol {head.get('protocol')} (atoll {theirs}), this one {PROTOCOL}: install the same"
             " version of atoll on both"
         )
-    if more is not None and len(parts) != 1 + more:
-        raise ValueError(f"a message '{head['kind']}' of {len(parts)} parts, {1 + more} are needed")
     return head

@@ -12,6 +12,7 @@ from atoll.exchange import Task
 from atoll.fleet.flower.calls import Gone
 from atoll.fleet.flower.link import NotTaken, Received
 from atoll.fleet.flower.operator import Failed
+from atoll.site import opened_task
 from atoll.talk import envelope, opened
 
 
@@ -73,7 +74,7 @@ class Office:
             return self._done.get(opened(flat)["task"], [envelope("unknown")])
         if kind == "cancel":
             return [envelope("cancelled")]
-        task: Task = messages.unpack_task(flat[2], messages.unpack_broadcast(flat[1], {}))
+        task: Task = opened_task(flat)
         if task.id not in self._done:
             self._done[task.id] = [envelope("event"), messages.pack_event(self.client(site).handle(task))]
         return self._done[task.id]

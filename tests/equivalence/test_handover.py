@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import atoll
 from atoll import sweep
@@ -17,15 +19,17 @@ from atoll.data.sources import ClientSource, digest
 from atoll.errors import AtollError, Interrupted
 from atoll.export import export_adapter
 from atoll.judged import best
+from atoll.leakage.subject import open_run
 from atoll.models.spaces import full
 from atoll.models.tiny import tiny
 from atoll.outcome import outcome
 from atoll.params import equal
+from atoll.planning import pinned, plan
 from atoll.record.events import Event, RoundEnded
 from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
 from atoll.result import load_result
-from atoll.run import begun, execute, plan
+from atoll.run import begun, execute
 from atoll.tasks import beneath, trained_on
 
 RECIPE = """
@@ -83,7 +87,7 @@ def test_a_stage_is_not_taken_over_from_another_fleet(recipe: Path, first: list[
 def test_a_stage_is_not_taken_over_from_other_code(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     atoll.run(recipe, STAGES)
-    monkeypatch.setattr("atoll.handover.code", lambda: "newer")
+    monkeypatch.setattr("atoll.identity.code", lambda: "newer")
     atoll.run(recipe, STAGES, say=said.append)
     assert not any("taken over" in line for line in said)
 
@@ -193,6 +197,19 @@ def test_a_model_of_a_hub_is_named_with_its_commit(
     written = json.loads((export_adapter(folder, tmp_path / "out") / "adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("org/name", "0" * 40)
     assert f'from_pretrained("org/name", revision="{"0" * 40}")' in (tmp_path / "out" / "README.md").read_text()
+    (repo / "refs" / "main").write_text("0" * 40)
+    recipe.write_text(recipe.read_text() + "from: one-1\n")
+    recipe.write_text(recipe.read_text().replace("tiny:llama", "{use: org/name, dtype: float32}"))
+    _, (tried,) = sweep.sweep(str(recipe), ["fedavg-lora"], {"": {"seed": [1]}})
+    assert tried.run, "a trial names the commit as well, and begins with the run"
+    parts = {
+        "use": "assembled",
+        "language": "org/name",
+        "image": {"encoder": "tiny:efficientnet", "connector": "linear"},
+    }
+    assert pinned(SimpleNamespace(model=parts), {"model": parts})["model"] == parts | {
+        "language": f"org/name@{'0' * 40}"
+    }
 
 
 def test_a_space_of_ones_own_need_not_say_that_it_draws_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +225,54 @@ def own_space() -> object:
             self.plan, self.save = full().plan, full().save
 
     return Own()
+
+
+def test_a_sweep_is_another_one_where_what_it_is_made_of_has_changed(recipe: Path, tmp_path: Path) -> None:
+    a_model(tmp_path / "model", 0)
+    with pytest.raises(Interrupted):
+        atoll.run(recipe, ["model=./model"], sinks=[stopping("one-1")])
+    recipe.write_text(recipe.read_text().replace("tiny:llama", "./model") + "from: one-1\n")
+
+    def names() -> str:
+        return sweep.sweep(str(recipe), ["fedavg-lora"], {"": {"seed": [1]}})[0].name
+
+    first = names()
+    assert names() == first
+    atoll.resume("one-1")
+    second = names()
+    recipe.write_text(recipe.read_text().replace("from: one-1", ""))
+    third = names()
+    a_model(tmp_path / "model", 1)
+    assert len({first, second, third, names()}) == 4
+
+
+def test_what_is_personal_and_was_begun_with_is_exported(recipe: Path, tmp_path: Path) -> None:
+    begun_with = outcome(atoll.run(recipe)).params
+    folder = atoll.run(recipe, [*FROM, "finetune.personal=[lora_A]"])
+    for name, client in (("all", None), ("one", "north")):
+        export_adapter(folder, tmp_path / name, client=client)
+    shared, own = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("all", "one"))
+    (name,) = [one for one in begun_with if "layers.0.mlp.down_proj.lora_A" in one]
+    assert torch.equal(shared[name], begun_with[name])
+    assert not torch.equal(own[name], begun_with[name])
+    shutil.rmtree(folder.adapter)
+    export_adapter(folder, tmp_path / "again")
+    assert equal(load_file(tmp_path / "again" / "adapter_model.safetensors"), shared)
+
+
+def test_attacks_measure_against_what_a_run_began_with(recipe: Path) -> None:
+    with pytest.raises(Interrupted):
+        atoll.run(recipe, sinks=[stopping("one-1")])
+    folder = atoll.run(recipe, FROM)
+    before = load_file(folder.start)
+    atoll.resume("one-1")
+    assert not equal(before, outcome(find("one-1")).params)
+    assert equal(open_run(folder, lambda line: None).base, before)
+    save_file({name: x + 1 for name, x in before.items()}, folder.start)
+    with pytest.raises(AtollError, match="what the run began with has changed"):
+        open_run(folder, lambda line: None)
+    with pytest.raises(AtollError, match="what the run began with has changed"):
+        atoll.resume(folder.name)
 
 
 def test_a_trial_of_a_sweep_learns_what_its_judge_chooses(recipe: Path, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from atoll.leakage.subject import Subject, open_run
 from atoll.local.judges import Judge
 from atoll.models.tiny import byte_tokenizer
 from atoll.params import equal
+from atoll.planning import plan
 from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded
 from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
-from atoll.run import plan
 from atoll.stream import UPDATE
 
 RECIPE = """

@@ -9,8 +9,8 @@ import pytest
 
 import atoll
 from atoll.errors import AtollError
+from atoll.planning import plan
 from atoll.record.story import read_story
-from atoll.run import plan
 
 RECIPE = """
 recipe: 1

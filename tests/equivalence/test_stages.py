@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import atoll
 from atoll.aggregate.fuse import average, ties
@@ -23,6 +24,7 @@ from atoll.exchange import Refused
 from atoll.models.tiny import tiny
 from atoll.outcome import outcome
 from atoll.params import equal
+from atoll.planning import plan, plan_again
 from atoll.record.checkpoint import load_state
 from atoll.record.events import Event, RoundEnded, RunStarted
 from atoll.record.folder import RunFolder, find
@@ -32,7 +34,6 @@ from atoll.record.story import read_story
 from atoll.record.tasks import read_scores
 from atoll.record.views import details, summarize
 from atoll.result import load_result
-from atoll.run import plan, plan_again
 from atoll.stage import stop_if_hopeless
 from atoll.stream import UPDATE
 from atoll.tasks import evaluate_tasks, trained_on
@@ -75,8 +76,8 @@ def test_a_stage_begins_with_what_the_one_before_came_to(recipe: Path) -> None:
     started = [(one.name, one.rounds, list(one.baselines)) for one in heard if isinstance(one, RunStarted)]
     assert started[:2] == [("both.finetune", 2, []), ("both", 3, ["local-north", "local-south"])]
     assert (first.started.recipe["finetune"]["objective"], story.started.recipe["finetune"]["batch_size"]) == ("sft", 4)
-    for one in (folder, folder.baseline("local-north")):
-        assert equal(load_state(one.checkpoint).fixed["reference"], result(folder.stage("finetune")))
+    assert equal(load_file(folder.start), result(folder.stage("finetune")))
+    assert not folder.baseline("local-north").start.exists(), "it begins with what its run began with"
     assert story.base
     assert first.final
     assert [one["accuracy"] for one in story.base.clients.values()] == [
@@ -146,7 +147,7 @@ def test_what_is_personal_in_a_later_stage_begins_with_what_all_shared(recipe: P
     assert not equal(*own)
     drift = [max(float((one[name] - begun[name]).abs().max()) for name in one) for one in own]
     assert 0 < max(drift) < 0.2, "three rounds from what fine-tuning came to, not from anywhere else"
-    kept = outcome(folder).params
+    kept = outcome(folder).begun
     assert equal({name: x for name, x in kept.items() if ".lora_A." in name}, {n: begun[n] for n in own[0]})
 
 

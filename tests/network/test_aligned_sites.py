@@ -58,4 +58,4 @@ def test_sites_align_against_the_reference_that_they_are_sent_as_one_process_doe
     assert far.final.clients == near.final.clients
     assert list(far.base.clients) == ["everybody"], "under masks there is no other"
     assert far.base.clients["everybody"]["reward_accuracy"] == pytest.approx(0.5), "against what they were sent"
-    assert "reference" in load_state(there.checkpoint).fixed
+    assert there.start.exists(), "the sites were sent what they align against"

@@ -30,7 +30,7 @@ def test_public_names() -> None:
 
 def test_run_is_a_function_and_a_module(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from atoll import run as callable_module
-    from atoll.run import plan
+    from atoll.planning import plan
     from atoll.run import run as function
 
     assert callable_module.run is function
@@ -102,7 +102,7 @@ def test_plan_knows_the_time_after_a_first_run(
 def test_what_a_plan_fetches_is_told_beside_the_plan(
     atoll: Atoll, tiny: str, sites: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from atoll.run import plan
+    from atoll.planning import plan
 
     def fetched() -> dict[str, ClientSource]:
         quiet("fetching the sites")  # as a shipped data part does, which is given nobody to tell

@@ -21,12 +21,12 @@ from atoll.local.private import clipped_sum, gradient_of, poisson, private
 from atoll.local.work import Local, train
 from atoll.models.spaces import full
 from atoll.params import Params, equal, global_norm, subtract, zeros_like
+from atoll.planning import plan
 from atoll.privacy.accounting import Release, epsilon, worst
 from atoll.privacy.examples import examples, rate
 from atoll.privacy.ledger import Entry, Ledger, spent
 from atoll.record.folder import find
 from atoll.record.story import read_story
-from atoll.run import plan
 from atoll.stream import UPDATE
 from support import Atoll
 

@@ -12,8 +12,10 @@ from flwr.app.metadata import Metadata
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
 
+from atoll.fleet.flower import certs
 from atoll.fleet.flower import link as linked
 from atoll.fleet.flower.link import Arrival, Link, part
+from atoll.fleet.flower.node import SuperNode
 
 
 @dataclass
@@ -58,7 +60,7 @@ def store(monkeypatch):
 
 @pytest.fixture
 def ends(store):
-    return Link(store, "fleet", Node(node_id=1), 7, limit_bytes=100_000)
+    return Link(store, "fleet", Node(node_id=1), 7, limit_bytes=100_000, kept={})
 
 
 def send(ends, store, *parts):
@@ -105,6 +107,29 @@ def test_what_stays_is_pulled_once_and_held_to_its_hash(ends, store):
     before = len(store.pulled)
     ends.receive(send(ends, store, same))
     assert set(same.ids) <= set(store.pulled[before:]), "the last that stays is kept, and no more"
+
+
+def test_a_site_pulls_what_stays_once_however_many_messages_have_it(store, tmp_path, monkeypatch):
+    certs.site_key(tmp_path / "site.key")
+    node = SuperNode("localhost:1", tmp_path / "site.key", tmp_path / "ca.pem", tmp_path, print, insecure=True)
+    same, operator = part([os.urandom(2500)], stays=True), Link(store, "fleet", Node(node_id=1), 7, limit_bytes=100_000)
+    heads = [send(operator, store, part([word]), same) for word in (b"one", b"two")]
+    monkeypatch.setattr(
+        store, "messages", lambda *asked: [heads.pop(0)] if heads else node.over.set() or [], raising=False
+    )
+    node.calls = store
+    received = [arrival.advance(0.0) for arrival in node._messages()]
+    assert [bytes(one.parts[0]) for one in received] == [b"one", b"two"]
+    assert bytes(received[0].parts[1]) == bytes(received[1].parts[1])
+    assert [store.pulled.count(name) for name in same.ids] == [1, 1, 1]
+
+
+def test_an_end_that_keeps_nothing_is_not_made_to(ends, store):
+    ends.kept = None
+    same = part([os.urandom(2500)], stays=True)
+    for _ in range(2):
+        ends.receive(send(ends, store, same))
+    assert [store.pulled.count(name) for name in same.ids] == [2, 2, 2]
 
 
 def test_two_messages_of_one_content_have_two_names(ends, store):

@@ -17,11 +17,12 @@ from atoll.exchange import Dropped, Reply
 from atoll.fleet.flower import certs
 from atoll.fleet.flower.federation import Federation, counted, without_too_few
 from atoll.fleet.flower.tasks import answer_to
+from atoll.models.spaces import split
 from atoll.params import equal
 from atoll.policy import Policy, model_code, own_code, read
 from atoll.privacy.party import Memory
 from atoll.round import broadcast, initial
-from atoll.site import Site
+from atoll.site import Site, opened_task
 from atoll.talk import envelope, opened
 
 RECIPE = """
@@ -65,7 +66,7 @@ def prepare(site: Site, tree, name="clinic"):
 def task_of(site: Site, tree):
     """A training task of the plan, as an operator makes it."""
     plan = build(schema.validate(tree), tree, sources={n: ClientData((), ()) for n in ("clinic", "school")})
-    state = initial(plan.rounds, site._ready[plan.hash].things.start)
+    state = initial(plan.rounds, split(site._ready[plan.hash].things.start, plan.recipe.finetune.personal)[0])
     (task,), _ = broadcast(plan.rounds, state, ["clinic"], 0.0)
     return task
 
@@ -88,6 +89,25 @@ def test_a_plan_is_built_with_the_sites_own_data_and_its_work_leaves_a_line_in_t
     assert (reply.client, reply.task, reply.weights) == ("clinic", task.id, {"all": float(said["train"])})
     found = verify(site.folder / "audit.jsonl")
     assert (found.lines, found.bytes) == (1, len(answer[1]))
+
+
+def test_what_a_plan_begins_with_comes_with_its_tasks_or_the_task_is_refused(site, tree):
+    prepare(site, tree)
+    task = task_of(site, tree)
+    start = {"reference": site._ready[task.plan].things.start}
+    head, sent, asked = envelope("task", run="r1", plan=task.plan), task.broadcast, messages.pack_task(task)
+    said = ask(site, head, messages.pack_broadcast(sent), asked, messages.pack_fixed(start))
+    assert "what the plan does not ask for" in opened(said)["reason"]
+    tree = recipe.apply(recipe.apply(tree, "finetune.personal=[lora_A]"), "from=another-1")
+    prepare(site, tree)
+    task = task_of(site, tree)
+    assert "comes without what the plan begins with" in opened(send(site, task))["reason"]
+    head, asked = envelope("task", run="r1", plan=task.plan), messages.pack_task(task)
+    said = ask(site, head, messages.pack_broadcast(task.broadcast), asked, messages.pack_fixed(start))
+    assert not messages.unpack_event(said[1]).refusal
+    for parts in ((), (messages.pack_broadcast(sent), asked, *2 * [messages.pack_fixed(start)])):
+        with pytest.raises(ValueError, match="3 or 4 are needed"):
+            opened_task(flat([head, *parts]))
 
 
 def test_the_same_task_again_is_answered_and_not_worked_on_again(site, tree, monkeypatch):

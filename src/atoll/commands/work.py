@@ -59,7 +59,7 @@ def resume(run: RunName = "latest", as_json: AsJson = False) -> None:
     if told_if_finished(folder, as_json):
         return
     say(f"planning {folder.name}")
-    from atoll.run import plan_again
+    from atoll.planning import plan_again
 
     work_on(plan_again(folder), folder, new=False)
     conclude(folder, as_json)
@@ -80,7 +80,7 @@ def work_on(ready: Plan, folder: RunFolder, new: bool) -> None:
 
 def planned(recipe: str, settings: Sequence[str]) -> Plan:
     """The recipe's plan. What it fetches the first time, models and data, is told."""
-    from atoll.run import plan
+    from atoll.planning import plan
 
     with listening(say):
         return plan(recipe, settings)

@@ -45,15 +45,15 @@ class Worker:
     pipe: Connection
     task: Task | None = None
     round: int | None = None
-    told: bool = False
+    has_fixed: bool = False
 
     def give(self, task: Task) -> None:
         """Hands it a task, and the task's broadcast unless it is the one it heard last."""
         self.task = task
         with contextlib.suppress(ConnectionError):  # it has died: `take` finds out
-            if task.broadcast.fixed and not self.told:
+            if task.broadcast.fixed and not self.has_fixed:
                 send(self.pipe, messages.pack_fixed(task.broadcast.fixed))
-                self.told = True
+                self.has_fixed = True
             if self.round != task.broadcast.round:
                 send(self.pipe, messages.pack_broadcast(task.broadcast))
                 self.round = task.broadcast.round

@@ -18,16 +18,18 @@ from atoll.cache import Counting, Say
 from atoll.data.sources import ClientData
 from atoll.errors import AtollError
 from atoll.fleet.inprocess import Elsewhere
-from atoll.handover import start_of
+from atoll.handover import begun_with
+from atoll.identity import before_first
 from atoll.keys import key
 from atoll.leakage.scores import Floats
 from atoll.local.work import EVALUATION_BATCH, draw
 from atoll.models.spaces import write
-from atoll.outcome import outcome
+from atoll.outcome import outcome, refuse_other_start
 from atoll.params import Params
+from atoll.planning import plan_again, quiet_libraries
 from atoll.record.events import EVERYBODY, Event, Missing, Replied, read_events
 from atoll.record.folder import RunFolder
-from atoll.run import plan_again, prepared, quiet_libraries
+from atoll.run import prepared
 from atoll.schema import POOLED, Recipe
 from atoll.stage import refuse_changed_data
 from atoll.stream import REFERENCE
@@ -122,7 +124,9 @@ def open_run(folder: RunFolder, say: Say) -> Subject:
     found = outcome(folder)
     refuse_changed_data(found.progress.data, things.digests, folder)
     read = samples_read(ready, things, replies_that_count(list(read_events(folder.record)), things.data.keys()))
-    base = {name: x.clone() for name, x in {**things.start, **start_of(ready, things, folder)}.items()}
+    base = {name: x.clone() for name, x in begun_with(ready, things, folder).items()}
+    if written.starts:
+        refuse_other_start(found.progress, before_first(ready, things, base).start, folder)
     things.local.refer({REFERENCE: base})
     return Subject(ready, things, base, {**base, **found.params}, read, say)
 

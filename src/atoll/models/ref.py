@@ -90,7 +90,7 @@ def resolve(name: str | Assembled) -> ModelRef:
         return _hub(name, PRESETS[name].hub_id)
     if name.startswith(("/", "./", "../", "~")) or (name and Path(name).is_dir()):
         return _folder(name)
-    if name.count("/") == 1:
+    if is_hub_id(name):
         return _hub(name, name)
     raise AtollError(
         "there is no such model",
@@ -98,6 +98,15 @@ def resolve(name: str | Assembled) -> ModelRef:
         allowed=f"{', '.join(PRESETS)}; tiny:FAMILY; ./folder; org/name on the hub",
         remedy=closest(name, PRESETS),
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is that of a model on a hub: org/name, and no folder here.
+
+    >>> is_hub_id("org/name@main"), is_hub_id("./folder"), is_hub_id("smollm2-135m")
+    (True, False, False)
+    """
+    return name.count("/") == 1 and name[0] not in "/.~" and not Path(name).is_dir()
 
 
 def folder_of(ref: ModelRef, say: Say = quiet) -> Path:

@@ -8,7 +8,7 @@ whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +26,11 @@ FORMAT = 2
 
 
 def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) -> None:
-    """Writes `state`, and `extra` (plain data) beside it."""
+    """Writes `state`, but for what is fixed, and `extra` (plain data) beside it."""
     flat: Params = {}
     for part in ("params", "outer", "down"):
         for stream, values in getattr(state, part).items():
             flat |= nested(f"{part}/{stream}", values)
-    for name, values in state.fixed.items():
-        flat |= nested(f"fixed/{name}", values)
     broadcasts = {task.broadcast.round: task.broadcast for task in state.in_flight}
     sides: dict[str, dict[str, int]] = {}
     for number, sent in broadcasts.items():
@@ -45,8 +43,7 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
         "clock": state.clock,
         "bytes_down": state.bytes_down,
         "streams": list(state.params),
-        "fixed": list(state.fixed),
-        "told": sorted(state.told),
+        "have_fixed": sorted(state.have_fixed),
         "acknowledged": state.acknowledged,
         "in_flight": [_task_as_data(task) for task in state.in_flight],
         "broadcasts": sides,
@@ -64,10 +61,14 @@ class Head(NamedTuple):
     """What was written beside the state."""
 
 
-def load_state(path: Path) -> State:
-    """The state that `save_state` wrote. Raises AtollError for a file that is no checkpoint, or of another format."""
+def load_state(path: Path, fixed: Mapping[str, Params] | None = None) -> State:
+    """The state that `save_state` wrote, with what is `fixed`, which lies elsewhere.
+
+    Raises AtollError for a file that is no checkpoint, or of another format.
+    """
     with _opened(path) as (file, about):
-        return _state(about, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - safe_open is no dict
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        return _state(about, flat, fixed or {})
 
 
 def read_head(path: Path) -> Head:
@@ -93,10 +94,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     )  # fmt: skip
 
 
-def _state(about: dict[str, Any], flat: Params) -> State:
+def _state(about: dict[str, Any], flat: Params, fixed: Mapping[str, Params]) -> State:
     streams = about["streams"]
     params, outer, down = ({s: under(f"{part}/{s}", flat) for s in streams} for part in ("params", "outer", "down"))
-    fixed = {name: under(f"fixed/{name}", flat) for name in about["fixed"]}
     broadcasts = {
         int(number): Broadcast(
             int(number),
@@ -116,7 +116,7 @@ def _state(about: dict[str, Any], flat: Params) -> State:
         acknowledged=about["acknowledged"],
         in_flight=tasks,
         fixed=fixed,
-        told=frozenset(about["told"]),
+        have_fixed=frozenset(about["have_fixed"]),
     )
 
 

@@ -139,6 +139,8 @@ class Evaluated:
     seconds: float
     bytes_down: int = 0
     absent: Mapping[str, str] = field(default_factory=dict)
+    bytes_fixed: int = 0
+    """Sent on this occasion, and for training as well: what the run began with, to clients that did not have it."""
 
 
 @dataclass(frozen=True)

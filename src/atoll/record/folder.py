@@ -4,7 +4,7 @@ runs/quickstart-1/
   recipe.yaml               as resolved: runs again anywhere; of several stages the last, and whole.yaml all of them
   record.jsonl              the events
   checkpoint.safetensors    the state after the last whole round
-  start.safetensors         what another run had come to, where its baselines begin with that, too
+  start.safetensors         what it began with, where that is what others had come to
   ledger.jsonl              what was spent of privacy, if the plan protects it
   clients/                  client state, one file each
   adapter/                  what trained, as `peft` loads it
@@ -83,7 +83,7 @@ class RunFolder:
 
     @property
     def start(self) -> Path:
-        """What it began with, where that is another run's result and its baselines begin with it, too."""
+        """What it began with, where that is what others had come to."""
         return self.path / "start.safetensors"
 
     @property

@@ -65,7 +65,7 @@ class Story:
     @property
     def bytes_down(self) -> int:
         """All that the server sent to train."""
-        return sum(r.bytes_down for r in self.rounds)
+        return sum(r.bytes_down for r in self.rounds) + sum(e.bytes_fixed for e in self.evaluations)
 
     @property
     def bytes_to_evaluate(self) -> int:

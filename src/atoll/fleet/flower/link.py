@@ -129,8 +129,8 @@ class Link:
     run: int
     limit_bytes: int
     """What a message may take: more is not pulled."""
-    kept: dict[str, memoryview] = field(default_factory=dict)
-    """By name: the chunks that stay, of the last message that had any."""
+    kept: dict[str, memoryview] | None = None
+    """By name: the chunks that stay, of the last message that had any. None: nothing is kept."""
 
     def wired(self, metadata: Metadata, parts: Sequence[Part]) -> tuple[Wired, ObjectTree, dict[str, Any]]:
         """A message as Flower sends it: its head, the tree of its objects, and the objects by name."""
@@ -249,10 +249,10 @@ class Arrival:
         try:
             if self._message is None:
                 self._message = self.link.inflated(name, patience)
-                self._parts, every, self._stay = places(self._message, self.link.limit_bytes)
+                self._parts, every, self._stay = room_for(self._message, self.link.limit_bytes)
                 self._left = [one for one in every if not self._have(*one)]
             self._fill(patience)
-            if self._stay:
+            if self._stay and self.link.kept is not None:
                 self.link.kept.clear()
                 self.link.kept.update(self._stay)
         except Absent as error:
@@ -273,7 +273,7 @@ class Arrival:
 
     def _have(self, name: str, place: memoryview) -> bool:
         """Whether a chunk was kept, and is what it was; if so it is put in its place."""
-        kept = self.link.kept.get(name)
+        kept = (self.link.kept or {}).get(name)
         if kept is None or len(kept) != len(place) or _name([kept]) != name:
             return False
         place[:] = kept
@@ -298,20 +298,23 @@ class Arrival:
             self._left = [one for number, one in enumerate(self._left) if number not in come]
 
 
-def places(message: Any, limit_bytes: int) -> tuple[list[bytearray], Places, Places]:
+def room_for(message: Any, limit_bytes: int) -> tuple[list[bytearray], Places, Places]:
     """Room for the parts of a message, and where in it each of their chunks goes: all, and those of parts that stay.
 
     Raises ValueError.
     """
     try:
         record = message.content["atoll"]
-        sizes, chunks, stays = [int(size) for size in record["sizes"]], list(record["chunks"]), list(record["stays"])
+        sizes, chunks = [int(size) for size in record["sizes"]], list(record["chunks"])
+        stays = list(record.get("stays", [False] * len(sizes)))  # a version before this one says nothing of it
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a message of Atoll: {error!r}") from error
     if min(sizes, default=0) < 0 or sum(sizes) > limit_bytes:
         raise ValueError(f"a message of {sum(sizes)} bytes, {limit_bytes} allowed")
     if sum(-(-size // CHUNK) for size in sizes) != len(chunks):
         raise ValueError(f"a message of {sum(sizes)} bytes in {len(chunks)} chunks")
+    if len(stays) != len(sizes):
+        raise ValueError(f"a message of {len(sizes)} parts that says of {len(stays)} whether they stay")
     parts = [bytearray(size) for size in sizes]
     room = [memoryview(one)[at : at + CHUNK] for one in parts for at in range(0, len(one), CHUNK)]
     of = [bool(stay) for one, stay in zip(parts, stays, strict=True) for _ in range(0, len(one), CHUNK)]

@@ -187,7 +187,7 @@ class Operator:
                 del self._arriving[answered]
             elif coming.done():
                 del self._arriving[answered]
-                if (come := outcome(answered, coming)) is not None:
+                if (come := answer_of(answered, coming)) is not None:
                     yield come
                 else:
                     self._advance(answered, arrival)
@@ -215,7 +215,7 @@ class Operator:
         self.control.close()
 
 
-def outcome(answered: str, coming: Future[Received | None]) -> Answer | None:
+def answer_of(answered: str, coming: Future[Received | None]) -> Answer | None:
     """An answer that has come, or what is wrong with it; None if more of it is to come. Raises Gone."""
     try:
         return coming.result()

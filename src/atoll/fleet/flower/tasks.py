@@ -182,7 +182,10 @@ class Flower:
             self._send_task(one, there)
 
     def _send_task(self, one: Pending, there: Mapping[str, int]) -> None:
-        """A task with its broadcast, and with what is fixed, which a site that has it does not pull."""
+        """A task with its broadcast, and with what is fixed, which a site that has it does not pull.
+
+        The server is sent it anew in every round: it forgets what nobody is to pull any more.
+        """
         head = envelope("task", run=self.run, plan=one.task.plan)
         sent = one.task.broadcast
         self._send(
