@@ -187,9 +187,10 @@ def useless(loaded: Mapping[str, Loaded]) -> dict[str, str]:
 
 def why_useless(one: Loaded) -> str:
     """Why nothing is left to train on."""
+    said = [str(one.report)] if one.report.left_out or not len(one.data.test) else []
     if held_out := len(one.data.test):
-        return f"all its samples, {held_out}, are held out: lower data.held_out"
-    return str(one.report)
+        said.append(f"all its samples, {held_out}, are held out: lower data.held_out")
+    return "; ".join(said)
 
 
 def make_local(plan: Plan, model: nn.Module, tokenizer: Any, start: Params, report: Report) -> Local:

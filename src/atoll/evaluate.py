@@ -28,16 +28,19 @@ from atoll.fleet.base import Fleet
 from atoll.metrics import LOSS, read_back
 from atoll.params import Params
 from atoll.record.events import EVERYBODY, Evaluated
-from atoll.round import RoundPlan, State, broadcast, converse, fixed_bytes, receive
+from atoll.round import RoundPlan, State, answered, broadcast, converse, fixed_bytes, having, receive
 
 Metrics = Mapping[str, Mapping[str, float]]
 """By client, or of everybody."""
 
 
-def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], samples: int, final: bool) -> Evaluated:
+def evaluate(
+    plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], samples: int, final: bool
+) -> tuple[Evaluated, State]:
     """Held-out loss of the state's params at each client, or over all of them: at most `samples` samples each.
 
-    Clients that refuse, or do not answer, are left out of the mean, and named.
+    Clients that refuse, or do not answer, are left out of the mean, and named. The state that is given back knows who has
+    what is fixed, and is else the same.
     """
     started = time.perf_counter()
     variant = plan.attempt() if plan.evaluated else str(samples)
@@ -57,7 +60,8 @@ def evaluate(plan: RoundPlan, state: State, fleet: Fleet, clients: list[str], sa
         silent = (name for name in clients if name not in each and name not in absent)
         absent |= dict.fromkeys(silent, "no answer before the deadline")
     sent = sum(task.broadcast.nbytes for task in tasks) + sum(v.bytes_down for v in verdicts if isinstance(v, Opened))
-    return summary(state.round, final, each, absent, sent, fixed_bytes(state, tasks), started)
+    found = summary(state.round, final, each, absent, sent, fixed_bytes(state, tasks), started)
+    return found, having(state, set().union(*map(answered, verdicts)))
 
 
 def hearing(plan: RoundPlan, state: State, tasks: Sequence[Task]) -> Receive:

@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from safetensors.torch import load_file
-
 from atoll import parts, schema
 from atoll.assemble import Assembly, takes
 from atoll.budget import refuse_second_budget, refuse_spent
 from atoll.build import Plan, choose_model
-from atoll.cache import replace_tensors
 from atoll.data.sources import check
 from atoll.errors import AtollError, placed
 from atoll.fleet.inprocess import Elsewhere
@@ -24,6 +21,7 @@ from atoll.local.judges import Judge
 from atoll.models.spaces import draws
 from atoll.outcome import Outcome, outcome, place, space_of
 from atoll.params import Params
+from atoll.record.checkpoint import load_start, save_start
 from atoll.record.folder import RunFolder, find
 from atoll.schema import Origin
 
@@ -162,10 +160,9 @@ def begun_with(ready: Plan, things: Assembly, folder: RunFolder) -> Params:
     """
     if not ready.recipe.starts:
         return things.start
-    kept = (folder.outermost if folder.is_baseline else folder).start
-    if not kept.exists():
-        replace_tensors(kept, start_of(ready, things, folder), {})
-    return {name: x.to(things.start[name].device) for name, x in load_file(kept).items()}
+    if not folder.start.exists():
+        save_start(folder.start, start_of(ready, things, folder))
+    return {name: x.to(things.start[name].device) for name, x in load_start(folder.start).items()}
 
 
 def start_of(ready: Plan, things: Assembly, folder: RunFolder) -> Params:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from atoll import parts
 from atoll.assemble import Assembly
@@ -38,7 +42,12 @@ def before_first(ready: Plan, things: Assembly, start: Params) -> Progress:
         things.digests,
         start=content_hash(identity(ready), content(start)),
         base=base(ready),
-        beside={"fleet": str(parts.spec(ready.recipe.fleet, "fleet")), "code": code(), **versions()},
+        beside={
+            "fleet": str(parts.spec(ready.recipe.fleet, "fleet")),
+            "threads": str(torch.get_num_threads()),
+            "code": code(),
+            **versions(),
+        },
     )
 
 
@@ -52,6 +61,16 @@ def code() -> str:
     """This package's source by content: between releases, too, other code comes to something else."""
     folder = Path(str(resources.files("atoll")))
     return content_hash(*sorted(folder.rglob("*.py")))
+
+
+def own_files(ready: Plan) -> list[Path]:
+    """The modules of the user's own that a recipe names, and that can be found; what those import is not among them."""
+    found = []
+    for name in own_code(trains(ready)):
+        with suppress(ImportError, ValueError):
+            spec = find_spec(name.partition(":")[0])
+            found += [Path(spec.origin)] if spec and spec.origin else []
+    return sorted(found)
 
 
 def done_before(ready: Plan, things: Assembly, start: Params) -> RunFolder | None:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from atoll import parts, recipe, schema
 from atoll.cache import content_hash
 from atoll.client import FileStore
@@ -20,7 +18,7 @@ from atoll.errors import AtollError, closest
 from atoll.local.work import PERSONAL
 from atoll.models.spaces import Space, draws
 from atoll.params import Params, under
-from atoll.record.checkpoint import load_state, read_head
+from atoll.record.checkpoint import load_start, load_state, read_head
 from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
 from atoll.stream import UPDATE
@@ -63,8 +61,11 @@ class Outcome:
 
     @property
     def begun(self) -> Params:
-        """What others had come to that it began with, all that trains; empty where it began with the base."""
-        return load_file(self.folder.start) if self.folder.start.exists() else {}
+        """What others had come to that it began with, all that trains; empty where it began with the base.
+
+        Raises AtollError where it is not in the folder any more.
+        """
+        return load_start(self.folder.start) if self.recipe.starts else {}
 
     @property
     def space(self) -> Space:

@@ -109,17 +109,18 @@ def run_round(plan: RoundPlan, state: State, fleet: Fleet, observe: Observer = l
     out = {task.id: task for task in (*state.in_flight, *tasks)}
 
     closes = partial(closing, plan.schedule, began, len(out))
-    answered: list[str] = []
+    accepted, heard = 0, set[str]()
     exchange = plan.exchange(tasks, state.in_flight, partial(receive, plan, state, dict(out)), closes)
     for verdict in chain(converse(fleet, exchange, plan.streams, totals), too_late(plan.schedule, out)):
         settle(verdict, out, acknowledged)
         observe(verdict)
-        answered += [verdict.reply.client] if isinstance(verdict, Accepted) else []
-    if totals and 0 < len(answered) < plan.least:
+        accepted += isinstance(verdict, Accepted)
+        heard |= answered(verdict)
+    if totals and 0 < accepted < plan.least:
         totals.clear()
-        observe(Abandoned(f"{len(answered)} updates came; at least {plan.least} are needed"))
+        observe(Abandoned(f"{accepted} updates came; at least {plan.least} are needed"))
     after = replace(
-        having(state, answered),
+        having(state, heard),
         round=state.round + 1, down=down, bytes_down=sent, in_flight=list(out.values()),
     )  # fmt: skip
     if totals:
@@ -209,8 +210,16 @@ def broadcast(
 
 
 def fixed_bytes(state: State, tasks: Sequence[Task]) -> int:
-    """Bytes that the clients of these tasks are sent of what is fixed: those alone who do not have it."""
-    return sum(task.broadcast.fixed_nbytes for task in tasks if task.client not in state.have_fixed)
+    """Bytes that the clients of these tasks are sent of what is fixed: those alone who do not have it, or are about to."""
+    have = state.have_fixed.union(task.client for task in state.in_flight)
+    return sum(task.broadcast.fixed_nbytes for task in tasks if task.client not in have)
+
+
+def answered(verdict: Verdict) -> set[str]:
+    """Whose answer it is about, if it is: who refuses has heard the task as well."""
+    if isinstance(verdict, Accepted):
+        return {verdict.reply.client}
+    return {verdict.client} if isinstance(verdict, Refused) else set()
 
 
 def having(state: State, clients: Iterable[str]) -> State:

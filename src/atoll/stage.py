@@ -47,7 +47,7 @@ from atoll.record.events import (
     read_events,
 )
 from atoll.record.folder import RunFolder
-from atoll.round import State, having, initial, run_round
+from atoll.round import State, initial, run_round
 from atoll.schema import POOLED
 from atoll.statement import statement
 from atoll.stream import REFERENCE
@@ -236,10 +236,8 @@ def measure(at: Stage, state: State, progress: Progress, final: bool) -> tuple[S
     samples = wanted.final_samples if final else wanted.samples
     if not held_out:
         return state, progress
-    heard = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
+    heard, state = evaluate(at.ready.rounds, state, at.fleet, held_out, samples, final)
     at.record(heard)
-    if EVERYBODY not in heard.absent:
-        state = having(state, (name for name in held_out if name not in heard.absent))
     if final or math.isnan(heard.mean) or heard.absent:
         return state, progress
     if heard.mean < progress.best - wanted.min_delta:

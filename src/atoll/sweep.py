@@ -22,7 +22,7 @@ from atoll.build import Plan, rebuilt
 from atoll.cache import Say, content_hash, quiet, write_file
 from atoll.data.sources import digest
 from atoll.errors import AtollError
-from atoll.identity import base
+from atoll.identity import base, code, own_files
 from atoll.keys import rng
 from atoll.local.work import Report, unwatched
 from atoll.outcome import outcome
@@ -182,7 +182,10 @@ def sweep(
     chosen = [(trial, plan_of(name_or_path, trial)) for trial in drawn]
     for key, values in untried(grid, methods, drawn).items():
         say(f"no trial of any method has {key} = {', '.join(map(str, values))}: more trials would")
-    held = {name: digest(source) for _, plan in chosen for name, source in plan.sources.items()}
+    held: dict[str, dict[str, str]] = {}
+    for _, plan in chosen:
+        if (of := json.dumps(plan.tree["data"], sort_keys=True)) not in held:  # trials mostly have their data in common
+            held[of] = {name: digest(source) for name, source in plan.sources.items()}
     name = content_hash(*(made_of(plan) for _, plan in chosen), json.dumps(held, sort_keys=True))[:8]
     folder = root() / "sweeps" / f"{chosen[0][1].recipe.name}-{name}"
     warm: dict[str, Assembly] = {}
@@ -209,10 +212,9 @@ def plan_of(name_or_path: str, trial: Trial) -> Plan:
 
 
 def made_of(plan: Plan) -> str:
-    """A trial but for its data, by content: its plan, its model, and what the runs that it stands on have come to."""
-    return content_hash(
-        plan.hash, base(plan), *(content(outcome(find(one.run)).params) for one in plan.recipe.stands_on)
-    )
+    """A trial but for its data, by content: its plan, model and code, and what the runs that it stands on have come to."""
+    given = [content(outcome(find(one.run)).params) for one in plan.recipe.stands_on]
+    return content_hash(plan.hash, base(plan), code(), *own_files(plan), *given)
 
 
 def run_trial(

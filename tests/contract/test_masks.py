@@ -572,7 +572,7 @@ def evaluating(lost=(), fleet=None, samples=8):
 
     fleet = fleet or Losing(list(HELD_OUT), client)
     fleet.lost = lost
-    return evaluate(plan, initial(plan, LIKE), fleet, list(HELD_OUT), samples, final=True), fleet
+    return evaluate(plan, initial(plan, LIKE), fleet, list(HELD_OUT), samples, final=True)[0], fleet
 
 
 def everybody(*names):

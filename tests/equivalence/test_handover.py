@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import atoll
 from atoll import sweep
@@ -19,12 +19,15 @@ from atoll.data.sources import ClientSource, digest
 from atoll.errors import AtollError, Interrupted
 from atoll.export import export_adapter
 from atoll.judged import best
+from atoll.leakage.inversion import updates
+from atoll.leakage.seen import overheard
 from atoll.leakage.subject import open_run
 from atoll.models.spaces import full
 from atoll.models.tiny import tiny
 from atoll.outcome import outcome
 from atoll.params import equal
 from atoll.planning import pinned, plan
+from atoll.record.checkpoint import save_start
 from atoll.record.events import Event, RoundEnded
 from atoll.record.folder import RunFolder, find
 from atoll.record.story import read_story
@@ -227,6 +230,61 @@ def own_space() -> object:
     return Own()
 
 
+def test_a_sweep_over_data_is_another_one_where_one_of_them_has_changed(recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+
+    def name() -> str:
+        grid = {"": {"data.path": [str(tmp_path / "data"), str(tmp_path / "other")]}}
+        return sweep.sweep(str(recipe), ["fedavg-lora"], grid)[0].name
+
+    first = name()
+    rows = (tmp_path / "data" / "north.jsonl").read_text().replace("It is", "It was")
+    (tmp_path / "data" / "north.jsonl").write_text(rows)
+    assert name() != first
+
+
+def test_own_code_is_a_part_of_what_a_sweep_is_made_of(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "ownrate.py").write_text("def same():\n    return lambda step, steps: 1.0\n")
+    before = sweep.made_of(plan(recipe, ["finetune.rate=ownrate:same"]))
+    assert sweep.made_of(plan(recipe, ["finetune.rate=ownrate:same"])) == before
+    (tmp_path / "ownrate.py").write_text("def same():\n    return lambda step, steps: 0.5\n")
+    assert sweep.made_of(plan(recipe, ["finetune.rate=ownrate:same"])) != before
+
+
+def test_a_full_disk_while_a_stage_is_taken_over_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atoll.run(recipe, STAGES)
+
+    def full(source: object, target: object, **more: object) -> None:
+        raise shutil.Error([(str(source), str(target), "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr("atoll.record.folder.shutil.copytree", full)
+    with pytest.raises(AtollError, match="no space on disk"):
+        atoll.run(recipe, STAGES)
+
+
+def test_a_stage_is_not_taken_over_from_another_number_of_threads(recipe: Path) -> None:
+    said: list[str] = []
+    atoll.run(recipe, STAGES)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        atoll.run(recipe, STAGES, say=said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert not any("taken over" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["stages", "baselines"])
+def test_runs_may_lie_in_a_folder_of_any_name(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ATOLL_RUNS", str(tmp_path / name))
+    folder = atoll.run(recipe, [*STAGES, "baselines=[local]"])
+    assert folder.outermost == folder
+    assert folder.stage("finetune").is_stage
+    assert folder.baseline("local-north").is_baseline
+
+
 def test_a_sweep_is_another_one_where_what_it_is_made_of_has_changed(recipe: Path, tmp_path: Path) -> None:
     a_model(tmp_path / "model", 0)
     with pytest.raises(Interrupted):
@@ -268,11 +326,50 @@ def test_attacks_measure_against_what_a_run_began_with(recipe: Path) -> None:
     atoll.resume("one-1")
     assert not equal(before, outcome(find("one-1")).params)
     assert equal(open_run(folder, lambda line: None).base, before)
-    save_file({name: x + 1 for name, x in before.items()}, folder.start)
+    save_start(folder.start, {name: x + 1 for name, x in before.items()})
     with pytest.raises(AtollError, match="what the run began with has changed"):
         open_run(folder, lambda line: None)
     with pytest.raises(AtollError, match="what the run began with has changed"):
         atoll.resume(folder.name)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "flipped"])
+def test_a_beginning_that_is_damaged_is_told_and_made_again(recipe: Path, damage: str) -> None:
+    atoll.run(recipe)
+    with pytest.raises(Interrupted):
+        atoll.run(recipe, [*FROM, "finetune.personal=[lora_A]"], sinks=[stopping("two-1")])
+    start, whole = find("two-1").start, find("two-1").start.read_bytes()
+    damaged = {"empty": b"", "cut": whole[:5000], "flipped": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]}
+    start.unlink() if damage == "gone" else start.write_bytes(damaged[damage])
+    with pytest.raises(AtollError, match="cannot be had from its folder") as caught:
+        load_result(find("two-1"))
+    assert caught.value.details["where"] == str(start)
+    if damage != "gone":
+        with pytest.raises(AtollError, match="cannot be had from its folder"):
+            atoll.resume("two-1")
+        start.unlink()
+    assert equal(load_file(atoll.resume("two-1").start), outcome(find("one-1")).params)
+
+
+@pytest.mark.parametrize("protection", ["plain", "masks", "from"])
+def test_attacks_on_runs_with_personal_params(recipe: Path, protection: str) -> None:
+    settings = ["finetune.personal=[lora_A]", "finetune.local_steps=1", "finetune.optimizer.lr=1e-3"]
+    if protection == "masks":
+        settings.append("finetune.exchange={use: secure-aggregation, survivors: 2}")
+    if protection == "from":
+        atoll.run(recipe)
+        settings += FROM
+    subject = open_run(atoll.run(recipe, settings), lambda line: None)
+    samples = {name: data.train[0] for name, data in subject.things.data.items()}
+    (site, views), *_ = overheard(subject, samples, RunFolder(recipe.parent / "seen"))
+    seen, *_ = views.values()
+    assert all(".lora_B." in name for name in seen)
+    (made,) = updates(subject, site, [samples[site]], SimpleNamespace(more=lambda: None))
+    assert made.keys() == seen.keys()
+    if protection != "masks":
+        assert all(torch.allclose(made[name], seen[name], atol=1e-5) for name in made), (
+            "the attacker's own is what is seen"
+        )
 
 
 def test_a_trial_of_a_sweep_learns_what_its_judge_chooses(recipe: Path, tmp_path: Path) -> None:

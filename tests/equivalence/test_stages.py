@@ -37,6 +37,8 @@ from atoll.result import load_result
 from atoll.stage import stop_if_hopeless
 from atoll.stream import UPDATE
 from atoll.tasks import evaluate_tasks, trained_on
+from atoll.transforms.chain import Payload
+from atoll.wire import size
 
 RECIPE = """
 recipe: 1
@@ -133,6 +135,14 @@ def test_processes_have_the_reference_for_all_rounds(recipe: Path) -> None:
     for name, x in result(one).items():
         assert torch.allclose(result(several)[name], x, atol=1e-4)
     assert [r.bytes_down for r in read_story(one).rounds] == [r.bytes_down for r in read_story(several).rounds]
+
+
+def test_the_reference_counts_once_a_client_however_long_its_answer_takes(recipe: Path) -> None:
+    settings = ["baselines=[]", "align.schedule={use: buffered, concurrency: 2, buffer: 1}", "evaluate.every=1"]
+    settings.append("fleet={use: inprocess, seconds: {north: 1, south: 5}}")
+    sent, alone = (atoll.run(recipe, [*settings, f"align.from={start}"]) for start in ("finetune", "base"))
+    more = read_story(sent).bytes_down - read_story(alone).bytes_down
+    assert more == 2 * size(Payload(load_file(sent.start)))
 
 
 def test_what_is_personal_in_a_later_stage_begins_with_what_all_shared(recipe: Path) -> None:

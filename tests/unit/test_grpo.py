@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +142,10 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def hanging(): return lambda said, right: time.sleep(60)\n"
         "def dying(): return lambda said, right: os._exit(3)\n"
         "def nothing(): return lambda said, right: None\n"
+        "def keyed(): return lambda said, right: dict(enumerate(said))\n"
+        "def away():\n    if not os.fork():\n        os.setsid(); os.fork(); time.sleep(60)\n    time.sleep(60)\n"
+        "def leaving(): return lambda said, right: away()\n"
+        "def telling(): return lambda said, right: (open('pid', 'w').write(str(os.getpid())), time.sleep(60))\n"
     )
 
 
@@ -158,6 +166,7 @@ def test_a_reward_of_ones_own_runs_beside(mine: None) -> None:
         ("mine:raising", "failed: ZeroDivisionError$"),
         ("mine:dying", "ended without an answer"),
         ("mine:nothing", "failed: TypeError"),
+        ("mine:keyed", "failed: TypeError"),
         ("mine:missing", "failed: AttributeError"),
         ("nowhere:at_all", "failed: ModuleNotFoundError"),
     ],
@@ -165,6 +174,43 @@ def test_a_reward_of_ones_own_runs_beside(mine: None) -> None:
 def test_what_goes_wrong_in_a_reward_names_it(mine: None, name: str, what: str) -> None:
     with pytest.raises(WorkFailed, match=f"the reward {name} {what}"):
         OwnReward(name)(["a", "b"], ["", ""])
+
+
+def test_what_a_reward_leaves_in_sessions_of_its_own_neither_holds_up_nor_stays(mine: None) -> None:
+    reward, started = OwnReward("mine:leaving", seconds=2.0), time.monotonic()
+    process = reward._started()
+    with pytest.raises(WorkFailed, match="gave no answer in 2 s"):
+        reward(["a"], ["b"])
+    assert time.monotonic() - started < 20
+    mark = f"reward_process\0{reward.name}".encode()
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark in read(path)]
+    assert not left, f"of {process.pid}"
+
+
+def read(path: Path) -> bytes:
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def test_a_reward_ends_with_a_run_that_was_killed(mine: None) -> None:
+    asking = "from atoll.local.rewards import OwnReward; OwnReward('mine:telling', 60)(['a'], ['b'])"
+    run = subprocess.Popen([sys.executable, "-c", asking])
+    until(lambda: Path("pid").exists() and Path("pid").read_text())
+    run.kill()
+    run.wait()
+    until(lambda: not Path(f"/proc/{Path('pid').read_text()}").exists())
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_an_answer_may_be_longer_than_a_pipe(mine: None) -> None:
+    assert OwnReward("mine:long")(["a" * 3] * 60_000, [""] * 60_000) == [3.0] * 60_000
 
 
 @pytest.mark.parametrize("name", ["mine:hanging", "mine:parent"])

@@ -16,7 +16,7 @@ from atoll import run
 from atoll.errors import AtollError
 from atoll.params import equal
 from atoll.privacy.accounting import Release, epsilon
-from atoll.privacy.ledger import Entry, Ledger
+from atoll.privacy.ledger import Entry, Ledger, spending, spent_together
 from atoll.record.checkpoint import load_state
 from atoll.record.events import Record, RunEnded, RunStarted, Spent, read_events
 from atoll.record.folder import RunFolder
@@ -137,6 +137,17 @@ def test_entries_come_back_as_they_were_entered(tmp_path):
     for entry in entries:
         ledger.enter(entry)
     assert list(ledger) == entries
+
+
+def test_a_release_that_stands_in_two_ledgers_counts_once_and_twice_in_one_twice():
+    first, other = [replace(ENTRY, round=0)], [replace(ENTRY, round=0), replace(ENTRY, round=1)]
+    assert spent_together([first, other], 0.1) == spent_together([other], 0.1)
+    assert spent_together([first, first], 0.1) == spent_together([first], 0.1)
+    again = [*first, *first]
+    assert (
+        spent_together([again, other], 0.1) == spent_together([[*again, other[1]]], 0.1) > spent_together([other], 0.1)
+    )
+    assert spending({"a": first, "b": other}, 0.1)[-1]["releases"] == 2
 
 
 @pytest.mark.parametrize("cut", range(1, 120, 17))

@@ -37,8 +37,10 @@ def settings(folders: Sequence[RunFolder]) -> dict[str, dict[str, Any]]:
 
 
 def resolved(tree: schema.Tree) -> schema.Tree:
-    """The tree with the schema's defaults, and every part as a mapping."""
-    whole = schema.validate(tree).model_dump(by_alias=True, exclude=TEXTS)
+    """The tree with the schema's defaults, of the stages that it has, and every part as a mapping."""
+    written = schema.validate(tree)
+    idle = set(schema.STAGES) - {"finetune", schema.EVALUATE, *written.stages}
+    whole = written.model_dump(by_alias=True, exclude=TEXTS | idle)
     for path in SLOTS:
         whole = recipe.put(whole, path, _mapping(_at(whole, path)))
     return whole

@@ -36,10 +36,12 @@ from atoll.leakage.scores import Floats, first_of, mean_and_error
 from atoll.leakage.seen import IN_THE_CLEAR, is_protected, of_one_sample, overheard
 from atoll.leakage.subject import NotApplicable, Subject
 from atoll.local.work import plain, train
+from atoll.models.spaces import split
 from atoll.params import Params, global_norm, nested, under
 from atoll.record.folder import RunFolder
 from atoll.record.leakage import Finding
 from atoll.round import initial
+from atoll.stage import sent_along
 from atoll.stream import UPDATE
 
 NAME = "inversion"
@@ -126,7 +128,8 @@ def candidates(subject: Subject, name: str, data: ClientData) -> list[Any]:
 def updates(subject: Subject, name: str, samples: Sequence[Any], progress: Counting) -> Iterator[Params]:
     """The update that the run's own local work makes of each sample alone, in the first round; the server gives its key."""
     local = replace(of_one_sample(subject), gradients=plain)  # the attacker's guesses, and the clear, have no noise
-    params = initial(subject.plan.rounds, subject.base).params
+    travels, _ = split(subject.base, subject.plan.recipe.finetune.personal)
+    params = {**initial(subject.plan.rounds, travels).params, **sent_along(subject.plan, subject.base)}
     task = Task("train", name, subject.plan.hash, Broadcast(0, {}), key(subject.plan.recipe.seed, 0, name))
     for sample in samples:
         yield train(local, params, ClientData([sample], ()), {}, task).updates[UPDATE]

@@ -24,6 +24,7 @@ from atoll.exchange import Abandoned, Dropped, Event, Refused, Reply, Verdict
 from atoll.fleet.inprocess import InProcess
 from atoll.leakage.subject import NotApplicable, Subject
 from atoll.local.work import Local
+from atoll.models.spaces import split
 from atoll.params import Params
 from atoll.privacy.hidden import Hidden
 from atoll.record.folder import RunFolder
@@ -118,7 +119,8 @@ def one_round(subject: Subject, samples: Mapping[str, Any], folder: RunFolder) -
     data = {name: ClientData([sample], ()) for name, sample in samples.items()}
     things = replace(subject.things, local=of_one_sample(subject), data=data)
     fleet = Listening(list(data), clients(plan, things, folder))
-    state = initial(rounds, subject.base, fixed=sent_along(plan, subject.base))
+    travels, _ = split(subject.base, plan.recipe.finetune.personal)
+    state = initial(rounds, travels, fixed=sent_along(plan, subject.base))
     run_round(rounds, state, fleet, observe)
     if wrong or not opened:
         raise NotApplicable(
@@ -127,7 +129,7 @@ def one_round(subject: Subject, samples: Mapping[str, Any], folder: RunFolder) -
         )  # fmt: skip
     stream = next(one for one in rounds.streams if one.name == UPDATE)
     single = single_view(plan, state.params)
-    views = {name: {single: alone(stream, subject.base, fleet.heard[name])} for name in samples}
+    views = {name: {single: alone(stream, travels, fleet.heard[name])} for name in samples}
     if plan.exchange is None:
         return views
     together = {sum_view(plan, state.params, len(data)): stream.aggregate.finish(opened[0], stream.up.decode_sum)}

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from atoll.errors import AtollError, closest
@@ -69,6 +70,9 @@ SHIPPED: dict[str, Callable[[], Reward]] = {"exact": exact, "number": number}
 LARGEST = 1e30
 """Of a reward, either way."""
 
+PIECE = 1 << 16
+"""Bytes written to a pipe, or read from it, at a time."""
+
 DEADLINE = 30.0
 """Seconds that a reward of the user's own has for a batch."""
 
@@ -81,7 +85,7 @@ class OwnReward:
     """`module:factory`, which takes no arguments and gives a `Reward`."""
     seconds: float = DEADLINE
     asked: int = 0
-    process: subprocess.Popen[str] | None = field(default=None, repr=False)
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def __call__(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Raises WorkFailed, with the reward's name, for whatever goes wrong in it.
@@ -122,32 +126,23 @@ class OwnReward:
 
     def _ask(self, line: str) -> str:
         """A line for a line. Raises WorkFailed where none comes in time."""
-        process = self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        late = threading.Timer(self.seconds, end, [process])
-        late.daemon = True
-        started = time.monotonic()
-        late.start()
         try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            said = process.stdout.readline()
-        except OSError:
-            said = ""
-        finally:
-            late.cancel()
-        if not said and time.monotonic() - started >= self.seconds:
-            raise WorkFailed(f"the reward {self.name} gave no answer in {self.seconds:g} s")
-        return said
+            return line_for(self._started(), line, self.seconds)
+        except TimeoutError:
+            raise WorkFailed(f"the reward {self.name} gave no answer in {self.seconds:g} s") from None
+        except OSError:  # it has ended
+            return ""
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
             path = os.pathsep.join(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "atoll.local.reward_process", self.name], start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
+            for pipe in (self.process.stdin, self.process.stdout):
+                assert pipe is not None
+                os.set_blocking(pipe.fileno(), False)
         return self.process
 
     def close(self) -> None:
@@ -162,10 +157,52 @@ class OwnReward:
             self.close()
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """Ends a process with all that it has started."""
+def line_for(process: subprocess.Popen[bytes], line: str, seconds: float) -> str:
+    """The line that a process answers to a line; as much as there is of it where the process ends.
+
+    Both ways have a deadline: whoever else holds the pipes, a child that the process has left behind, can hold up neither.
+
+    Raises:
+        TimeoutError: no whole line came in `seconds`.
+        OSError: the process takes nothing any more.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    end, left, said = time.monotonic() + seconds, memoryview(line.encode() + b"\n"), bytearray()
+    while not said.endswith(b"\n"):
+        giving = [process.stdin] if left else []
+        come, taken, _ = select.select([process.stdout], giving, [], max(0.0, end - time.monotonic()))
+        if not (come or taken):
+            raise TimeoutError
+        if taken:
+            left = left[os.write(process.stdin.fileno(), left[:PIECE]) :]
+        if come:
+            if not (piece := os.read(process.stdout.fileno(), PIECE)):
+                break
+            said += piece
+    return said.decode(errors="replace")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process with all that it has started, also in sessions of their own."""
+    for pid in descendants(process.pid):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """All that a process has started and that are still there, where the system tells: on Linux.
+
+    A reward's process takes in what its children leave behind, so that none is missing here.
+    """
+    found = []
+    with suppress(OSError):
+        for file in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, file.read_text().split()):
+                found += [*descendants(child), child]
+    return found
 
 
 def checked(found: Any, count: int, name: str) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
@@ -62,13 +63,27 @@ def histories(entries: Iterable[Entry]) -> dict[str, list[Release]]:
 
 
 def spent_together(ledgers: Sequence[Sequence[Entry]], delta: float) -> float:
-    """Epsilon of several ledgers of the same data, whatever their clients are called there: of each, what it tells most."""
+    """Epsilon of several ledgers of the same data, whatever their clients are called there: of each, what it tells most.
+
+    What stands in two of them was released once: a stage was taken over.
+    """
+    ledgers = [kept for kept in once(ledgers) if kept]
     entries = of_one_unit([entry for ledger in ledgers for entry in ledger])
-    if len({frozenset(histories(ledger)) for ledger in ledgers}) == 1:  # the same clients: each has what it has
+    if len({frozenset(histories(ledger)) for ledger in ledgers}) <= 1:  # the same clients: each has what it has
         return spent(entries, delta)
     ends = list(accumulate(map(len, ledgers), initial=0))
     each = [histories(entries[start:end]) for start, end in pairwise(ends)]
     return worst({ANY: [one for found in each for one in found[worst(found, delta)[0]]]}, delta)[1]
+
+
+def once(ledgers: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
+    """Each ledger without what those before it have: of a round that was done twice, in one of them, both stay."""
+    seen, found = Counter[Entry](), []
+    for ledger in ledgers:
+        here = Counter(ledger)
+        found.append(list((here - seen).elements()))
+        seen |= here
+    return found
 
 
 def of_examples(entry: Entry) -> Entry:
@@ -163,7 +178,7 @@ MOST_RELEASES = 10**7
 
 def spending(ledgers: Mapping[str, Sequence[Entry]], delta: float) -> list[dict[str, Any]]:
     """What each ledger comes to, and all of them together: what they have spent if they used the same data."""
-    together = [entry for entries in ledgers.values() for entry in entries]
+    together = [entry for entries in once([*ledgers.values()]) for entry in entries]
     named = {**ledgers, **({"together": together} if len(ledgers) > 1 else {})}
     return [
         {

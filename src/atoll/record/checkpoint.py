@@ -1,6 +1,6 @@
 """Checkpoints: the whole state of a run in one safetensors file, replaced atomically.
 
-Tensors under `params/STREAM/`, `outer/STREAM/`, `down/STREAM/` and `fixed/NAME/`; tasks in flight as data beside them, with
+Tensors under `params/STREAM/`, `outer/STREAM/` and `down/STREAM/`; tasks in flight as data beside them, with
 each broadcast they started from once, under `broadcast/ROUND/STREAM/`. A process that dies while writing leaves the old file
 whole.
 """
@@ -21,6 +21,7 @@ from atoll.errors import AtollError
 from atoll.exchange import Broadcast, Task
 from atoll.params import Params, nested, under
 from atoll.round import State
+from atoll.wire import content
 
 FORMAT = 2
 
@@ -50,6 +51,28 @@ def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) ->
         "extra": extra or {},
     }
     replace_tensors(path, flat, {"state": json.dumps(about)})
+
+
+def save_start(path: Path, params: Params) -> None:
+    """Keeps what a run began with, and its content beside it."""
+    replace_tensors(path, params, {"content": content(params)})
+
+
+def load_start(path: Path) -> Params:
+    """What `save_start` kept. Raises AtollError for a file that is not there, cannot be read, or holds something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+            if content(params) == (file.metadata() or {}).get("content"):
+                return params
+        odd = "other params than were kept"
+    except (OSError, SafetensorError) as error:
+        odd = str(error)
+    raise AtollError(
+        "what the run began with cannot be had from its folder", where=str(path), found=odd,
+        remedy="put the file back from a copy; or remove it and resume the run, which makes it again from the run that it"
+        " started from, if that has not changed",
+    )  # fmt: skip
 
 
 class Head(NamedTuple):

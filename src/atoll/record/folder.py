@@ -51,12 +51,18 @@ class RunFolder:
     @property
     def is_baseline(self) -> bool:
         """Whether another run is measured against it."""
-        return self.path.parent.name == "baselines"
+        return self._inside == "baselines"
 
     @property
     def is_stage(self) -> bool:
         """Whether it is a stage before the last one of a run."""
-        return self.path.parent.name == "stages"
+        return self._inside == "stages"
+
+    @property
+    def _inside(self) -> str:
+        """The kind of folder of another run that it lies in; empty for a run of its own, wherever runs lie."""
+        kind = self.path.parent.name
+        return kind if kind in ("baselines", "stages") and self.path.parent.absolute() != root().absolute() else ""
 
     @property
     def id(self) -> str:
@@ -83,8 +89,8 @@ class RunFolder:
 
     @property
     def start(self) -> Path:
-        """What it began with, where that is what others had come to."""
-        return self.path / "start.safetensors"
+        """What it began with, where that is what others had come to; a baseline begins with what its run began with."""
+        return (self.outermost if self.is_baseline else self).path / "start.safetensors"
 
     @property
     def whole(self) -> Path:
@@ -160,8 +166,7 @@ class RunFolder:
     @property
     def outermost(self) -> RunFolder:
         """The run that this baseline or stage belongs to, or this run."""
-        inside = self.path.parent.name in ("baselines", "stages")
-        return RunFolder(self.path.parent.parent) if inside else self
+        return RunFolder(self.path.parent.parent) if self._inside else self
 
     def baselines(self) -> list[RunFolder]:
         """The baselines that have a record."""
@@ -198,12 +203,13 @@ class RunFolder:
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
-        """Says what a full disk means for the run. Rust writes tensor files: its errors carry the number as text."""
+        """Says what a full disk means for the run. Errors of tensor files and of copied folders have the number as text."""
         try:
             yield
         except Exception as error:
             full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            if getattr(error, "errno", None) not in full and not any(f"os error {n})" in str(error) for n in full):
+            said = [text for n in full for text in (f"os error {n})", f"[Errno {n}]")]
+            if getattr(error, "errno", None) not in full and not any(text in str(error) for text in said):
                 raise
             raise AtollError(
                 "no space on disk; the run is whole up to its last checkpoint", where=str(self.path), found=error,
