@@ -79,7 +79,7 @@ def test_a_stage_begins_with_what_the_one_before_came_to(recipe: Path) -> None:
     assert started[:2] == [("both.finetune", 2, []), ("both", 3, ["local-north", "local-south"])]
     assert (first.started.recipe["finetune"]["objective"], story.started.recipe["finetune"]["batch_size"]) == ("sft", 4)
     assert equal(load_file(folder.start), result(folder.stage("finetune")))
-    assert not folder.baseline("local-north").start.exists(), "it begins with what its run began with"
+    assert folder.baseline("local-north").start == folder.start, "it begins with what its run began with"
     assert story.base
     assert first.final
     assert [one["accuracy"] for one in story.base.clients.values()] == [
