@@ -20,6 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup: done"
 
 quickstart: $(READY)
+	@echo "quickstart: from here on atoll is $(BIN)/atoll, and plain atoll after: source $(BIN)/activate"
 	$(BIN)/atoll run quickstart
 
 demo-network: $(READY)

@@ -180,7 +180,7 @@ def useless(loaded: Mapping[str, Loaded]) -> dict[str, str]:
             "no client has usable data",
             where=sources.one_a_line(left_out),
             found=sources.one_a_line("; ".join(why.splitlines()) for why in left_out.values()),
-            remedy="`atoll data PATH --model RECIPE` shows why",
+            remedy="`atoll data PATH --model RECIPE` shows each record; where they are too long, raise finetune.context",
         )
     return left_out
 

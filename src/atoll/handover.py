@@ -136,7 +136,8 @@ def refuse_judge(ready: Plan, theirs: Giver) -> None:
     if not isinstance(asked, Judge):
         raise AtollError(
             "this does not judge answers", where="judge", found=f"{theirs.name}: {parts.spec(written, 'objective')}",
-            allowed="a run whose objective was reward-model or selector", remedy="--set finetune.objective=selector",
+            allowed="a run or stage whose objective is reward-model or selector",
+            remedy=f"let {theirs.name} learn to judge, by its `objective: selector`, or name another",
         )  # fmt: skip
     if isinstance(ready.fleet, Elsewhere):
         raise AtollError(

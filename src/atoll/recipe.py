@@ -190,11 +190,18 @@ def parse(text: str, where: str) -> Any:
 
 
 def apply(tree: Tree, setting: str) -> Tree:
-    """`finetune.rounds=10` -> the tree with that value. The path's end may be new, or an argument of a part."""
+    """`finetune.rounds=10` -> the tree with that value. The path's end may be new, or an argument of a part.
+
+    >>> apply({"name": "x", "align": {"rounds": 3}}, "align=null")
+    {'name': 'x'}
+    """
     path, equals, text = setting.partition("=")
     if not equals or not path.strip():
         raise AtollError("not a setting", found=setting, allowed="path.to.key=value", remedy="--set finetune.rounds=10")
-    return put(tree, path, parse(text, f"--set {path}"))
+    value = parse(text, f"--set {path}")
+    if value is None and path.strip() in STAGES:  # what is said of a stage is left out
+        return {key: said for key, said in tree.items() if key != path.strip()}
+    return put(tree, path, value)
 
 
 def put(tree: Tree, path: str, value: Any) -> Tree:

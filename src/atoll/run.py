@@ -32,7 +32,7 @@ from atoll.record.events import Sink
 from atoll.record.folder import RunFolder, create, find
 from atoll.record.story import read_story, refuse_fruitless
 from atoll.record.tasks import not_asked
-from atoll.schema import LOCAL, POOLED
+from atoll.schema import EVALUATE, LOCAL, POOLED
 from atoll.stage import run_stage
 from atoll.stream import UPDATE
 from atoll.tasks import evaluate_tasks
@@ -104,12 +104,15 @@ def execute(
 ) -> RunFolder:
     """The stages one after the other, the last with its baselines. What is there already is skipped."""
     with folder.outermost.locked(), folder.disk_errors(), quiet_libraries():
-        for stage, one in ready.before.items():
+        names = [name for name in ready.whole.get("stages", ()) if name != EVALUATE]
+        for at, (stage, one) in enumerate(ready.before.items(), 1):
             if not folder.stage(stage).card.exists():  # which is written last
-                say(f"stage {stage}")
+                say(f"stage {stage} ({at} of {len(names)})")
                 whole_stage(one, folder.stage(stage), sinks, say, report)
             if story := read_story(folder.stage(stage)):
                 refuse_fruitless(folder.stage(stage), story)  # the next would begin with nothing learned
+        if names:
+            say(f"stage {names[-1]} ({len(names)} of {len(names)})")
         whole_stage(ready, folder, sinks, say, report)
         ask_tasks(ready, folder, say)
     return folder

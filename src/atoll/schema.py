@@ -301,7 +301,8 @@ def refuse_idle_section(tree: Tree, found: Recipe) -> None:
         if stage in tree and stage not in {"finetune", *used}:
             raise AtollError(
                 "settings for a stage that is not run", where=stage, found=f"stages: {found.stages}",
-                remedy=f"stages: [{', '.join(sorted([*found.stages, stage], key=EVALUATE.__eq__))}], or leave `{stage}` out",
+                remedy=f"stages: [{', '.join(sorted([*found.stages, stage], key=EVALUATE.__eq__))}], or leave it out, "
+                f"as --set {stage}=null does",
             )  # fmt: skip
 
 
@@ -316,8 +317,9 @@ def refuse_unknown_starts(found: Recipe) -> None:
         for key, named, allowed in (("from", begins, [BASE, *known]), ("judge", [judge] if judge else [], known)):
             for odd in (one for one in named if one not in allowed):
                 raise AtollError(
-                    "no such stage before this one", where=f"{stage}.{key}", found=odd, allowed=", ".join(allowed),
-                    remedy=closest(odd, allowed),
+                    "no such stage before this one", where=f"{stage}.{key}", found=odd,
+                    allowed=", ".join(allowed) or "no stage comes before it",
+                    remedy=f"another run is named above all stages: `{key}: {odd}`",
                 )  # fmt: skip
         if stage == "fuse" and (isinstance(said, str) or (not known and not found.fuses)):
             raise AtollError(

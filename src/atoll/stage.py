@@ -26,7 +26,7 @@ from atoll.fleet.inprocess import Elsewhere
 from atoll.handover import begun_with
 from atoll.identity import base, before_first, versions
 from atoll.models.spaces import split
-from atoll.outcome import Progress, progress_of, refuse_other_base, refuse_other_start
+from atoll.outcome import Progress, outcome, progress_of, refuse_other_base, refuse_other_start
 from atoll.params import Params, numel
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.privacy.protection import Protection, Samples, entry, epsilon_of
@@ -138,6 +138,7 @@ def begin(ready: Plan, things: Assembly, folder: RunFolder) -> tuple[State, Prog
         if accounted(ready):
             refuse_short_ledger(state.round, folder)
         return state, progress
+    refuse_changed_between(ready, things, folder)
     travels, _ = split(start, ready.recipe.finetune.personal)
     return initial(ready.rounds, travels, fixed=sent_along(ready, start)), before_first(ready, things, start)
 
@@ -158,6 +159,16 @@ def refuse_changed_data(before: Mapping[str, str], now: Mapping[str, str], folde
             allowed="what each client held then",
             remedy="put the data back, or start a new run; `from:` lets it go on from this one's result",
         )  # fmt: skip
+
+
+def refuse_changed_between(ready: Plan, things: Assembly, folder: RunFolder) -> None:
+    """A stage begins with what those before it had, where they have their data in common."""
+    for name, one in ready.before.items():
+        if (one.recipe.data, one.recipe.judge) != (ready.recipe.data, ready.recipe.judge):
+            continue
+        before = outcome(folder.outermost.stage(name)).progress.data
+        both = before.keys() & things.digests.keys()
+        refuse_changed_data({key: before[key] for key in both}, {key: things.digests[key] for key in both}, folder)
 
 
 def refuse_short_record(written: int, folder: RunFolder) -> None:

@@ -129,6 +129,33 @@ def test_a_run_that_is_stopped_in_a_stage_goes_on_to_the_same_result(
     assert moved[0] == moved[1], "the reference is sent once, also by a run that was stopped"
 
 
+def test_data_that_change_between_stages_are_refused(recipe: Path, tmp_path: Path) -> None:
+    def cut(event: Event) -> None:
+        if isinstance(event, RunStarted) and event.name == "both":
+            raise KeyboardInterrupt  # in the second stage, before its first checkpoint
+
+    with pytest.raises(KeyboardInterrupt):
+        atoll.run(recipe, ["baselines=[]"], sinks=[cut])
+    file = tmp_path / "data" / "north.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:12]))
+    with pytest.raises(AtollError, match="data have changed since the run began") as caught:
+        atoll.resume("both-1")
+    assert caught.value.details["found"] == "north: holds other records"
+    file.write_text(whole)
+    assert read_story(atoll.resume("both-1")).ended
+
+
+def test_a_stage_is_left_out_by_null_and_told_when_it_begins(recipe: Path) -> None:
+    said: list[str] = []
+    atoll.run(recipe, ["baselines=[]"], say=said.append)
+    assert [line for line in said if line.startswith("stage ")] == ["stage finetune (1 of 2)", "stage align (2 of 2)"]
+    with pytest.raises(AtollError, match="a stage that is not run") as caught:
+        plan(recipe, ["stages=[finetune]"])
+    assert "--set align=null" in caught.value.details["remedy"]
+    assert plan(recipe, ["stages=[finetune]", "align=null"]).recipe.stages == ["finetune"]
+
+
 def test_processes_have_the_reference_for_all_rounds(recipe: Path) -> None:
     one = atoll.run(recipe, ["baselines=[]"])
     several = atoll.run(recipe, ["baselines=[]", "fleet={use: processes, workers: 2}"])
@@ -422,7 +449,7 @@ def test_results_of_several_runs_are_fused(recipe: Path) -> None:
         ([*FUSED, "fuse.by=tis"], "fuse.by", "unknown fuse"),
         ([*FUSED, "baselines=[pooled]"], "baselines", "nothing to compare"),
         (["stages=[finetune, align, fuse]", "baselines=[]"], "fuse.from", "must have begun with the base"),
-        (["stages=[finetune, fuse]", "align=null", "baselines=[]"], "align", "wrong value"),
+        (["stages=[finetune, fuse]", "align=3", "baselines=[]"], "align", "wrong value"),
         ([*FUSED, "fuse.from=[align]"], "fuse.from", "one result alone"),
         (["evaluate.tasks=[boolq]"], "evaluate", "in a stage of their own"),
         (["stages=[finetune, align, evaluate]", "evaluate.tasks=null"], "evaluate.tasks", "wrong value"),

@@ -180,7 +180,7 @@ def test_sigterm_names_the_way_back(tiny: str, tmp_path: Path, shared_home: Path
             assert process.wait(30) == 130
         finally:
             process.kill()
-    assert "interrupted; nothing is lost" in rest
+    assert "interrupted; the rounds that are done are kept" in rest
     assert "`atoll resume tiny-1`" in rest
     assert "Traceback" not in rest
 

@@ -131,7 +131,7 @@ def test_run_that_began_stays_when_it_is_interrupted(
     monkeypatch.setattr(stage, "sum_up", interrupt)
     said = atoll("run", tiny)
     assert said.status == 130
-    assert "interrupted; nothing is lost" in said.err
+    assert "interrupted; the rounds that are done are kept" in said.err
     monkeypatch.undo()
     assert (tmp_path / "runs/tiny-1/record.jsonl").exists()
 

@@ -101,7 +101,8 @@ def interruptible(folder: RunFolder, new: bool) -> Iterator[None]:
 def _left(folder: RunFolder, new: bool) -> Interrupted:
     if new and not folder.has_begun:
         return Interrupted("interrupted before it began; nothing was kept", remedy="run it again")
-    return Interrupted("interrupted; nothing is lost", where=str(folder.path), remedy=f"`atoll resume {folder.name}`")
+    what = "interrupted; the rounds that are done are kept"
+    return Interrupted(what, where=str(folder.path), remedy=f"`atoll resume {folder.name}`")
 
 
 REFUSALS = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG", "ENOSPC", "EDQUOT")

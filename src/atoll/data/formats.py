@@ -61,7 +61,7 @@ def renaming(row: Row, place: str) -> str:
     hints = [f"did you mean '{match[0]}' where it says '{name}'?" for name, match in near.items() if match]
     if ".csv:" in place:
         hints.append("the first line of a CSV names its columns, such as prompt,completion")
-    return "; ".join(hints) or "rename the columns"
+    return "; ".join(hints) or "name the columns so, and add what is missing"
 
 
 class Content(NamedTuple):

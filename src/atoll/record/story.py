@@ -89,7 +89,7 @@ def refuse_fruitless(folder: RunFolder, story: Story) -> None:
     raise AtollError(
         f"nothing was learned: {what}", where=str(folder.path), found=f"{count} {unit}, the first{whose}: {first.reason}",
         remedy=f"a lower learning rate: --set {section}.optimizer.lr=..." if slower
-        else f"`atoll show {folder.name}` tells every reply's fate",
+        else f"`atoll show {folder.name}` tells every reply's fate; mend what is wrong, and run it anew",
     )  # fmt: skip
 
 
