@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,12 @@ def locate(name: str, beside: Path = Path()) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or path.is_dir():
-        raise AtollError("there is no such recipe file", where=str(path), remedy="`atoll init` writes one")
+        there = [one.name for one in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, there, n=1)
+        raise AtollError(
+            "there is no such recipe file", where=str(path),
+            remedy=f"did you mean '{near[0]}'?" if near else "`atoll init` writes one",
+        )  # fmt: skip
     names = [n.removeprefix("runs/") for n in known]
     raise AtollError("there is no such recipe", found=name, allowed="a shipped recipe or a path to a .yaml file",
                      remedy=closest(name, names))  # fmt: skip

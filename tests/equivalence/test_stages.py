@@ -87,6 +87,11 @@ def test_a_stage_begins_with_what_the_one_before_came_to(recipe: Path) -> None:
     ]
     assert find(f"{folder.name}/finetune").path == folder.stage("finetune").path
     assert find(folder.name).path == folder.path
+    (before,) = [
+        line for line in folder.card.read_text().splitlines() if line.startswith("Before that, finetune: down ")
+    ]
+    assert "in 2 rounds" in before
+    assert (folder.path / before.partition("](")[2].partition(")")[0]).exists()
 
 
 def test_under_masks_the_models_of_all_stages_are_in_one_table(recipe: Path) -> None:

@@ -176,6 +176,18 @@ def test_what_goes_wrong_in_a_reward_names_it(mine: None, name: str, what: str) 
         OwnReward(name)(["a", "b"], ["", ""])
 
 
+def test_a_reward_that_goes_wrong_in_the_same_way_is_told_at_length_once(
+    mine: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reward = OwnReward("mine:raising")
+    for _ in range(3):
+        with pytest.raises(WorkFailed):
+            reward(["a"], ["b"])
+    said = capfd.readouterr().err
+    assert said.count("Traceback") == 1
+    assert said.count("mine:raising: ZeroDivisionError: division by zero, as before") == 2
+
+
 def test_what_a_reward_leaves_in_sessions_of_its_own_neither_holds_up_nor_stays(mine: None) -> None:
     reward, started = OwnReward("mine:leaving", seconds=2.0), time.monotonic()
     process = reward._started()

@@ -73,9 +73,11 @@ def write_recipe(tmp_path: Path, text: str) -> str:
     return str(tmp_path / "mine.yaml")
 
 
-def test_unknown_recipe(atoll: Atoll) -> None:
+def test_unknown_recipe(atoll: Atoll, tmp_path: Path) -> None:
     expect_clean(atoll("run", "quickstrat"), ["there is no such recipe", "quickstrat", "did you mean 'quickstart'?"])
     expect_clean(atoll("run", "mine.yaml"), ["there is no such recipe file", "mine.yaml", "atoll init"])
+    write_recipe(tmp_path, "recipe: 1\n")
+    expect_clean(atoll("run", "mnie.yaml"), ["there is no such recipe file", "did you mean 'mine.yaml'?"])
 
 
 def test_a_recipe_extends_the_file_beside_it_wherever_one_stands(atoll: Atoll, tmp_path: Path) -> None:

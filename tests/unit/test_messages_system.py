@@ -53,6 +53,14 @@ def test_cache_that_cannot_be_entered(atoll: Atoll, tiny: str, tmp_path: Path, m
     assert "set ATOLL_HOME" in said.err
 
 
+def test_cache_above_which_nothing_can_be_made(atoll: Atoll, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOLL_HOME", "/proc/nope")
+    said = atoll("plan", tiny)
+    assert said.status == 1
+    assert "/proc/nope" in said.err
+    assert "set ATOLL_HOME" in said.err
+
+
 def test_recipe_that_cannot_be_written_is_not_the_cache(atoll: Atoll, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", refusing(errno.EROFS))
     said = atoll("init", "q.yaml")

@@ -105,7 +105,7 @@ def _left(folder: RunFolder, new: bool) -> Interrupted:
     return Interrupted(what, where=str(folder.path), remedy=f"`atoll resume {folder.name}`")
 
 
-REFUSALS = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG", "ENOSPC", "EDQUOT")
+REFUSALS = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG", "ENOSPC", "EDQUOT", "ENOENT")
 """What the system says of a place that the user chose, by errno's names."""
 
 
@@ -125,16 +125,28 @@ def mendable(error: Exception, note: Path | None, again: str) -> AtollError | No
     if not (refused and isinstance(error, OSError) and error.filename):
         return None
     place = Path(os.fsdecode(error.filename)).absolute()
+    if error.errno == errno.ENOENT and not _above_ours(place):
+        return None
     return AtollError(
         "the system refuses a file or folder", where=str(place), found=error.strerror, remedy=_other_place(place)
     )
 
 
-def _other_place(place: Path) -> str:
+def _ours() -> tuple[tuple[str, str, Path], ...]:
+    """The folders in which Atoll writes: by which variable they are chosen, what for, and where they are now."""
     from atoll.cache import home
     from atoll.record.folder import root
 
-    for name, what, used in (("ATOLL_RUNS", "runs", root().absolute()), ("ATOLL_HOME", "the cache", home())):
+    return ("ATOLL_RUNS", "runs", root().absolute()), ("ATOLL_HOME", "the cache", home())
+
+
+def _above_ours(place: Path) -> bool:
+    """Whether one of them cannot be made because of a place above it; what is missing within is a mistake of ours."""
+    return any(place == used or place in used.parents for _, _, used in _ours())
+
+
+def _other_place(place: Path) -> str:
+    for name, what, used in _ours():
         if place == used or used in place.parents or place in used.parents:
             return f"set {name} to a folder for {what} that can be written (now {used})"
     return "mend its permissions, or name another place"

@@ -32,6 +32,7 @@ def serve(name: str) -> None:
     os.dup2(2, 1)
     threading.Thread(target=end_with_who_asks, args=(asked.fileno(),), daemon=True).start()
     reward: Any = None
+    told: set[str] = set()
     for line in asked:
         number, completions, answers = json.loads(line)
         try:
@@ -40,7 +41,9 @@ def serve(name: str) -> None:
             found: Any = None if completions is None else numbers(reward(completions, answers))
         except Exception as error:
             if completions is not None:
-                traceback.print_exc()
+                text = traceback.format_exc()
+                print(f"{name}: {text.splitlines()[-1]}, as before" if text in told else text, file=sys.stderr)
+                told.add(text)
             found = type(error).__name__ + (f": {error}" if completions is None else "")
         said.write(json.dumps([number, found]) + "\n")
         said.flush()

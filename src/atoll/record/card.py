@@ -50,10 +50,11 @@ def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED, scores: 
         *_stages_section(accuracies(story, scores)),
         "## What moved",
         "",
-        f"Down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {counted(len(story.rounds), 'round')}, "
-        f"and {human_bytes(story.bytes_to_evaluate)} down for evaluation; "
-        f"{sum(r.seconds for r in story.rounds):.0f} s in rounds"
-        + (f", {story.ended.seconds:.0f} s with evaluation." if story.ended else "."),
+        f"This run: {_moved(story)}.",
+        *(
+            f"\nBefore that, {stage}: {_moved(one)}. [Its own card](stages/{stage}/card.md) has its settings and losses."
+            for stage, one in story.before.items()
+        ),
         "",
         "![bytes](bytes.svg)",
         "",
@@ -66,6 +67,15 @@ def markdown(name: str, story: Story, leaks: Findings = NOTHING_TESTED, scores: 
         *privacy_section(story),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _moved(story: Story) -> str:
+    """Bytes and seconds of a run, or of a stage."""
+    return (
+        f"down {human_bytes(story.bytes_down)}, up {human_bytes(story.bytes_up)} in {counted(len(story.rounds), 'round')}, "
+        f"and {human_bytes(story.bytes_to_evaluate)} down for evaluation; "
+        f"{sum(r.seconds for r in story.rounds):.0f} s in rounds"
+    ) + (f", {story.ended.seconds:.0f} s with evaluation" if story.ended else "")
 
 
 def privacy_section(story: Story) -> list[str]:
@@ -179,7 +189,8 @@ LOSS_NOTE = (
 )
 ACCURACY_NOTE = (
     "Share of held-out questions with choices of which the right one is the likeliest, ± its standard error; "
-    "chance is what guessing comes to."
+    "chance is what guessing comes to. Of a preference the chosen answer counts as right; a short answer is likelier than a "
+    "long one before anything is learned."
 )
 REWARD_NOTE = (
     "Share of held-out preferences whose chosen answer has the greatest reward. A judge's is its score; DPO's is how much "
