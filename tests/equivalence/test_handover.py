@@ -309,6 +309,7 @@ def test_what_is_personal_and_was_begun_with_is_exported(recipe: Path, tmp_path:
     folder = atoll.run(recipe, [*FROM, "finetune.personal=[lora_A]"])
     for name, client in (("all", None), ("one", "north")):
         export_adapter(folder, tmp_path / name, client=client)
+    assert sorted(path.name for path in folder.adapter.iterdir() if path.suffix == ".md") == []
     shared, own = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("all", "one"))
     (name,) = [one for one in begun_with if "layers.0.mlp.down_proj.lora_A" in one]
     assert torch.equal(shared[name], begun_with[name])
