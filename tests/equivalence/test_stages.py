@@ -345,6 +345,14 @@ def test_clients_without_answers_to_compare_are_warned_of_together(recipe: Path)
     ]
 
 
+def test_a_client_without_a_usable_record_is_warned_of_with_the_plan(recipe: Path) -> None:
+    (recipe.parent / "data" / "equal.jsonl").write_text(
+        '{"prompt": "What is 1?", "chosen": "1.", "rejected": "1."}\n' * 9
+    )
+    (warned,) = check_data(plan(recipe))
+    assert warned.startswith("equal: nothing that can be used among the first records: equal answers")
+
+
 def test_what_a_judge_cannot_compare_is_refused_with_the_plan(recipe: Path) -> None:
     (recipe.parent / "chats").mkdir()
     (recipe.parent / "chats" / "north.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')

@@ -206,6 +206,8 @@ class First(NamedTuple):
     """Of these."""
     alone: int
     """Of the others those with one answer, where answers are compared."""
+    lost: str = ""
+    """Where there are records and none is what it should be: why."""
 
     @property
     def useless(self) -> bool:
@@ -214,6 +216,8 @@ class First(NamedTuple):
 
     def __str__(self) -> str:
         """What will be left out of them; empty for nothing."""
+        if self.lost:
+            return f"nothing that can be used among the first records: {self.lost}"
         media = f"{' and '.join(self.modalities)}, which the model does not take, in {self.unheard}"
         alone = f"no answer to compare with in {self.alone}"
         found = [what for what, count in ((media, self.unheard), (alone, self.alone)) if count]
@@ -244,7 +248,8 @@ def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | N
             unheard, modalities = unheard + bool(lacks), modalities | lacks
             alone += labels in COMPARING and not record.choices and not lacks
         none = alone == report.kept and not any(one.choices for one in records(source, Report()))
-        return First(report.kept, none, unheard, tuple(sorted(modalities)), alone)
+        lost = "; ".join(report.left_out) if not report.kept else ""
+        return First(report.kept, none, unheard, tuple(sorted(modalities)), alone, lost)
 
     found = _each(sources, read)
     each = {name: found[one.source] for name, one in sources.items() if isinstance(one, ClientSource)}
@@ -256,8 +261,8 @@ def check(sources: Mapping[str, Any], labels: Labels, takes: Collection[str] | N
 
 def refuse_unusable(each: Mapping[str, First], told: Mapping[str, str], takes: Collection[str] | None) -> None:
     """Raises AtollError where none of anybody's first records can be used."""
-    if not all(one.useless for one in each.values()):
-        return
+    if not all(one.useless for one in each.values()) or not any(one.records for one in each.values()):
+        return  # the run says of records that are none what is wrong with each
     found = one_a_line(f"{name}: {why}" for name, why in told.items())
     if any(one.unheard for one in each.values()):
         raise AtollError(

@@ -221,7 +221,9 @@ class LoRA:
         """A PEFT adapter: adapter_config.json and adapter_model.safetensors."""
         save: Any = model.save_pretrained
         save(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's own, in which nothing is filled in: an export writes one
+        (folder / "README.md").unlink(
+            missing_ok=True
+        )  # PEFT's own, in which nothing is filled in: an export writes one
 
 
 def no_such_module(name: str, known: Sequence[str]) -> AtollError:
