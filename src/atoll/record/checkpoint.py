@@ -23,7 +23,7 @@ from atoll.params import Params, nested, under
 from atoll.round import State
 from atoll.wire import content
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_state(path: Path, state: State, extra: dict[str, Any] | None = None) -> None:
