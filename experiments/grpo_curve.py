@@ -83,10 +83,11 @@ def kept(seed: int, settings: Sequence[str], end: float) -> Curve | None:
         return dict(json.loads(file.read_text())["curve"])
     if (story := brought(RECIPE, seed, settings, end)) is None:
         return None
-    found = {"settings": list(settings), "commit": code(), "curve": curve(story, RunFolder(root() / f"{name}-1"))}
+    measured = curve(story, RunFolder(root() / f"{name}-1"))
+    found = {"settings": list(settings), "commit": code(), "curve": measured}
     RESULTS.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
-    return dict(found["curve"])
+    return measured
 
 
 def main() -> None:

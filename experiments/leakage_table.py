@@ -78,10 +78,10 @@ def main(named: list[str]) -> None:
     """The named runs, their attacks, and the table of all that are there."""
     for name in named or PROTECTED:
         say(f"{name}: {' '.join(PROTECTED[name]) or 'as it is'}")
-        folder = finished(name)
+        run = finished(name)
         for one in ATTACKS:
-            if one not in {row.attack for row in read_findings(folder).rows}:
-                attack(folder, [one], SAMPLES, CODES, say)
+            if one not in {row.attack for row in read_findings(run).rows}:
+                attack(run, [one], SAMPLES, CODES, say)
     attacked = {name: folder for name in PROTECTED if (folder := existing(name)) and folder.leakage.exists()}
     print("\n".join(table({name: list(read_findings(folder).rows) for name, folder in attacked.items()})))
 

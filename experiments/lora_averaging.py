@@ -88,10 +88,10 @@ def experiment(seed: int) -> None:
             flush=True,
         )
     names, count = list(things.data), ready.recipe.evaluate.final_samples
-    averaged = evaluate(ready.rounds, state, fleet, names, count, True)
+    averaged, _ = evaluate(ready.rounds, state, fleet, names, count, True)
     scale = ready.space.alpha / ready.space.rank  # type: ignore[attr-defined]  # the quickstart's is LoRA
     state = set_products(things, state, exact, scale)
-    exact_loss = evaluate(ready.rounds, state, fleet, names, count, True)
+    exact_loss, _ = evaluate(ready.rounds, state, fleet, names, count, True)
     print(f"seed {seed}: held-out loss {averaged.mean:.4f} of mean factors, {exact_loss.mean:.4f} of mean products")
 
 

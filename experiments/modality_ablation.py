@@ -34,7 +34,7 @@ def scores(things: Assembly, params: Params, samples: int) -> Evaluated:
     for name, data in things.data.items():
         task = Task("evaluate", name, "", Broadcast(0, {}), 0, data={"samples": samples})
         clients[name] = evaluate(things.local, {UPDATE: params}, data, {}, task).metrics
-    return summary(0, True, clients, {}, 0, time.perf_counter())
+    return summary(0, True, clients, {}, 0, 0, time.perf_counter())
 
 
 def line(name: str, found: Evaluated, modalities: list[str]) -> str:

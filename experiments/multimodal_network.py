@@ -53,8 +53,8 @@ def main() -> None:
         largest = max(float((x - params["in the clear"][key]).abs().max()) for key, x in mine.items())
         story = read_story(runs[name])
         assert story is not None
-        for table in (by_modality(story, measure) for measure in (LOSS, ACCURACY)):
-            for model, cells in table.rows if table else ():
+        for table in filter(None, (by_modality(story, measure) for measure in (LOSS, ACCURACY))):
+            for model, cells in table.rows:
                 shown = ", ".join(f"{site} {one[0]:.4f}" for site, one in zip(table.columns, cells, strict=True) if one)
                 print(f"{name}: {table.measure.name} of {model}: {shown}")
         print(f"{name}: largest difference from the clear: {largest:.2g}")

@@ -21,7 +21,8 @@ from typing import Any
 
 from seeds import Cells, asked_for, brought, code, every, markdown, name_of, over_seeds
 
-from atoll.record.measured import ACCURACY, CHANCE, LOSS, Measure, by_modality
+from atoll.metrics import CHANCE
+from atoll.record.measured import ACCURACY, LOSS, Measure, by_modality
 from atoll.record.story import Story
 
 RECIPE = "multimodal"

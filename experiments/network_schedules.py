@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from network import Demo
 
@@ -79,16 +80,16 @@ def slow() -> None:
         demo.close()
 
 
-def report(name: str, events: list[dict[str, object]], goal: float = 3.2) -> None:
+def report(name: str, events: list[dict[str, Any]], goal: float = 3.2) -> None:
     """When the mean of the last three losses that came was below the goal, from the first round's start."""
     replies = [e for e in events if e["event"] == "Replied"]
-    start = next(float(e["time"]) for e in events if e["event"] == "Evaluated")  # type: ignore[arg-type]
+    start = next(float(e["time"]) for e in events if e["event"] == "Evaluated")
     means = [
         (r["time"], mean(float(x["loss"]) for x in replies[i - 2 : i + 1])) for i, r in enumerate(replies) if i >= 2
-    ]  # type: ignore[arg-type]
-    reached = next((float(at) - start for at, loss in means if loss < goal), float("nan"))  # type: ignore[arg-type]
+    ]
+    reached = next((float(at) - start for at, loss in means if loss < goal), float("nan"))
     final = next(e for e in reversed(events) if e["event"] == "Evaluated")["mean"]
-    whole = float(replies[-1]["time"]) - start  # type: ignore[arg-type]
+    whole = float(replies[-1]["time"]) - start
     print(
         f"{name}: loss {goal} after {reached:.1f} s; {len(replies)} updates in {whole:.1f} s; held-out {final:.3f}",
         flush=True,
