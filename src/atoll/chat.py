@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from atoll.data.answers import ChatFormat, ends_of
 from atoll.data.media import MODALITIES, Medium, Unusable, placed_media
 from atoll.errors import AtollError
-from atoll.parts import spec
+from atoll.local.judges import Judge
+from atoll.outcome import Outcome
+from atoll.parts import make, spec
 from atoll.result import Result
 
 if TYPE_CHECKING:
@@ -152,6 +154,18 @@ class Chat:
                 return str(error)
             return f"{self.waiting[-1].medium.path} goes with the next question"
         return self.help
+
+
+def refuse_judge(asked: Outcome) -> None:
+    """A judge scores answers, and was not taught to give any. Raises AtollError."""
+    written = asked.recipe.finetune.objective
+    if isinstance(make("objective", written, "finetune.objective"), Judge):
+        name = asked.folder.name
+        raise AtollError(
+            "this model judges answers and gives none", where=name, found=f"objective {spec(written, 'objective')}",
+            allowed="a run that learned to answer",
+            remedy=f"let another run learn from its choices, with `judge: {name}`, and talk to that one",
+        )  # fmt: skip
 
 
 def without_places(text: str) -> str:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from atoll.record.card import counted as counted  # an ending counts in the same words
-from atoll.record.card import human_bytes, records_in_words
+from atoll.record.card import human_bytes, human_seconds, records_in_words
 from atoll.record.events import (
     EVERYBODY,
     ClientLeftOut,
@@ -147,6 +147,36 @@ def at_work(tick: Tick) -> str:
     return f"round {tick.round + 1} of {tick.rounds} · {tick.client} · local step {tick.done} of {tick.of}{loss}"
 
 
+class Pace:
+    """How long the rounds that are left may take: as those that were seen, with what lay between them."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._began, self._rounds, self._seen = now(), 0, 0
+
+    def report(self, tick: Tick) -> None:
+        """A step of some client: with the first one a run begins that goes on."""
+        if tick.kind != "evaluate" and not self._rounds:
+            self._began, self._rounds = self._now(), tick.rounds
+
+    def told(self, event: Event) -> str:
+        """The event in a line; a round's with the time that is left."""
+        line = told(event)
+        match event:
+            case RunStarted():
+                self._began, self._rounds, self._seen = self._now(), event.rounds, 0
+            case Evaluated() if not self._seen:
+                self._began = self._now()
+            case RoundEnded() if self._rounds:
+                self._seen += 1
+                left = self._rounds - event.round - 1
+                seconds = left * (self._now() - self._began) / self._seen
+                return f"{line}; {counted(left, 'round')} left, about {human_seconds(seconds)}" if left else line
+            case RunEnded():
+                self._rounds = self._seen = 0
+        return line
+
+
 class Plain:
     """Plain lines. Local steps get one when nothing was said for 2 seconds, or for a sixtieth of the time so far.
 
@@ -156,6 +186,7 @@ class Plain:
     def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
         self._write, self._now = write, now
         self._started = self._last = self._ticked = now()
+        self._pace = Pace(now)
         self._kinds: set[str] = set()
         self._slow = False
 
@@ -166,11 +197,12 @@ class Plain:
 
     def event(self, event: Event) -> None:
         """See `Watch`."""
-        self.say(told(event))
+        self.say(self._pace.told(event))
 
     def report(self, tick: Tick) -> None:
         """See `Watch`."""
         now = self._now()
+        self._pace.report(tick)
         patience = max(SILENCE_SECONDS, (now - self._started) / 60)
         if tick.done:
             self._slow = now - self._ticked > patience
@@ -196,6 +228,7 @@ class Live:
         from rich.live import Live as LiveDisplay
 
         self._console, self._now, self._started = console, now, now()
+        self._pace = Pace(now)
         self._line = "starting"
         self._display = LiveDisplay(console=console, get_renderable=self._show, refresh_per_second=5, transient=True)
 
@@ -212,11 +245,13 @@ class Live:
 
     def event(self, event: Event) -> None:
         """See `Watch`. Replies pass by on the live line."""
+        line = self._pace.told(event)
         if not isinstance(event, Replied):
-            self._console.print(told(event))
+            self._console.print(line)
 
     def report(self, tick: Tick) -> None:
         """See `Watch`."""
+        self._pace.report(tick)
         self._line = at_work(tick)
 
     def __enter__(self) -> Self:

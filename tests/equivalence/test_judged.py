@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import atoll
+from atoll.chat import refuse_judge
 from atoll.data.read import Report, open_source, records
 from atoll.errors import AtollError, Interrupted
 from atoll.judged import Asking
 from atoll.leakage.subject import Subject, open_run
 from atoll.local.judges import Judge
 from atoll.models.tiny import byte_tokenizer
+from atoll.outcome import outcome
 from atoll.params import equal
 from atoll.planning import plan
 from atoll.record.checkpoint import load_state
@@ -73,6 +75,14 @@ def test_a_server_learns_what_the_sites_judge_chooses(data: Path) -> None:
     story = read_story(folder)
     assert {one.client for one in story.replies} == {"server"}
     assert story.final.clients["north"]["reward_accuracy"] > story.base.clients["north"]["reward_accuracy"]
+
+
+def test_a_judge_is_not_talked_to_and_what_learned_from_it_is(data: Path) -> None:
+    folder = atoll.run(recipe(data, "reward-model"), ["align.rounds=1"])
+    with pytest.raises(AtollError, match="this model judges answers") as caught:
+        refuse_judge(outcome(folder.stage("finetune")))
+    assert f"judge: {folder.name}/finetune" in str(caught.value)
+    refuse_judge(outcome(folder))
 
 
 def test_a_selectors_letters_become_the_answers_that_they_stand_for(data: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import atoll as package
+from atoll import recipe
 from atoll.cache import quiet
 from atoll.cli import COMMANDS
 from atoll.data.sources import ClientSource, folders
@@ -262,6 +263,37 @@ def test_init_writes_a_recipe_that_can_be_planned(atoll: Atoll, sites: Path, tmp
     assert again.status == 1
     assert "the file is there already" in again.err
     assert (tmp_path / "mine.yaml").read_text() == before
+
+
+def test_init_of_preferences_aligns_and_of_plain_text_learns_every_token(atoll: Atoll, tmp_path: Path) -> None:
+    rows = {
+        "likes": {"prompt": "Which?", "chosen": "this one", "rejected": "that one"},
+        "texts": {"text": "Some words of a report."},
+    }
+    for kind, row in rows.items():
+        for client in ("north", "south"):
+            file = tmp_path / kind / f"{client}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("".join(json.dumps(row | {"id": n}) + "\n" for n in range(20)))
+        assert atoll("init", f"{kind}.yaml", "--data", f"./{kind}").status == 0
+    aligned = [*recipe.staged(recipe.read("likes.yaml")[1]).values()]
+    assert [one.get("finetune", {}).get("objective", "sft") for one in aligned] == ["sft", {"use": "dpo", "beta": 0.1}]
+    assert atoll("plan", "likes.yaml", "--set", "model=tiny:llama").status == 0
+    plain = atoll("plan", "texts.yaml", "--set", "model=tiny:llama")
+    assert plain.status == 0
+    assert "\n  objective: causal-lm" in (tmp_path / "texts.yaml").read_text()
+
+
+def test_data_holds_out_what_the_recipe_does(atoll: Atoll, sites: Path, tmp_path: Path) -> None:
+    assert atoll("init", "mine.yaml", "--data", str(sites)).status == 0
+    text = (tmp_path / "mine.yaml").read_text().replace("held_out: 0.1", "held_out: 0.5")
+    (tmp_path / "mine.yaml").write_text(text.replace("model: smollm2-135m", "model: tiny:llama"))
+    shown = [
+        json.loads(atoll("data", str(sites / "north.jsonl"), "--model", model, "--json").out)["samples"]
+        for model in ("tiny:llama", "mine.yaml")
+    ]
+    few, half = (one["test"] / (one["train"] + one["test"]) for one in shown)
+    assert few < 0.3 < half
 
 
 def test_init_without_data_asks_for_the_users_folders(atoll: Atoll, tmp_path: Path) -> None:

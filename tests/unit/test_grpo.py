@@ -160,9 +160,9 @@ def test_a_reward_of_ones_own_runs_beside(mine: None) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("mine:short", "gave 1 values for 2 completions"),
-        ("mine:odd", "gave 2 values that are no finite numbers, of 2"),
-        ("mine:infinite", "gave 2 values that are no finite numbers, of 2"),
+        ("mine:short", "gave a list of 1 for 2 completions"),
+        ("mine:odd", "gave no finite number for 2 of 2 completions"),
+        ("mine:infinite", "gave no finite number for 2 of 2 completions"),
         ("mine:raising", "failed: ZeroDivisionError$"),
         ("mine:dying", "ended without an answer"),
         ("mine:nothing", "failed: TypeError"),

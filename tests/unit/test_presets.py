@@ -118,7 +118,7 @@ from pathlib import Path
 from atoll.models import presets
 def fetch(carrier, say):
     return Path(sys.argv[1])
-def half(gguf, folder):
+def half(gguf, folder, say):
     (folder / "config.json").write_text("{}")
     os.kill(os.getpid(), signal.SIGKILL)
 presets.fetch, presets.convert = fetch, half
@@ -137,7 +137,7 @@ def test_a_kill_during_the_conversion_leaves_no_half_model(tmp_path: Path, monke
     assert not list((tmp_path / "home" / "models").glob("smollm2*"))
 
     monkeypatch.setattr(presets, "fetch", lambda carrier, say: source)
-    monkeypatch.setattr(presets, "convert", lambda gguf, folder: (folder / "config.json").write_text("whole"))
+    monkeypatch.setattr(presets, "convert", lambda gguf, folder, say: (folder / "config.json").write_text("whole"))
     said: list[str] = []
     folder = presets.carrier_folder("smollm2-135m", said.append)
     assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "config.json"]

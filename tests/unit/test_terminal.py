@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -142,6 +143,34 @@ def test_plain_log_names_the_client_before_slow_work() -> None:
     assert [line.split(" · ")[1:3] for line in lines] == [
         ["quick", "local step 0 of 9"], ["slow", "local step 1 of 9"], ["next", "local step 0 of 9"]
     ]  # fmt: skip
+
+
+def test_rounds_tell_the_time_that_is_left() -> None:
+    clock, lines = Clock(), list[str]()
+    plain = Plain(lines.append, clock)
+    for time, event in (
+        (0, RunStarted("mine", "abc", 4, ["clinic"], {"clinic": 9}, 1200, 50000, 0)),
+        (50, Evaluated(0, True, {"clinic": CLINIC}, 1.5, 1.5, 50.0)),  # the base's, of which there is one
+        (80, replace(ROUND[0], round=0)),
+        (150, replace(ROUND[0], round=1)),
+        (200, replace(ROUND[0], round=3)),
+    ):
+        clock.time = time
+        plain.event(event)
+    assert [line.partition(" up, 3.0 s")[2] for line in lines[2:]] == [
+        "; 3 rounds left, about 1 min 30 s",
+        "; 2 rounds left, about 1 min 40 s",
+        "",
+    ]
+
+
+def test_a_run_that_goes_on_tells_the_time_that_is_left() -> None:
+    clock, lines = Clock(), list[str]()
+    plain = Plain(lines.append, clock)
+    plain.report(tick(0))  # of 4 rounds the second
+    clock.time = 10
+    plain.event(ROUND[0])
+    assert lines[-1] == f"{ROUND[1]}; 2 rounds left, about 20 s"
 
 
 def test_live_line_shows_the_step_and_keeps_rounds() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from atoll.errors import AtollError
 from atoll.record import measured, tables, views
-from atoll.record.card import markdown, markdown_table
+from atoll.record.card import human_seconds, markdown, markdown_table
 from atoll.record.events import (
     ClientLeftOut,
     Evaluated,
@@ -70,6 +70,16 @@ def test_run_under_way_and_stopped(tmp_path: Path) -> None:
     assert (row.bytes_down, row.bytes_up, row.seconds) == (200, 100, 6.0)
     with folder.locked():
         assert views.summarize(folder).state == "running"
+
+
+def test_between_stages_rounds_are_those_of_the_last_that_has_begun(tmp_path: Path) -> None:
+    folder = written(tmp_path / "mine-1" / "stages" / "finetune", [*BEGUN, RunEnded(4, "finished", 9.0)]).outermost
+    (folder.path / "stages/finetune/recipe.yaml").write_text("name: mine\n")
+    with folder.locked():
+        row = views.summarize(folder)
+        assert (row.name, row.state, row.stage, row.round) == ("mine-1", "running", "finetune", 2)
+        assert "finetune: 2 of 4" in shown(tables.runs([row]))
+        assert "running, finetune, round 2 of 4" in shown(tables.details(views.details(folder)))
 
 
 def test_run_is_finished_only_with_its_baselines(tmp_path: Path) -> None:
@@ -223,6 +233,15 @@ def test_means_over_different_sites_are_not_compared_without_a_word(tmp_path: Pa
     assert "different sites" not in shown(tables.comparison(views.compare([one, one])))
 
 
+def test_losses_of_unlike_objectives_are_not_compared_without_a_word(tmp_path: Path) -> None:
+    folders = [written(tmp_path / name, BEGUN) for name in ("one", "two")]
+    compared = views.compare(folders)
+    warned = "compare accuracies"
+    assert warned not in shown(tables.comparison(compared))
+    betas = {"finetune.objective.beta": {"one": 0.1, "two": 0.3}}
+    assert warned in shown(tables.comparison(compared | {"settings": betas}))
+
+
 def test_nothing_held_out_is_said_and_no_number_is_made_up(atoll: Atoll, tiny: str) -> None:
     said = atoll("run", tiny, "--set", "data.held_out=0", "--set", "evaluate.patience=1")
     assert said.status == 0, said.err
@@ -339,7 +358,7 @@ def test_table_of_a_finished_run_has_all_models(atoll: Atoll, finished: Path) ->
 
 
 def test_times_and_numbers_as_people_read_them() -> None:
-    assert [tables.human_seconds(s) for s in (0.4, 59.6, 3600)] == ["0 s", "1 min 00 s", "1 h 00 min"]
+    assert [human_seconds(s) for s in (0.4, 59.6, 3600)] == ["0 s", "1 min 00 s", "1 h 00 min"]
     assert tables.loss_cell(None) == "-"
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from atoll import recipe
 from atoll.commands.output import say, show, show_json
 from atoll.record import tables, views
-from atoll.record.card import human_bytes
+from atoll.record.card import human_bytes, human_seconds
 from atoll.record.events import Missing
 from atoll.record.folder import RunFolder
 from atoll.record.measured import measured
@@ -40,12 +40,10 @@ def conclude(folder: RunFolder, as_json: bool) -> None:
         more = [f"and {len(lines) - SHOWN} more: `atoll show {folder.name}`"] if len(lines) > SHOWN else []
         show("\n" + "\n".join(lines[:SHOWN] + more))
     refuse_fruitless(folder, story)
-    beside = (
-        f", and {tables.human_seconds(data['seconds_in_baselines'])} for the baselines" if data["baselines"] else ""
-    )
+    beside = f", and {human_seconds(data['seconds_in_baselines'])} for the baselines" if data["baselines"] else ""
     show(
         f"\n{human_bytes(data['bytes_down'])} down, {human_bytes(data['bytes_up'])} up, "
-        f"{tables.human_seconds(data['seconds'])}{beside}\n\n"
+        f"{human_seconds(data['seconds'])}{beside}\n\n"
         f"atoll chat {folder.name}      talk to the result\n"
         f"atoll card {folder.name}      what the run says of itself\n"
         f"atoll export {folder.name} --to adapter"

@@ -11,7 +11,7 @@ import typer
 from atoll.commands.output import AsJson, say, show, show_json
 
 if TYPE_CHECKING:
-    from atoll.schema import Finetune
+    from atoll.schema import Recipe
 
 
 def data(
@@ -23,7 +23,7 @@ def data(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Whose tokenizer, chat template and senses; or a recipe, for its model.",
+            help="Whose tokenizer, chat template and senses; or a recipe, for its model, objective and held-out share.",
             show_default="smollm2-135m; where records name media, that of the recipe multimodal",
         ),
     ] = None,
@@ -56,6 +56,7 @@ def data(
     named = model or (MULTIMODAL if any(True for file, _ in source.files for _ in media_of(file)) else TEXT)
     say(f"loading the tokenizer of {named}")
     from atoll.data.preview import preview, render
+    from atoll.data.read import HELD_OUT
     from atoll.errors import placed
     from atoll.local.work import needs_of
     from atoll.models.load import load_senses, load_tokenizer
@@ -64,11 +65,12 @@ def data(
     wanted: Any = objective and objective.replace("-", "_")
     with placed("--model"):
         whose, of_recipe = model_of(named)
-        context = context or (of_recipe.context if of_recipe else CONTEXT)
+        context = context or (of_recipe.finetune.context if of_recipe else CONTEXT)
         if wanted is None and of_recipe:
-            wanted = needs_of(make("objective", of_recipe.objective, "finetune.objective")).labels
+            wanted = needs_of(make("objective", of_recipe.finetune.objective, "finetune.objective")).labels
+        held_out = share_of(of_recipe) if of_recipe else HELD_OUT
         tokenizer, senses = load_tokenizer(whose, say), load_senses(whose, say)
-    seen = preview(path, tokenizer, context, samples, wanted, senses, say)
+    seen = preview(path, tokenizer, context, samples, wanted, senses, say, held_out)
     if as_json:
         show_json(seen.as_dict())
     else:
@@ -82,8 +84,8 @@ TEXT, MULTIMODAL = "smollm2-135m", "multimodal"
 CONTEXT = 512
 
 
-def model_of(name: str) -> tuple[Any, Finetune | None]:
-    """A model by name; or that of a recipe, a file or a shipped one, with what its last stage says of training."""
+def model_of(name: str) -> tuple[Any, Recipe | None]:
+    """A model by name; or that of a recipe, a file or a shipped one, and what its last stage says."""
     from atoll import recipe, schema
     from atoll.build import choose_model
 
@@ -91,8 +93,18 @@ def model_of(name: str) -> tuple[Any, Finetune | None]:
         _, tree = recipe.read(name)
         (*_, last) = recipe.staged(tree).values()
         written = schema.validate(last)
-        return choose_model(written.model).name, written.finetune
+        return choose_model(written.model).name, written
     return name, None
+
+
+def share_of(written: Recipe) -> float:
+    """The share of records that a recipe's data hold out where no file is named for it."""
+    from atoll import parts
+    from atoll.data.read import HELD_OUT
+
+    part = parts.spec(written.data, "data")
+    said = parts.check(parts.find("data", part.use, "data"), part, "data")
+    return float(said.get("held_out", HELD_OUT))
 
 
 def get(name: str | None, to: Path | None) -> None:

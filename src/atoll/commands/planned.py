@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from atoll.record.card import human_bytes, privacy_in_words
-from atoll.record.tables import SITES_SHOWN, human_seconds
+from atoll.record.card import human_bytes, human_seconds, privacy_in_words
+from atoll.record.tables import SITES_SHOWN
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -31,9 +31,11 @@ def chat(
     for name, path in attached:  # told before the model is loaded
         if not path.is_file():
             raise AtollError("there is no such file", where=f"--{name}", found=path, allowed="a file on this machine")
-    from atoll.chat import Chat, converse
+    from atoll.chat import Chat, converse, refuse_judge
+    from atoll.outcome import outcome
     from atoll.result import load_result
 
+    refuse_judge(outcome(folder))
     talk = Chat(load_result(folder, say, client), max_tokens, temperature, base)
     if early := talk.result.outcome.early:
         say(f"{folder.name} is not finished: this is the model {early}")

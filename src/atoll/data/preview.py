@@ -17,7 +17,7 @@ import numpy as np
 
 from atoll.cache import Say, quiet, watched
 from atoll.data.media import MODALITIES, Medium, Senses
-from atoll.data.read import LABELS, Labels, Record, Report, open_source, records
+from atoll.data.read import HELD_OUT, LABELS, Labels, Record, Report, open_source, records
 from atoll.data.tokenize import COMPARING, NO_SENSES, Encoded, encode, fit
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def preview(
     objective: Labels | None = None,
     senses: Senses = NO_SENSES,
     say: Say = quiet,
+    held_out: float = HELD_OUT,
 ) -> Preview:
     """Read and tokenize everything at `path` once, and keep what tells how training would see it.
 
@@ -106,11 +107,12 @@ def preview(
         objective: where the loss is; by the data's format if not given.
         senses: how the model takes pictures and sounds; records with others are left out.
         say: hears how many records have been read, where it takes long.
+        held_out: the share of records kept for evaluation where no file is named for it, in [0, 1).
 
     Raises:
         AtollError: the source cannot be read.
     """
-    source = open_source(path)
+    source = open_source(path, held_out)
     report = Report()
     found = watched(records(source, report), say, "records read")
     first = list(islice(found, 1))

@@ -40,6 +40,9 @@ LABELS: dict[Form, Labels] = {
 }
 """Where the loss is on records of a format, unless an objective says otherwise."""
 
+HELD_OUT = 0.1
+"""The share of records kept for evaluation, where neither a file nor the recipe says."""
+
 ALSO_HELD_OUT = "also in the held-out split"
 
 _TEST_NAME = re.compile(r"(test|validation|valid|val|dev|eval|held[-_]?out)([-_.].*)?$", re.IGNORECASE)
@@ -127,13 +130,13 @@ class Source:
 
     path: Path
     files: tuple[tuple[Path, Split | None], ...]
-    held_out: float = 0.1
+    held_out: float = HELD_OUT
     planted: tuple[Planted, ...] = ()
     missing: Missing | None = None
     """Of what is trained on."""
 
 
-def open_source(path: str | Path, held_out: float = 0.1) -> Source:
+def open_source(path: str | Path, held_out: float = HELD_OUT) -> Source:
     """Find the data files at `path`: a file, a folder of files, or a `datasets` directory. An empty folder has none.
 
     Args:

@@ -19,7 +19,7 @@ from atoll.cache import Say, content_hash, home, quiet
 from atoll.data.files import READERS
 from atoll.data.media import MODALITIES, Missing, Senses
 from atoll.data.partition import Ints, Partition
-from atoll.data.read import Labels, Planted, Report, Source, column, open_source, records
+from atoll.data.read import HELD_OUT, Labels, Planted, Report, Source, column, open_source, records
 from atoll.errors import AtollError
 from atoll.parts import Slot
 
@@ -54,7 +54,7 @@ class ClientData(NamedTuple):
     test: Sequence[Any]
 
 
-def folders(path: str, held_out: Share = 0.1) -> dict[str, ClientSource]:
+def folders(path: str, held_out: Share = HELD_OUT) -> dict[str, ClientSource]:
     """One client for each subfolder or data file of `path`, named by it."""
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -91,7 +91,7 @@ def _refuse_shared_names(root: Path, found: list[Path]) -> None:
         )
 
 
-def clients(paths: dict[str, str], held_out: Share = 0.1) -> dict[str, ClientSource]:
+def clients(paths: dict[str, str], held_out: Share = HELD_OUT) -> dict[str, ClientSource]:
     """Clients by name, each with its own file or folder, wherever it lies."""
     if not paths:
         raise AtollError(
@@ -101,7 +101,7 @@ def clients(paths: dict[str, str], held_out: Share = 0.1) -> dict[str, ClientSou
 
 
 def partitioned(
-    path: str, partition: Annotated[Partition, Slot("partition")], held_out: Share = 0.1
+    path: str, partition: Annotated[Partition, Slot("partition")], held_out: Share = HELD_OUT
 ) -> dict[str, ClientSource]:
     """Simulated clients: the records of one source, dealt out by a partitioner."""
     source = open_source(Path(path).expanduser(), held_out)

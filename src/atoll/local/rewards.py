@@ -208,11 +208,11 @@ def descendants(pid: int) -> list[int]:
 def checked(found: Any, count: int, name: str) -> list[float]:
     """A finite number for each completion. Raises WorkFailed."""
     if not isinstance(found, list) or len(found) != count:
-        said = f"{len(found)} values" if isinstance(found, list) else type(found).__name__
+        said = f"a list of {len(found)}" if isinstance(found, list) else type(found).__name__
         raise WorkFailed(f"the reward {name} gave {said} for {count} completions")
     odd = [one for one in found if not isinstance(one, int | float) or not abs(one) <= LARGEST]
     if odd:
-        raise WorkFailed(f"the reward {name} gave {len(odd)} values that are no finite numbers, of {count}")
+        raise WorkFailed(f"the reward {name} gave no finite number for {len(odd)} of {count} completions")
     return [float(one) for one in found]
 
 

@@ -73,22 +73,24 @@ def carrier_folder(name: str, say: Say = quiet) -> Path:
         gguf, license_text = (source / member for member in carrier.members)
         require_space(folder, 4 * gguf.stat().st_size, f"the converted {name}")
         say(f"converting {name} once into {target} (about half a minute)")
-        convert(gguf, folder)
+        convert(gguf, folder, say)
         shutil.copy(license_text, folder / "LICENSE")
 
     return once(target, build)
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path, say: Say = quiet) -> None:
     """Write the Llama model in a GGUF file as bfloat16 safetensors with its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # else save_pretrained refuses: the params are dense from here on
+    say("converting its tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     repair_tokenizer(tokenizer, config.max_position_embeddings)
     tokenizer.save_pretrained(folder)
+    say("converting its params")
     with no_progress_bars():
         build_llama(config, gguf).save_pretrained(folder)
 

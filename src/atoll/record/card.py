@@ -326,3 +326,16 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`.
+
+    >>> human_seconds(42.4), human_seconds(200), human_seconds(7500)
+    ('42 s', '3 min 20 s', '2 h 05 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

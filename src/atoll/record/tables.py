@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from atoll.record.card import format_cell, human_bytes
+from atoll.record.card import format_cell, human_bytes, human_seconds
 from atoll.record.measured import ACCURACY, LOSS, REWARD_ACCURACY, Cell, Measure, cell
 from atoll.record.measured import Table as Compared
 from atoll.record.tasks import Score
@@ -47,19 +47,6 @@ def plain_table(*columns: str, title: str = "") -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     return table
-
-
-def human_seconds(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 05 min`.
-
-    >>> human_seconds(42.4), human_seconds(200), human_seconds(7500)
-    ('42 s', '3 min 20 s', '2 h 05 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes_left:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def loss_cell(value: float | None) -> str:
@@ -129,7 +116,7 @@ def _runs(rows: Sequence[Summary], without: Sequence[str]) -> Table:
 _RUN: dict[str, Callable[[Summary], str]] = {
     "run": lambda row: row.name,
     "state": lambda row: row.state,
-    "round": lambda row: f"{row.round} of {row.rounds}",
+    "round": lambda row: f"{row.stage}: {row.round} of {row.rounds}" if row.stage else f"{row.round} of {row.rounds}",
     "clients": lambda row: str(row.clients),
     "base loss": lambda row: loss_cell(row.base_loss),
     "loss": lambda row: loss_cell(row.loss),
@@ -174,10 +161,11 @@ def scores(each: Sequence[Score]) -> RenderableType:
 
 
 def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    stage = f"{data['stage']}, " if data["stage"] else ""
     ended = f" ({data['ended']})" if data["ended"] not in (None, "finished") else ""
     facts = [
         ("run", f"{data['name']} in {data['path']}"),
-        ("state", f"{data['state']}{ended}, round {data['round']} of {data['rounds']}"),
+        ("state", f"{data['state']}{ended}, {stage}round {data['round']} of {data['rounds']}"),
         ("clients", _clients(data)),
         ("trains", f"{data['trains']:,} of {data['of']:,} parameters"),
         ("moved", f"{human_bytes(data['bytes_down'])} down, {human_bytes(data['bytes_up'])} up"),
@@ -233,7 +221,9 @@ def comparison(data: Mapping[str, Any]) -> RenderableType:
         table.add_row(label, *(show(run) for run in data["runs"]))
     measured = {tuple(data["losses"][name]) for name in names if data["losses"][name]}
     uneven = "the means are over different sites: compare the sites' own rows"
-    return Group(table, *([uneven] if len(measured) > 1 else []))
+    unlike = "the objectives differ, and with them what a loss is: compare accuracies"
+    objectives = any(path.startswith("finetune.objective") for path in data["settings"])
+    return Group(table, *([uneven] if len(measured) > 1 else []), *([unlike] if objectives else []))
 
 
 def _asked(each: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[tuple[str, list[str]]]:

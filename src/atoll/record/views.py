@@ -45,6 +45,8 @@ class Summary:
     delta: float | None
     baselines: Mapping[str, str]
     """Name -> waiting, running, stopped or finished."""
+    stage: str = ""
+    """Of a run in several stages, the one that rounds and losses are of: the last that has begun."""
 
 
 def summarize(folder: RunFolder) -> Summary:
@@ -55,7 +57,10 @@ def summarize(folder: RunFolder) -> Summary:
     except AtollError:  # `show` says what is wrong; it must not hide the other runs
         return _without_story(folder, "damaged")
     if story is None:
-        at_work = [replace(summarize(stage), name=folder.name, path=str(folder.path)) for stage in folder.stages()]
+        at_work = [
+            replace(summarize(stage), name=folder.name, path=str(folder.path), stage=stage.path.name)
+            for stage in folder.stages()
+        ]
         begun = [one for one in at_work if one.rounds]  # of several stages the one that is at work
         if not begun:
             return _without_story(folder, "running" if running else "empty")
