@@ -190,13 +190,12 @@ def test_a_reward_that_goes_wrong_in_the_same_way_is_told_at_length_once(
 
 def test_what_a_reward_leaves_in_sessions_of_its_own_neither_holds_up_nor_stays(mine: None) -> None:
     reward, started = OwnReward("mine:leaving", seconds=2.0), time.monotonic()
-    process = reward._started()
     with pytest.raises(WorkFailed, match="gave no answer in 2 s"):
         reward(["a"], ["b"])
     assert time.monotonic() - started < 20
     mark = f"reward_process\0{reward.name}".encode()
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark in read(path)]
-    assert not left, f"of {process.pid}"
+    # what was killed is there until it is scheduled once more; left alone it would sleep for a minute
+    until(lambda: not any(mark in read(path) for path in Path("/proc").glob("[0-9]*/cmdline")))
 
 
 def read(path: Path) -> bytes:
